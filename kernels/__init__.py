@@ -1,0 +1,1 @@
+"""Numeric building blocks: one public function per file, plain torch inside. Nothing here imports nanogspo/."""

@@ -1,0 +1,1 @@
+"""Our solutions, file by file. Look after you have tried."""

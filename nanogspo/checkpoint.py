@@ -1,0 +1,455 @@
+"""Checkpoints: a header and some bytes, in and out, in the Hugging Face layout.
+
+A safetensors file is
+
+    8 bytes      length n of the header, little-endian
+    n bytes      JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [start, end]}, ..., "__metadata__": {..}}
+    the rest     the tensors' bytes, row-major, back to back
+
+We read and write it ourselves, in 60 lines, for two reasons. Loading reads each tensor straight into the memory where it
+will live, so the peak is the model plus one tensor (mapping the file instead shows up as the model twice). Saving can
+merge LoRA one tensor at a time. Nothing is ever unpickled and no code comes from a checkpoint.
+
+Reading order: resolve (where the files are) -> read_header, read_tensor -> load -> save -> adapters.
+Everything is checked from the headers before the first byte of data is read; every missing, unexpected or misshapen
+tensor is named.
+
+Lesson: lessons/03_checkpoints.md       Tests: tests/test_checkpoint.py
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nanogspo.families import export_config, model_config
+from nanogspo.lora import LoRALinear, add_lora, lora_layers
+from nanogspo.model import Transformer
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+SHARD_BYTES = 5 * 1000**3  # the hub's habit; one file larger than this uploads badly
+
+# Names on the way in: the first prefix that matches is stripped. Wrappers of multimodal models put the text part deeper.
+PREFIXES = ("thinker.model.", "model.language_model.", "language_model.model.", "model.")
+# Parts of multimodal checkpoints that a text model does not use, and buffers that old files carry
+SKIP = re.compile(r"(^|\.)(visual|vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio|mtp|talker|code2wav)\.|rotary_emb\.inv_freq$")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where the files are
+
+
+def resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
+    """The local folder of a checkpoint: itself, or the hub repository `owner/name` fetched into the hub's own cache.
+
+    Only what is needed is fetched: config and tokenizer files, and the safetensors the index names.
+    Raises ValueError with one line to act on: no such folder, unknown or gated repository, no network, disk full.
+    """
+    path = pathlib.Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_repo)
+    if path.exists():
+        raise ValueError(f"got the file {name}, want a checkpoint folder (config.json, *.safetensors) or a hub id owner/name")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        raise ValueError(f"got model {name!r}, which is no folder here; want a checkpoint folder, a hub id owner/name, or tiny")
+    return _fetch(name)
+
+
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+               "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "adapter_config.json")  # fmt: skip
+
+
+def _fetch(repo: str) -> pathlib.Path:
+    import huggingface_hub as hub  # 0.3 s to import, and most runs do not need it
+    from huggingface_hub import errors
+
+    local = "or give a local folder with --model DIR"
+    try:
+        folder = pathlib.Path(hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, "*.safetensors.index.json"]))
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            weights = sorted(set(_json(index)["weight_map"].values()))
+        else:
+            weights = ["adapter_model.safetensors" if (folder / "adapter_config.json").exists() else "model.safetensors"]
+        return pathlib.Path(hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, "*.safetensors.index.json", *weights]))
+    except errors.GatedRepoError as e:
+        raise ValueError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run `hf auth login`, {local}"
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise ValueError(
+            f"the hub has no repository {repo} (or it is private): check the name, run `hf auth login`, {local}"
+        ) from e
+    except OSError as e:  # LocalEntryNotFoundError, connection and time-out errors and a full disk are all OSErrors
+        if e.errno == 28 or "No space left" in str(e):
+            raise ValueError(f"the disk is full while fetching {repo}: free some space or set HF_HOME to another disk, {local}") from e
+        raise ValueError(f"cannot reach the hub for {repo} and it is not in the cache: check the network, {local}") from e
+
+
+def _json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; want a checkpoint folder that has it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: broken JSON ({e}); fetch the file again") from e
+
+
+def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write a whole file or nothing: a temporary neighbour, then a rename. A kill in between leaves the old file."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# safetensors
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str]]:
+    """Tensors of a safetensors file: name -> {"dtype", "shape", "start", "end"} with offsets from the file's first byte.
+
+    returns  the tensors, in file order, and the free-form metadata
+    Raises ValueError for anything the format does not allow, before any tensor is read: a truncated file, offsets that
+    overlap or disagree with shape and dtype, a pickle with the wrong name.
+    """
+    path = pathlib.Path(path)
+    size = path.stat().st_size
+    again = "the download is incomplete or damaged: delete the file and fetch it again"
+    with open(path, "rb") as f:
+        first = f.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if first[:2] in (b"PK", b"\x80\x02"):
+            raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise ValueError(f"{path}: got a header of {length} bytes in a file of {size}; {again}")
+        try:
+            header = json.loads(f.read(length))
+            metadata = header.pop("__metadata__", {})
+            tensors = {}
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                start, end = entry["data_offsets"]
+                tensors[name] = {"dtype": entry["dtype"], "shape": tuple(entry["shape"]), "start": start, "end": end}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}: got a header that is not safetensors JSON ({type(e).__name__}); {again}") from e
+    expected = 0
+    for name, t in tensors.items():
+        if t["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: tensor {name} has dtype {t['dtype']}, want one of {', '.join(DTYPES)}")
+        bytes_ = math.prod(t["shape"]) * DTYPES[t["dtype"]].itemsize
+        if t["start"] != expected or t["end"] - t["start"] != bytes_:
+            raise ValueError(f"{path}: tensor {name} claims bytes {t['start']}..{t['end']}, want {expected}..{expected + bytes_}; {again}")
+        expected = t["end"]
+        if 8 + length + t["end"] > size:
+            raise ValueError(f"{path}: tensor {name} ends at byte {8 + length + t['end']} of a file of {size}; {again}")
+        t["start"], t["end"] = t["start"] + 8 + length, t["end"] + 8 + length
+    return tensors, metadata
+
+
+def read_tensor(file, entry: dict, into: Tensor | None = None) -> Tensor:
+    """One tensor, read from an open binary file into fresh memory, or into a given contiguous tensor of its dtype."""
+    out = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]]) if into is None else into
+    if out.numel():
+        file.seek(entry["start"])
+        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        if file.readinto(view) != len(view):
+            raise ValueError(f"{file.name}: the file ended in the middle of a tensor; fetch it again")
+    return out
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: dict[str, tuple[torch.dtype, tuple, Callable[[], Tensor]]], metadata: dict[str, str]
+) -> None:
+    """Write tensors one after the other, atomically. Each is asked for only when its turn comes, so a merged or moved
+    copy exists for one tensor at a time.
+
+    tensors  name -> (dtype, shape, function that returns the tensor)
+    """
+    path, header, start = pathlib.Path(path), {"__metadata__": metadata} if metadata else {}, 0
+    for name, (dtype, shape, _) in tensors.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts on a multiple of 8, so that it can be mapped as any dtype
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            for name, (dtype, shape, get) in tensors.items():
+                t = get().detach().to("cpu", dtype).contiguous()
+                assert t.shape == shape, f"{name}: announced {shape}, got {tuple(t.shape)}"
+                if t.numel():
+                    f.write(memoryview(t.view(-1).view(torch.uint8).numpy()))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in
+
+
+def load(path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = torch.bfloat16) -> Transformer:
+    """A Transformer with the weights of a Hugging Face checkpoint.
+
+    path_or_repo  a folder, or a hub id owner/name
+    dtype         torch.bfloat16, float16 or float32; converted tensor by tensor when the file holds another
+    returns       the model, in eval mode; `model.folder` is where its files are
+
+    Peak memory: the model's bytes plus the largest tensor. Raises ValueError for an unknown family, for missing,
+    unexpected or misshapen tensors (all of them named), a damaged file, or weights that exist only as a pickle.
+    Tensors that a text model rightly leaves aside (vision towers, a tied lm_head) are reported on stderr.
+    """
+    folder = resolve(path_or_repo)
+    config = model_config(_json(folder / "config.json"))
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found: dict[str, tuple[pathlib.Path, dict]] = {}
+    skipped, unexpected = [], []
+    for file in weight_files(folder):
+        for name, entry in read_header(file)[0].items():
+            ours = our_name(name)
+            if ours in wanted:
+                found[ours] = (file, entry)
+            elif SKIP.search(name) or (config.tied and ours == "lm_head.weight"):
+                skipped.append(name)
+            else:
+                unexpected.append(name)
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in unexpected]
+    for name, (_, entry) in found.items():
+        if entry["shape"] != wanted[name]:
+            problems.append(f"{name} has shape {list(entry['shape'])}, config.json wants {list(wanted[name])}")
+        if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {entry['dtype']}, want F32, F16 or BF16")
+    if problems:
+        raise ValueError(f"{folder}: {len(problems)} tensors do not fit a {config.family} model: {'; '.join(problems)}")
+    if skipped:
+        print(f"{folder}: left aside {len(skipped)} tensors: {', '.join(skipped)}", file=sys.stderr)
+    for file in dict.fromkeys(file for file, _ in found.values()):
+        with open(file, "rb", buffering=0) as f:
+            for name, (_, entry) in sorted(((n, e) for n, e in found.items() if e[0] == file), key=lambda x: x[1][1]["start"]):
+                parent, leaf = name.rsplit(".", 1)
+                tensor = read_tensor(f, entry).to(device=device, dtype=dtype)
+                model.get_submodule(parent).register_parameter(leaf, nn.Parameter(tensor))
+    model.folder = folder
+    return model.eval()
+
+
+def our_name(name: str) -> str:
+    """Checkpoint tensor name -> parameter name of Transformer."""
+    if name.endswith("lm_head.weight"):
+        return "lm_head.weight"
+    return next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors of a checkpoint folder: those its index names, or model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: got no weight_map, want tensor name -> file name")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        if any(file.parent != folder for file in files):
+            raise ValueError(f"{index}: got a file name that leaves the folder, want plain names")
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise ValueError(
+                f"{folder}: got {', '.join(pickles)}, pickles that can run code when opened; want safetensors "
+                f"(convert with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR))"
+            )
+        raise ValueError(f"{folder}: missing weight files {', '.join(missing)}; fetch them again")
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out
+
+
+def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True, tokenizer=None) -> None:
+    """Write a folder that transformers and vLLM open: config, generation config, tokenizer files, safetensors.
+
+    merge_lora  True: adapters are added into the weights as they are written (the model itself is not changed);
+                False: the base weights alone, to go with an adapter saved by save_adapter
+    tokenizer   where the tokenizer files come from; default: copied from the folder the model was loaded from
+
+    Shards at 5 GB. Each file is written atomically and config.json comes last, so a folder with one is complete.
+    """
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    layers = lora_layers(model)
+    for name, p in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith((".lora_A", ".lora_B")):
+            continue
+        get = lambda p=p: p  # noqa: E731
+        if owner.endswith(".base"):
+            owner = owner.removesuffix(".base")
+            layer = layers[owner]
+            if leaf == "weight":
+                get = layer.merged_weight if merge_lora else lambda layer=layer: base_weight(layer)
+        out = f"{owner}.{leaf}"
+        tensors[out if out.startswith("lm_head") else f"model.{out}"] = (p.dtype, tuple(p.shape), get)
+    shards, size = [{}], 0
+    for name, (dtype, shape, get) in tensors.items():
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if size and size + bytes_ > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape, get)
+        size += bytes_
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(path / file, shard, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    if len(shards) > 1:
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in tensors.values())
+        atomic_write(path / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    _drop_stale_weights(path, set(weight_map.values()))
+    source = getattr(model, "folder", None)
+    if source is not None and (source / "generation_config.json").exists():
+        atomic_write(path / "generation_config.json", (source / "generation_config.json").read_bytes())
+    if tokenizer is None and source is not None and (source / "tokenizer.json").exists():
+        from nanogspo.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(source)
+    if tokenizer is not None:
+        tokenizer.save(path)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    atomic_write(path / "config.json", json.dumps(export_config(model.config, dtype=dtype), indent=2))
+
+
+def base_weight(layer: LoRALinear) -> Tensor:
+    """The weight without its adapter, also while the adapter is merged in."""
+    return layer.original if layer.merged else layer.base.weight
+
+
+def _drop_stale_weights(path: pathlib.Path, written: set[str]) -> None:
+    """An older save in the same folder may have had other shards; left behind, they would win over the new ones."""
+    for old in path.glob("model*.safetensors"):
+        if old.name not in written:
+            old.unlink()
+    if len(written) == 1:
+        (path / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapters, in PEFT's format
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "") -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as PEFT does (names base_model.model.model.layers...)."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no LoRA adapter to save; save the model itself instead")
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, layer in layers.items():
+        for part in ("lora_A", "lora_B"):
+            w = getattr(layer, part).weight
+            tensors[f"{PEFT_PREFIX}model.{name}.{part}.weight"] = (w.dtype, tuple(w.shape), lambda w=w: w)
+    write_safetensors(path / "adapter_model.safetensors", tensors, {"format": "pt"})
+    first = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or str(getattr(model, "folder", "")),
+        "r": first.r,
+        "lora_alpha": first.scale * first.r,
+        "lora_dropout": first.dropout,
+        "target_modules": _short_targets(model, list(layers)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    atomic_write(path / "adapter_config.json", json.dumps(config, indent=2))
+
+
+def _short_targets(model: Transformer, names: list[str]) -> list[str]:
+    """Leaf names where every layer of that leaf is wrapped, full names where only some are."""
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    every = [n for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear) and not _inside_lora(n)]
+    if any(name.rsplit(".", 1)[-1] in leaves for name in every):
+        return sorted(names)
+    return leaves
+
+
+def _inside_lora(name: str) -> bool:
+    return name.endswith((".base", ".lora_A", ".lora_B"))
+
+
+def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout: float = 0.0) -> list[str]:
+    """Put a PEFT LoRA adapter onto a model: ours, or one that PEFT, Unsloth or TRL saved. Returns the layers touched.
+
+    Raises ValueError for what would silently change the result: DoRA, trained biases, extra saved modules, ranks that
+    differ between layers, a tensor that fits no layer, a layer with only one of its two matrices.
+    """
+    folder = resolve(path_or_repo)
+    config, file = _json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise ValueError(f"{folder}: got no adapter_model.safetensors, want one beside adapter_config.json (a pickle is not read)")
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise ValueError(f"{folder}: got peft_type {config['peft_type']!r}, want LORA")
+    extras = {key: config.get(key) for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(key)}
+    if config.get("bias", "none") != "none":
+        extras["bias"] = config["bias"]
+    if extras:
+        raise ValueError(f"{folder}: got {extras}, want a plain LoRA adapter without these")
+    entries = read_header(file)[0]
+    pairs: dict[str, dict[str, dict]] = {}
+    for name, entry in entries.items():
+        match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", name)
+        if not match:
+            raise ValueError(f"{file}: got tensor {name}, want names that end in lora_A.weight or lora_B.weight")
+        pairs.setdefault(our_name(match[1].removeprefix(PEFT_PREFIX)), {})[match[2]] = entry
+    r = config["r"]
+    for name, pair in pairs.items():
+        if set(pair) != {"lora_A", "lora_B"}:
+            raise ValueError(f"{file}: layer {name} has only {', '.join(pair)}, want lora_A and lora_B")
+    scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
+    touched = add_lora(model, r=r, alpha=config["lora_alpha"], targets=list(pairs), dropout=dropout, scale=scale)
+    with open(file, "rb", buffering=0) as f:
+        for name, layer in lora_layers(model).items():
+            for part, entry in pairs[name].items():
+                weight = getattr(layer, part).weight
+                if entry["shape"] != tuple(weight.shape):
+                    raise ValueError(f"{file}: {name}.{part} has shape {list(entry['shape'])}, want {list(weight.shape)}")
+                weight.data.copy_(read_tensor(f, entry))
+    return touched
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,148 @@
+"""LoRA by hand: a frozen linear layer plus a trainable product of two thin matrices.
+
+    y = W x + b + (alpha / r) * B (A dropout(x))          A (r, in), B (out, r), B = 0 at the start
+
+so a wrapped model starts out exactly equal to its base. Only A and B get gradients and optimiser state: 10.1 M numbers
+instead of 596 M for Qwen3-0.6B at r = 16 on every linear layer.
+
+A and B stay in fp32 under a bf16 base and are multiplied in fp32. GSPO's first updates move the length-normalised
+log-prob by about 1e-4; an adapter held in bf16 (8 bits of mantissa) rounds changes of that size away.
+
+Reading order: LoRALinear, add_lora, merge_lora, unmerge_lora, describe.
+Lesson: lessons/09_lora_and_sft.md       Tests: tests/test_lora.py
+Source: LoRA, arXiv 2106.09685, equation 3. Names and initialisation as in PEFT, so that adapters can be exchanged.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogspo.model import Transformer
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """A linear layer (the base, frozen) with a low-rank update beside it.
+
+    merged  True while the update has been added into the base weight; forward then costs what the base costs
+    """
+
+    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float = 0.0):
+        super().__init__()
+        device = base.weight.device
+        self.base, self.r, self.scale, self.dropout = base, r, scale, dropout
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.lora_B.weight)
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)  # (..., out)
+        if self.merged:
+            return y
+        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        update = self.lora_B(self.lora_A(h.float()))  # (..., out) fp32
+        return (y + update * self.scale).to(y.dtype)
+
+    def merged_weight(self) -> Tensor:
+        """W + scale * B A, computed in fp32, rounded once to W's dtype. (out, in)"""
+        if self.merged:
+            return self.base.weight.detach()
+        update = self.lora_B.weight.detach() @ self.lora_A.weight.detach()  # (out, in) fp32
+        return (self.base.weight.detach().float() + update * self.scale).to(self.base.weight.dtype)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Name -> wrapped layer, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(
+    model: Transformer,
+    *,
+    r: int,
+    alpha: float,
+    targets: tuple[str, ...] | list[str] = ALL_LINEAR,
+    dropout: float = 0.0,
+    seed: int = 0,
+    scale: float | None = None,
+) -> list[str]:
+    """Freeze the model and put an adapter beside every linear layer whose leaf name is in `targets`.
+
+    r        rank, >= 1
+    alpha    the update is scaled by alpha / r (or by `scale`, when an adapter file says otherwise)
+    targets  leaf names as in the checkpoint: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or full
+             names such as layers.3.mlp.up_proj
+    returns  full names of the layers touched, in model order
+
+    Raises ValueError when a target matches nothing (the layers that exist are named), when r < 1, or when the model
+    already has an adapter. A is drawn as in PEFT (uniform, bound 1/sqrt(in)) from `seed`.
+    """
+    if r < 1:
+        raise ValueError(f"got LoRA rank {r}, want at least 1; use --lora-r 0 on the command line for full fine-tuning")
+    if lora_layers(model):
+        raise ValueError("the model already has a LoRA adapter; merge it or load the base again before adding another")
+    linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
+    if unmatched or not targets:
+        raise ValueError(f"got LoRA targets {unmatched or 'none'}, which match no layer; want some of: {', '.join(leaves)}")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    touched = []
+    for name, base in linear.items():
+        if not any(name == t or name.endswith("." + t) for t in targets):
+            continue
+        layer = LoRALinear(base, r, alpha / r if scale is None else scale, dropout)
+        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a = sqrt 5), PEFT's choice
+        draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound  # (r, in)
+        layer.lora_A.weight.data.copy_(draw)
+        parent, leaf = name.rsplit(".", 1)
+        setattr(model.get_submodule(parent), leaf, layer)
+        touched.append(name)
+    return touched
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> list[str]:
+    """Add every adapter into its base weight, in place; the original weights are kept so that unmerge is exact.
+
+    In bf16 the sum is rounded: updates under 2^-9 of a weight vanish. Sample from the unmerged model while training.
+    """
+    layers = lora_layers(model)
+    for layer in layers.values():
+        if not layer.merged:
+            layer.original = layer.base.weight.data
+            layer.base.weight.data = layer.merged_weight()
+            layer.merged = True
+    return list(layers)
+
+
+def unmerge_lora(model: nn.Module) -> list[str]:
+    """Put the very bits back that merge_lora replaced."""
+    layers = lora_layers(model)
+    for layer in layers.values():
+        if layer.merged:
+            layer.base.weight.data = layer.original
+            del layer.original
+            layer.merged = False
+    return list(layers)
+
+
+def describe(model: nn.Module) -> str:
+    """The table a run prints: what was touched, how often, and what share of the model is trained."""
+    layers, lines = lora_layers(model), []
+    by_leaf: dict[str, list[LoRALinear]] = {}
+    for name, layer in layers.items():
+        by_leaf.setdefault(name.rsplit(".", 1)[-1], []).append(layer)
+    for leaf, group in by_leaf.items():
+        size = sum(p.numel() for layer in group for p in (layer.lora_A.weight, layer.lora_B.weight))
+        w = group[0].base.weight
+        lines.append(f"  {leaf:<10} x {len(group):<3} {w.shape[1]:>6} -> {w.shape[0]:<6} r {group[0].r:<3} {size:>12,} trained")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    lines.append(f"  trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
+    return "\n".join(lines)

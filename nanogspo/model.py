@@ -1,0 +1,326 @@
+"""The one transformer. Llama, Qwen 2.5, Qwen 3, Gemma 1, 2 and 3 are settings of it (families.py), not copies of it.
+
+    x = embed_tokens[tokens] (* sqrt(C))
+    x = x + post?(attention(norm(x)))          for every layer
+    x = x + post?(mlp(norm(x)))
+    hidden = norm(x);   logits = cap(hidden @ head.T)
+
+Reading order: RMSNorm, inverse_frequencies, rotate, attend, Attention, MLP, Block, Transformer.
+Modules carry the checkpoint's names (self_attn.q_proj, mlp.gate_proj, input_layernorm), so loading is a loop
+(checkpoint.py) and LoRA targets read like everybody else's.
+
+`forward` stops at the hidden state. Training never asks for logits of a whole batch: at V = 151,936 they are 608 KB a
+token in fp32. kernels/seq_logprob.py takes the hidden state and the head instead.
+
+Left out: dropout, mixture of experts and gated DeltaNet (Block chooses its mixer and its MLP in one line each, where
+they will go), encoder parts.
+
+Lessons: lessons/01_one_transformer.md, 02_gqa_rope_softcap.md       Tests: tests/test_model.py
+Letters: B rows, T positions, S keys, C width, H query heads, K key/value heads, D head width, F MLP width, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanogspo.cache import KVCache
+from nanogspo.families import GELU_TANH, ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), then a learned scale. Two rounding orders, one flag.
+
+    Llama and Qwen round to the model dtype and then multiply by w; Gemma multiplies by (1 + w) in fp32 and rounds last.
+    In bf16 swapping them moves logits by about 1e-2, and (1 + w) itself is not representable near w = 0.001.
+    """
+
+    def __init__(self, width: int, eps: float, plus_one: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width) if plus_one else torch.ones(width))
+        self.eps, self.plus_one = eps, plus_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)  # (..., width) fp32
+        return (h * (1.0 + self.weight.float())).to(x.dtype) if self.plus_one else self.weight * h.to(x.dtype)
+
+
+def inverse_frequencies(rope: dict, rotary_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
+    """How fast each pair of channels turns, and the factor that multiplies cos and sin.
+
+        f[i] = theta ** (-2 i / rotary_dim)                                     default
+        f[i] / factor                                                           linear
+        slow pairs / factor, fast ones kept, a ramp between                     llama3 (by wavelength), yarn (by index)
+
+    rope     one entry of ModelConfig.rope
+    returns  (rotary_dim / 2,) fp32, never lower: in bf16 the frequencies are off by 0.4 % and long contexts drift
+             1.0, or yarn's 0.1 ln(factor) + 1, which sharpens the attention over a stretched context
+
+    Source: RoPE arXiv 2104.09864; YaRN arXiv 2309.00071 section 3; Llama 3.1's rule as transformers states it.
+    """
+    theta, kind = rope["rope_theta"], rope["rope_type"]
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=device).float() / rotary_dim
+    f = 1.0 / (theta**exponent)  # (rotary_dim / 2,)
+    if kind == "default":
+        return f, 1.0
+    factor = rope["factor"]
+    if kind == "linear":
+        return f / factor, 1.0
+    if kind == "llama3":
+        low, high, old = (rope[k] for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        turns = old * f / (2 * math.pi)  # whole turns within the context it was trained on
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, untouched; 0: slow, stretched
+        return f / factor * (1 - keep) + f * keep, 1.0
+    # yarn: the pair that makes `turns` turns in the old context has this (fractional) index
+    old = rope["original_max_position_embeddings"]
+
+    def index(turns: float) -> float:
+        return rotary_dim * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = index(rope.get("beta_fast") or 32), index(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    ramp = (torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) - first) / max(last - first, 0.001)
+    keep = 1 - ramp.clamp(0, 1)  # (rotary_dim / 2,)
+    return f / factor * (1 - keep) + f * keep, _yarn_magnitude(rope, factor)
+
+
+def _yarn_magnitude(rope: dict, factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def magnitude(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: turn channel pairs (i, i + rotary_dim / 2) by their angles. The rest of the head, if any, passes through.
+
+    x  (B, T, heads, D);  cos, sin  (B or 1, T, 1, rotary_dim), already in x's dtype, each half holding the same angles
+
+    Half-split pairs, as in every Hugging Face checkpoint; the paper's neighbouring pairs are a permutation of the rows.
+    """
+    rotary_dim = cos.shape[-1]
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Softmax attention, grouped queries: query head h reads key/value head h // (H // K).
+
+        scores = cap(q . k * scale), masked;   out = softmax(scores) v
+
+    q     (B, T, H, D);  k, v  (B, S, K, D)
+    mask  (B or 1, 1, T, S) bool, True where a query may look; None means causal with T == S
+    returns (B, T, H, D)
+
+    With a soft-cap (Gemma 2) the scores have to be written out, because no fused attention applies tanh to them:
+    order scale, / cap, tanh, * cap, mask, softmax in fp32, round to q's dtype, times v.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, D)
+    if not softcap:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)  # (B, T, H, D)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+    scores = q @ k.transpose(2, 3) * scale  # (B, H, T, S)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite, so that a row of nothing is not NaN
+    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config, self.layer = config, layer
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D, config.norm_eps, config.norm_plus_one)
+            self.k_norm = RMSNorm(D, config.norm_eps, config.norm_plus_one)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions, cache: KVCache | None):
+        config, (B, T, _) = self.config, x.shape
+        q = self.q_proj(x).view(B, T, -1, config.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, config.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, config.head_dim)  # (B, T, K, D)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v, positions)  # (B, S, K, D)
+        out = attend(q, k, v, mask, config.attn_scale, config.attn_softcap)  # (B, T, H, D)
+        return self.o_proj(out.reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU, or GeGLU with the tanh approximation of GELU for Gemma."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, F_, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(C, F_, bias=bias)
+        self.up_proj = nn.Linear(C, F_, bias=bias)
+        self.down_proj = nn.Linear(F_, C, bias=bias)
+        self.gelu = config.activation == GELU_TANH
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)  # (B, T, F)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return self.down_proj(gate * self.up_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        norm = lambda: RMSNorm(config.hidden_size, config.norm_eps, config.norm_plus_one)  # noqa: E731
+        self.post_norms = config.post_norms
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = norm()
+        # the same name, two places: before the MLP in Llama and Qwen, after the attention in Gemma 2 and 3
+        self.post_attention_layernorm = norm()
+        if config.post_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+
+    def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        mixed = self.self_attn(self.input_layernorm(x), *attention_arguments)  # (B, T, C)
+        if not self.post_norms:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(mixed)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    """A decoder: token ids in, final hidden states out; `logits` turns hidden states into scores.
+
+    gradient_checkpointing  keep only each block's input for the backward pass and recompute the rest
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_plus_one)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): what hidden states are multiplied with to give logits."""
+        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def init_weights(self, seed: int, std: float = 0.02) -> "Transformer":
+        """Random weights for a model that is trained from nothing: matrices N(0, std^2), biases 0, norms left as built.
+
+        The two matrices that write into the residual stream are scaled by 1/sqrt(2 L), so that its variance does not
+        grow with depth (GPT-2's rule).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual = std / math.sqrt(2 * self.config.num_layers)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                p.data.normal_(0.0, residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator)
+            elif name.endswith(".bias"):
+                p.data.zero_()
+        return self
+
+    def forward(self, tokens: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states, normalised, ready for `logits` or for kernels/seq_logprob.py.
+
+        tokens     (B, T) int64. Rows may be padded on the right with any id: attention is causal, so what stands
+                   behind a row's end cannot reach what stands before it
+        positions  (B, T) int64, RoPE position of each token, and its cache slot; default 0..T-1, or on from where
+                   each row of the cache ends
+        cache      KVCache to write to and read from; its `lengths` move on by T
+        returns    (B, T, C) in the model's dtype
+        """
+        config, (B, T) = self.config, tokens.shape
+        steps = torch.arange(T, device=tokens.device)
+        if cache is not None:
+            positions = cache.lengths[:, None] + steps if positions is None else positions  # (B, T)
+            cache.reserve(T)
+        elif positions is None:
+            positions = steps[None]  # (1, T)
+        x = self.embed_tokens(tokens)  # (B, T, C)
+        if config.scale_embedding:  # sqrt(C) is rounded to the weight dtype first: 50.5, not 50.596, for C = 2560 in bf16
+            x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        turns = {kind: self._cos_sin(kind, positions, x.dtype) for kind in config.rope}
+        masks = {kind: self._mask(kind, T, positions, cache) for kind in config.rope}
+        for kind, block in zip(config.layer_types, self.layers, strict=True):
+            arguments = (x, *turns[kind], masks[kind], positions, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        if cache is not None:
+            cache.lengths = cache.lengths + T
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) float32, final soft-cap applied.
+
+        16-bit weights are widened a slice of rows at a time: products of two bf16 numbers are exact in fp32, so only
+        the order of summation rounds, and no fp32 copy of the whole head is ever held. Rounding the scores to bf16
+        instead would move a log-prob by 1e-2, thirty times GSPO's clip range.
+        """
+        weight = self.head_weight
+        if weight.dtype == torch.float32:
+            z = F.linear(hidden.float(), weight)  # (..., V)
+        elif hidden.is_cuda:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            z = torch.mm(flat, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+        else:
+            wide = hidden.float()
+            z = torch.cat([F.linear(wide, rows.float()) for rows in weight.split(HEAD_ROWS)], dim=-1)
+        cap = self.config.final_softcap
+        return cap * torch.tanh(z / cap) if cap else z
+
+    def _cos_sin(self, kind: str, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(B or 1, T, 1, rotary_dim) each; the angle is fp32, only its cos and sin are rounded to the model dtype."""
+        f, magnitude = inverse_frequencies(self.config.rope[kind], self.config.rotary_dim, positions.device)
+        angle = positions[..., None].float() * f  # (B, T, rotary_dim / 2)
+        angle = torch.cat((angle, angle), dim=-1)[:, :, None]  # (B, T, 1, rotary_dim)
+        return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
+
+    def _mask(self, kind: str, T: int, positions: Tensor, cache: KVCache | None) -> Tensor | None:
+        """(B or 1, 1, T, S) bool: keys at or before the query, and for sliding layers at most window - 1 back.
+
+        None where plain causal attention says the same, which lets the fused kernel skip the mask.
+        """
+        window = self.config.sliding_window if kind == "sliding" else 0
+        # the first tokens of an empty cache see only each other, as they do without one
+        if cache is None or cache.extent == T:
+            if not window or T <= window:
+                return None
+            query = torch.arange(T, device=positions.device)[None, :, None]  # (1, T, 1) rows are not packed: index = order
+            key = torch.arange(T, device=positions.device)
+        else:
+            query, key = positions[..., None], torch.arange(cache.extent, device=positions.device)  # slot = position
+        allowed = key <= query  # (B or 1, T, S)
+        if window:
+            allowed &= key > query - window
+        return allowed[:, None]
+
+
+# Rows of the head widened to fp32 at a time: 4096 x 1024 x 4 bytes = 16 MB, small beside the model, large beside a call
+HEAD_ROWS = 4096

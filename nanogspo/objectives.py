@@ -1,0 +1,172 @@
+"""The objectives as pure functions of tensors: no model, no configuration, no device.
+
+    rewards -> group_advantages -> gspo_loss | grpo_loss             log-probs of a demonstration -> sft_loss
+
+    GRPO   one ratio a token     r[t] = pi(t) / pi_old(t)               each token is clipped by itself
+    GSPO   one ratio a sequence  s = (prod_t r[t]) ** (1 / length)      a sequence is clipped as a whole, as it is rewarded
+
+Why the printed loss is about 0: on the first update after a rollout every ratio is 1 and the advantages of a group sum
+to 0. The loss says nothing about progress; its gradient, -A * grad logp, does. Watch the reward and the ratios.
+
+Every loss is a mean over the sequences (or tokens) it is given. To split a batch of N sequences into micro-batches of
+n_i, add up loss_i * n_i / N: value and gradient are those of the whole. That is the caller's business.
+
+Left out: the KL term (no reference model is kept in memory; the GSPO paper sets it to 0), dual clip, token-level
+advantages. A ratio overflows to inf at a log-ratio of 88.7, where a loss of inf (A < 0) or a gradient of nan (A > 0) is
+returned as it is: no update should be made from such a batch, and a clamp would hide it.
+
+Lesson: lessons/10_gspo.md       Tests: tests/test_objectives.py
+Shapes: P prompts, G answers to each; N sequences; S their tokens, packed end to end.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.seq_logprob import sequence_sums
+
+
+def group_advantages(rewards: Tensor, *, divide_by_std: bool = True) -> Tensor:
+    """How much better each answer is than the other answers to the same prompt.
+
+        A[p, g] = (r[p, g] - mean_g r[p]) / (std_g r[p] + 1e-4)
+
+    rewards        (P, G) float or int: P prompts, G >= 2 answers each
+    divide_by_std  False keeps r - mean: no group counts more for being nearly unanimous
+    returns        (P, G) float32 (float64 if given float64), no gradient; rows sum to 0 within rounding, and a row of
+                   equal rewards is exactly 0: nothing to learn, not even from the last bit of the mean
+
+    Raises ValueError for another shape, G = 1, and rewards that are not finite, naming them.
+
+    Source: GRPO, arXiv:2402.03300; divide_by_std=False is Dr. GRPO, arXiv:2503.20783. The papers write a plain std;
+    as TRL does, it is the sample std (over G - 1) and 1e-4 is added to it. With G = 8 the factor is 0.94.
+    Elsewhere: TRL GRPOTrainer._generate_and_score_completions (scale_rewards="group"), which leaves float noise
+    over 1e-4 in a group of equal rewards; verl core_algos.py compute_grpo_outcome_advantage.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"got rewards of shape {tuple(rewards.shape)}, want (P, G) with G >= 2; sample two or more answers")
+    bad = (~rewards.isfinite()).nonzero().tolist()  # [[p, g], ...]
+    if bad:
+        raise ValueError(f"got nan or inf rewards at [prompt, answer] {bad[:8]}, want finite numbers; check the reward")
+    rewards = _at_least_float32(rewards.detach())  # (P, G)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
+    # The mean of 8 times 0.1 is not 0.1 in fp32: 7e-9 would be left, and divided by 1e-4 it is 7e-5 of pure noise.
+    centred = centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)  # (P, G)
+    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4) if divide_by_std else centred  # (P, G)
+
+
+def gspo_loss(
+    seq_logp: Tensor, old_seq_logp: Tensor, lengths: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy-gradient loss with one importance ratio per sequence.
+
+        s[i] = exp((seq_logp[i] - old_seq_logp[i]) / lengths[i])                                         (1)
+        loss = -mean_i min(s[i] * A[i], clip(s[i], 1 - clip_low, 1 + clip_high) * A[i])                   (2)
+
+    seq_logp      (N,) float32, sum of the answer's logp under the current weights; carries the gradient
+    old_seq_logp  (N,) float32, the same sum under the weights that sampled, from the same scorer; no gradient
+    lengths       (N,) int64, scored tokens of each answer, EOS included, >= 1
+    advantages    (N,) float32, no gradient
+    clip_low/_high  >= 0; s is a geometric mean over tokens, so its range is 3e-4 / 4e-4 where GRPO's is 0.2 / 0.27
+    returns       loss, a scalar; metrics, detached scalars: ratio_mean, ratio_min, ratio_max, ratio_std, and
+                  clip_low_frac, clip_high_frac = the fraction of sequences whose gradient the clip has switched off
+
+    All tokens of an answer get the same weight, s A / (N length): GRPO weighs each with its own ratio. (2) has the same
+    value and gradient as the paper's GSPO-token form, because an answer has one advantage.
+
+    Raises ValueError for an empty answer (dropping it here would change N behind the caller's back) or other shapes.
+
+    Source: GSPO, arXiv:2507.18071, equations 5 to 7.
+    Elsewhere: verl core_algos.py compute_policy_loss_gspo (the GSPO-token form; clamps the log-ratio at 10);
+    TRL GRPOTrainer._compute_loss with importance_sampling_level="sequence", loss_type="grpo"; Liger grpo_loss.py.
+    """
+    _check("seq_logp", seq_logp, old_seq_logp=old_seq_logp, lengths=lengths, advantages=advantages)
+    _check_lengths(lengths)
+    log_ratio = (_at_least_float32(seq_logp) - old_seq_logp.detach()) / lengths  # (N,)
+    objective, metrics = _clipped(log_ratio, advantages, clip_low, clip_high)  # (N,)
+    return -objective.mean(), metrics
+
+
+def grpo_loss(
+    logp: Tensor, old_logp: Tensor, cu_seqlens: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy-gradient loss with one importance ratio per token, averaged in each answer, then over answers.
+
+        r[t] = exp(logp[t] - old_logp[t])
+        loss = -mean_i mean_{t in i} min(r[t] * A[i], clip(r[t], 1 - clip_low, 1 + clip_high) * A[i])
+
+    logp        (S,) float32, logp of every scored token under the current weights; carries the gradient
+    old_logp    (S,) float32, the same under the weights that sampled, from the same scorer; no gradient
+    cu_seqlens  (N + 1,) int32 or int64: answer i is logp[cu_seqlens[i] : cu_seqlens[i + 1]], never empty
+    advantages  (N,) float32, no gradient
+    clip_low/_high  >= 0; DAPO and the GSPO paper's baseline use 0.2 / 0.27 or so
+    returns     loss, a scalar; metrics as in gspo_loss, over tokens
+
+    Raises ValueError for an empty answer, or when the shapes or cu_seqlens do not fit the row.
+
+    Source: GRPO, arXiv:2402.03300, equation 3, without its KL term; clip_high apart from clip_low: DAPO, arXiv:2503.14476.
+    Elsewhere: TRL GRPOTrainer._compute_loss, loss_type="grpo"; verl loss_agg_mode="seq-mean-token-mean".
+    """
+    lengths = cu_seqlens.diff()  # (N,)
+    _check("lengths", lengths, advantages=advantages)
+    _check_lengths(lengths)
+    per_token = advantages.repeat_interleave(lengths)  # (S,)
+    _check("logp", logp, old_logp=old_logp, tokens_of_cu_seqlens=per_token)
+    log_ratio = _at_least_float32(logp) - old_logp.detach()  # (S,)
+    objective, metrics = _clipped(log_ratio, per_token, clip_low, clip_high)  # (S,)
+    return -(sequence_sums(objective, cu_seqlens) / lengths).mean(), metrics
+
+
+def sft_loss(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean negative log-likelihood of the tokens to imitate.
+
+        loss = -mean_t logp[t]
+
+    logp     (S,) float32, logp of the scored tokens only: an ignored one, logp 0, would water the mean down
+    returns  loss, a scalar; metrics: perplexity = exp(loss), "as unsure as between that many tokens"
+
+    Raises ValueError when there is no token.
+    """
+    _check("logp", logp)
+    loss = -_at_least_float32(logp).mean()
+    return loss, {"perplexity": loss.detach().exp()}
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """bf16 has 8 bits: it cannot even hold 1 + 3e-4. float64 stays, so that gradients can be checked in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """min(ratio * A, clip(ratio) * A) of each item, and what the ratios look like. Items: sequences or tokens."""
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"got clip_low {clip_low}, clip_high {clip_high}, want both >= 0; they are distances from 1")
+    low, high = 1 - clip_low, 1 + clip_high
+    advantages = advantages.detach().to(log_ratio.dtype)  # (N,)
+    ratio = log_ratio.exp()  # (N,)
+    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)  # (N,)
+    with torch.no_grad():
+        metrics = {
+            "ratio_mean": ratio.mean(),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "ratio_std": ratio.std(correction=0),  # over all there are, so 0 and not nan for a single one
+            # min() picks the clipped side, which is constant, in two of the four quadrants
+            "clip_low_frac": ((ratio < low) & (advantages < 0)).to(ratio.dtype).mean(),
+            "clip_high_frac": ((ratio > high) & (advantages > 0)).to(ratio.dtype).mean(),
+        }
+    return objective, metrics
+
+
+def _check(name: str, first: Tensor, **others: Tensor) -> None:
+    """All of one length, and of at least one item: (1,) against (N,) would broadcast without a word."""
+    if first.ndim != 1 or len(first) == 0 or any(t.shape != first.shape for t in others.values()):
+        shapes = ", ".join(f"{key} {tuple(t.shape)}" for key, t in {name: first, **others}.items())
+        raise ValueError(f"got {shapes}, want one dimension, the same and not 0; check what was packed")
+
+
+def _check_lengths(lengths: Tensor) -> None:
+    if (lengths < 1).any():
+        empty = (lengths < 1).nonzero().flatten().tolist()
+        raise ValueError(f"got empty answers at {empty[:8]}, want one token or more in each; drop them before the loss")

@@ -1,0 +1,87 @@
+"""AdamW over fp32 masters, gradient clipping, the learning-rate schedule.
+
+With 16-bit weights an update smaller than 2^-9 of a weight rounds to nothing: at learning rate 1e-6 and weights around
+0.02 that is every update, the policy never moves and every ratio stays 1. So each 16-bit parameter has an fp32 master;
+gradients are summed there and AdamW steps there, and the rounded master is copied back.
+
+Tests: tests/test_optimizer.py       Source: AdamW, arXiv 1711.05101; masters, arXiv 1710.03740 section 3.1
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """AdamW on the trainable parameters of a model. state() and load_state() are flat dictionaries of tensors."""
+
+    def __init__(self, model: nn.Module, *, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)):
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not self.named:
+            raise ValueError("got a model without trainable parameters; add a LoRA adapter or unfreeze it")
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for _, p in self.named]
+        matrices = [m for m in self.masters if m.ndim >= 2]
+        vectors = [m for m in self.masters if m.ndim < 2]  # norms and biases are not decayed
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the 16-bit gradients of one backward pass to their masters' fp32 ones. fp32 parameters need nothing."""
+        for (_, p), master in zip(self.named, self.masters, strict=True):
+            if p is not master and p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_clip: float) -> Tensor:
+        """One update. Returns the gradient's norm before clipping. A norm that is not finite raises FloatingPointError:
+        the weights are then still the last good ones."""
+        norm = nn.utils.clip_grad_norm_(self.masters, grad_clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm.item()}; the weights are as they were before this update")
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        for (_, p), master in zip(self.named, self.masters, strict=True):
+            if p is not master:
+                p.copy_(master)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs to continue bit for bit: moments, step counts, masters."""
+        out = {}
+        for (name, p), master in zip(self.named, self.masters, strict=True):
+            out.update({f"{name}.{key}": value for key, value in self.adamw.state[master].items()})
+            if p is not master:
+                out[f"{name}.master"] = master.detach()
+        return out
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for (name, p), master in zip(self.named, self.masters, strict=True):
+            if p is not master:
+                master.data.copy_(tensors[f"{name}.master"])
+            self.adamw.state[master] = {
+                key: tensors[f"{name}.{key}"].to(master.device if key != "step" else self._step_device(master), copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in tensors
+            }
+
+    @staticmethod
+    def _step_device(master: Tensor) -> torch.device:
+        return master.device  # fused AdamW keeps its step count where the parameter is
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str) -> float:
+    """Learning rate of update `step` (from 0): a linear rise over `warmup` updates, then the schedule down to 0 at `total`.
+
+    "constant" does not depend on `total`, so a run that is continued with more steps equals one that was longer.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,0 +1,346 @@
+"""nanogspo/runlog.py: the files a run leaves, what a killed and resumed run finds in them, and the picture.
+
+Run: python -m pytest tests/test_runlog.py
+"""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+
+from nanogspo.runlog import RunLog, draw_curves, read_rows, step_line, wilson_interval
+
+GSPO = {
+    "algo": "gspo",
+    "reward": 0.31,
+    "loss": -0.002,
+    "ratio_mean": 1.0,
+    "ratio_min": 0.9998,
+    "ratio_max": 1.0004,
+    "clip_low_frac": 0.01,
+    "clip_high_frac": 0.02,
+    "entropy": 0.7,
+    "answer_len": 5.1,
+    "step_s": 2.1,
+}
+SFT = {"algo": "sft", "loss": 1.25, "token_accuracy": 0.5, "tokens_per_s": 12345.6, "step_s": 0.25}
+
+
+def text_of(folder, name="metrics.jsonl"):
+    return (folder / name).read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------
+# the interval
+
+
+@given(n=st.integers(1, 1000), data=st.data())
+def test_wilson_bounds_solve_their_equation(n, data):
+    """Each bound p, unless it is 0 or 1, lies exactly z standard errors from the share: equation (1), not solved."""
+    successes = data.draw(st.integers(0, n))
+    share, (low, high) = successes / n, wilson_interval(successes, n)
+    assert 0 <= low <= share <= high <= 1
+    for p in (low, high):
+        if 0 < p < 1:
+            # both sides come from a handful of float64 operations on numbers up to 1: 1e-12 is thousands of roundings
+            assert abs(share - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-12)
+    assert (low > 0) == (successes > 0) and (high < 1) == (successes < n)
+
+
+@given(n=st.integers(0, 1000), data=st.data())
+def test_wilson_is_symmetric(n, data):
+    """Counting failures instead of successes mirrors the interval."""
+    successes = data.draw(st.integers(0, n))
+    (low, high), (other_low, other_high) = wilson_interval(successes, n), wilson_interval(n - successes, n)
+    assert (other_low, other_high) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_wilson_known_values():
+    """4 of 20 by hand: z^2 = 3.8415, so (0.2 + 0.0960 +- sqrt(0.16 * 0.19207 + 0.19207^2 / 4)) / 1.19207."""
+    assert wilson_interval(4, 20) == pytest.approx((0.0807, 0.4160), abs=5e-5)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    for successes, n in ((3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"got {successes} successes of {n}, want"):
+            wilson_interval(successes, n)
+
+
+# ----------------------------------------------------------------------------
+# files
+
+not_finite = st.sampled_from([math.nan, math.inf, -math.inf])  # too rare among all floats to be drawn by chance
+numbers = st.one_of(
+    not_finite, st.floats(), st.integers(-(2**70), 2**70), st.booleans(), st.text(max_size=4), st.none()
+)
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=4), numbers, max_size=4), max_size=4))
+def test_every_row_is_strict_json(tmp_path_factory, rows):
+    """NaN and infinities become null: a bare NaN is no JSON, and most readers stop at the first one."""
+    folder = tmp_path_factory.mktemp("run")
+    with RunLog(folder, steps=1, quiet=True) as log:
+        for row in rows:
+            log.step({**GSPO, **row, "algo": "gspo", "step": 3})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = text_of(folder).split("\n")
+    assert lines.pop() == "" and len(lines) == len(rows)
+    for row, line in zip(rows, lines, strict=True):
+        got = json.loads(line, parse_constant=refuse)
+        for key, value in row.items():
+            if key not in ("algo", "step"):
+                finite = not isinstance(value, float) or math.isfinite(value)
+                assert got[key] == (value if finite else None)
+
+
+def test_tensors_and_numpy_scalars_are_numbers(tmp_path):
+    with RunLog(tmp_path, steps=1, quiet=True) as log:
+        log.step({"step": 1, "algo": "sft", "loss": torch.tensor(0.5), "x": [torch.tensor(math.nan), numpy.float32(2)]})
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "algo": "sft", "loss": 0.5, "x": [None, 2.0]}]
+
+
+def test_samples_keep_their_text(tmp_path):
+    sample = {"step": 1, "prompt": "47+38=", "answer": "Zażółć\n\u2028 ", "reward": 0.5}  # U+2028 ends a line for some
+    with RunLog(tmp_path, steps=1, quiet=True) as log:
+        log.samples([sample, sample])
+    assert read_rows(tmp_path / "samples.jsonl") == [sample, sample]
+    assert text_of(tmp_path, "samples.jsonl").count("\n") == 2
+
+
+def test_evaluation_row(tmp_path):
+    with RunLog(tmp_path, steps=1, quiet=True) as log:
+        row = log.evaluation(step=7, phase="sft", successes=31, count=100, eval_reward=0.6)
+        log.evaluation(step=8, phase="sft", successes=0, count=0)
+    low, high = wilson_interval(31, 100)
+    want = {"step": 7, "phase": "sft", "eval_exact": 0.31, "eval_low": low, "eval_high": high, "eval_count": 100}
+    assert row == want | {"eval_reward": 0.6}
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == row
+    assert read_rows(tmp_path / "metrics.jsonl")[1]["eval_exact"] is None
+
+
+def test_a_killed_run_keeps_its_rows(tmp_path):
+    program = (
+        "import os, signal; from nanogspo.runlog import RunLog\n"
+        f"log = RunLog({str(tmp_path)!r}, steps=9, quiet=True)\n"
+        "for step in range(3): log.step({'step': step, 'algo': 'sft'})\n"
+        "log.samples([{'step': 2}]); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    assert read_rows(tmp_path / "samples.jsonl") == [{"step": 2}]
+
+
+@given(steps=st.integers(0, 6), resume=st.integers(0, 6), half=st.booleans())
+def test_resuming_drops_what_comes_after(tmp_path_factory, steps, resume, half):
+    """Rows up to the step are kept byte for byte; a half-written last line goes; what follows is appended."""
+    folder = tmp_path_factory.mktemp("run")
+    with RunLog(folder, steps=6, quiet=True) as log:
+        for step in range(1, steps + 1):
+            log.step({**SFT, "step": step, "loss": 0.1 * step})
+            log.samples([{"step": step, "answer": "é"}])
+    before = {name: text_of(folder, name) for name in ("metrics.jsonl", "samples.jsonl")}
+    if half:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 1, "lo')
+    with RunLog(folder, steps=6, resume_step=resume, quiet=True) as log:
+        log.step({**SFT, "step": resume + 1})
+    kept = min(steps, resume)
+    assert text_of(folder).splitlines()[:-1] == before["metrics.jsonl"].splitlines()[:kept]
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [*range(1, kept + 1), resume + 1]
+    assert text_of(folder, "samples.jsonl").splitlines() == before["samples.jsonl"].splitlines()[:kept]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "samples.jsonl"]  # no temporary file
+
+
+def test_a_new_run_starts_empty(tmp_path):
+    for _ in range(2):
+        with RunLog(tmp_path / "deep" / "er", steps=1, quiet=True) as log:
+            log.step({**SFT, "step": 1})
+    assert len(read_rows(tmp_path / "deep" / "er" / "metrics.jsonl")) == 1
+
+
+def test_a_broken_row_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: got broken JSON, want a row; delete the line"):
+        RunLog(tmp_path, steps=1, resume_step=2, quiet=True)
+    assert text_of(tmp_path).startswith('{"step": 1}\n{"st\n')  # and nothing was lost by looking
+    assert read_rows(tmp_path / "missing.jsonl") == []
+
+
+# ----------------------------------------------------------------------------
+# console
+
+
+def test_step_lines():
+    assert step_line({**GSPO, "step": 40}) == (
+        "step   40 | reward 0.31 | loss -0.002 | ratio 1.000 ±0.0004 | clip 0.03 | len    5.1 | 2.1 s"
+    )
+    assert step_line({**SFT, "step": 12345}, width=6) == (
+        "step  12345 | loss  1.2500 | accuracy 0.500 |    12,346 tokens/s | 0.2 s"
+    )
+
+
+@pytest.mark.parametrize("base", [GSPO, SFT])
+def test_columns_stay_in_place(base):
+    """The bars stand under each other from step 1 to 9999, for numbers of either sign, and for NaN."""
+    lines = [step_line({**base, "step": step, "loss": loss}) for step in (1, 9999) for loss in (0.5, 1.25, math.nan)]
+    lines += [step_line({**SFT, "step": 1, "loss": 11.9})] if base is SFT else []  # ln 151,936: an untrained Qwen
+    lines += [step_line({**base, "step": 2, "reward": None, "answer_len": 4096.0, "tokens_per_s": 1e6})]
+    lines += [step_line({**GSPO, "step": 3, "loss": -0.25})] if base is GSPO else []
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("low, high", [(math.nan, 1.0), (1.0, math.nan), (None, 1.0)])
+def test_a_ratio_of_nan_is_shown(low, high):
+    """max(0.0, nan) is 0.0 in Python: a broken ratio would look like a perfect one."""
+    assert "±nan" in step_line({**GSPO, "step": 1, "ratio_min": low, "ratio_max": high})
+
+
+def test_console_is_plain_lines_without_a_terminal(tmp_path, capsys):
+    with RunLog(tmp_path / "a", steps=2) as log:
+        log.evaluation(step=0, phase="start", successes=2, count=500)
+        log.step({**GSPO, "step": 1})
+        log.say("done")
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "eval    0 | start   | exact   0.4% | 95 % interval 0.1% to 1.4% | 2 of 500",
+        step_line({**GSPO, "step": 1}),
+        "done",
+    ]
+    assert err == ""
+    with RunLog(tmp_path / "b", steps=2, quiet=True) as log:
+        log.step({**GSPO, "step": 1})
+        log.say("done")
+    assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_that_ends_where_the_run_does(tmp_path, monkeypatch):
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")  # draw every update
+    with RunLog(tmp_path, steps=4, resume_step=2) as log:
+        for step in (3, 4):
+            log.step({**GSPO, "step": step})
+    assert out.getvalue().splitlines() == [step_line({**GSPO, "step": step}) for step in (3, 4)]
+    assert "2/4" in err.getvalue() and "4/4" in err.getvalue()
+
+
+# ----------------------------------------------------------------------------
+# curves.png
+
+
+def write_rows(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sft_rows(steps, **more):
+    return [{**SFT, "step": step, **more} for step in steps]
+
+
+def gspo_rows(steps, **more):
+    return [{**GSPO, "step": step, **more} for step in steps]
+
+
+def eval_row(step, phase, low=0.2, **more):
+    return {"step": step, "phase": phase, "eval_exact": 0.3, "eval_low": low, "eval_high": 0.4, **more}
+
+
+RUNS = {
+    "both": [
+        eval_row(0, "start"),
+        *sft_rows(range(1, 30)),
+        eval_row(29, "sft"),
+        *gspo_rows(range(30, 60)),
+        eval_row(59, "gspo"),
+        *sft_rows(range(30, 60), phase="control"),
+        eval_row(59, "control"),
+    ],
+    "sft only": sft_rows(range(1, 4)),
+    "one step": gspo_rows([1]),
+    "no phase": [{"step": 1, "eval_exact": 0.5, "eval_low": 0.4, "eval_high": 0.6}],
+    "control alone": [eval_row(3, "control")],
+    "all null": [
+        *gspo_rows([1, 2], **dict.fromkeys((set(GSPO) | {"entropy"}) - {"algo"})),
+        *sft_rows([1], loss=None),
+        eval_row(1, "gspo", low=None),
+    ],
+    "some null": gspo_rows([1, 2]) + gspo_rows([3], reward=None, ratio_min=None, entropy=None),
+    "far outside the clip range": gspo_rows([1, 2], ratio_min=0.5, ratio_max=7.0),
+    "missing keys": [{"step": 1, "algo": "grpo", "reward": 0.5}, {"step": 2, "algo": "sft"}],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.filterwarnings("error")  # matplotlib warns about what it cannot draw: empty limits, lost glyphs
+def test_curves_of_any_run(tmp_path, name):
+    write_rows(tmp_path, RUNS[name])
+    path = draw_curves(tmp_path, clip_range=(3e-4, 4e-4))
+    image = imread(path)
+    assert path == tmp_path / "curves.png" and image.std() > 0.01  # something is drawn on the white
+
+
+def test_more_measurements_make_more_panels(tmp_path):
+    """One panel for an SFT run, five for RL alone, six for both: three in a row, so the picture grows."""
+    sizes = {}
+    for name, rows in {"sft": sft_rows([1, 2]), "rl": gspo_rows([1, 2]), "both": RUNS["both"]}.items():
+        write_rows(tmp_path, rows)
+        sizes[name] = imread(draw_curves(tmp_path)).shape[:2]
+    assert sizes["sft"][1] < sizes["rl"][1] == sizes["both"][1]
+    assert sizes["sft"][0] < sizes["rl"][0]
+
+
+def test_every_panel_shows_its_numbers(tmp_path):
+    """A panel that is wired to the wrong column, or to none, would draw the same picture for other numbers."""
+    pictures = []
+    for key in ("step_s", "reward", "entropy", "answer_len", "ratio_max", "ratio_mean"):  # step_s is in no panel
+        write_rows(tmp_path, gspo_rows(range(1, 9)) + gspo_rows([9], **{key: 3.0}))
+        pictures.append(imread(draw_curves(tmp_path, clip_range=(3e-4, 4e-4))))
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_the_clip_range_and_the_control_are_drawn(tmp_path):
+    def picture(rows, **options):
+        write_rows(tmp_path, rows)
+        return imread(draw_curves(tmp_path, **options))
+
+    bare, ranged = picture(RUNS["one step"]), picture(RUNS["one step"], clip_range=(3e-4, 4e-4))
+    assert (bare != ranged).any()
+
+    def green(image):
+        red, green, blue = (image[..., channel] for channel in range(3))
+        return ((green > 0.5) & (red < 0.2) & (blue < 0.6)).sum()  # only the control is green
+
+    evaluations = [eval_row(0, "start"), eval_row(29, "sft"), eval_row(59, "gspo"), eval_row(59, "control")]
+    whole, rootless, without = evaluations, [evaluations[0], *evaluations[2:]], evaluations[:3]
+    # the control's line starts where SFT ended, and without that point there is no line, only the control's own marker
+    assert green(picture(whole)) > green(picture(rootless)) + 100 > 100 > green(picture(without)) == 0
+
+
+def test_nothing_to_draw(tmp_path):
+    assert draw_curves(tmp_path) is None
+    with RunLog(tmp_path, steps=1, quiet=True) as log:
+        assert log.draw() is None
+        log.step({**GSPO, "step": 1})
+        assert log.draw() == tmp_path / "curves.png"
+    assert os.listdir(tmp_path).count("curves.png") == 1
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    program = "import sys, nanogspo.runlog; sys.exit('matplotlib' in sys.modules or 'tqdm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
