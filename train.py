@@ -121,7 +121,14 @@ def run(config: TrainConfig) -> None:
         checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
     elif config.lora_r:
         targets = [t for t in config.lora_targets.split(",") if t]
-        lora.add_lora(model, r=config.lora_r, alpha=config.lora_alpha, targets=targets, dropout=config.lora_dropout, seed=config.seed)
+        lora.add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            targets=targets,
+            dropout=config.lora_dropout,
+            seed=config.seed,
+        )
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
@@ -130,9 +137,13 @@ def run(config: TrainConfig) -> None:
     # 4. data
 
     if config.data:
-        rows, too_long = load_jsonl(config.data, tokenizer, max_length=config.max_length, template_kwargs=chat.template_kwargs)
+        rows, too_long = load_jsonl(
+            config.data, tokenizer, max_length=config.max_length, template_kwargs=chat.template_kwargs
+        )
         if too_long:
-            print(f"left out {len(too_long)} rows longer than {config.max_length} tokens: lines {', '.join(map(str, too_long))}")
+            print(
+                f"left out {len(too_long)} rows longer than {config.max_length} tokens: lines {', '.join(map(str, too_long))}"
+            )
 
         def sft_example(n: int) -> Example:
             epoch, i = divmod(n, len(rows))
@@ -150,7 +161,9 @@ def run(config: TrainConfig) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 5. optimiser and schedule
 
-    phases = [Phase("sft", "sft", config.warm_steps, config.warm_lr, until=config.warm_until)] if config.warm_steps else []
+    phases = (
+        [Phase("sft", "sft", config.warm_steps, config.warm_lr, until=config.warm_until)] if config.warm_steps else []
+    )
     phases.append(Phase(config.algo, config.algo, config.steps, config.lr))
     if config.control:  # SFT instead of RL, for as long as RL took (the seconds follow when RL has ended)
         phases.append(Phase("control", "sft", sys.maxsize, config.warm_lr))
@@ -167,7 +180,12 @@ def run(config: TrainConfig) -> None:
         print(f"resumed {folder} after update {progress.step}")
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     resume_step = progress.step if config.resume else None
-    log = RunLog(folder, steps=config.warm_steps + config.steps, resume_step=resume_step, clip_range=(config.clip_low, config.clip_high))
+    log = RunLog(
+        folder,
+        steps=config.warm_steps + config.steps,
+        resume_step=resume_step,
+        clip_range=(config.clip_low, config.clip_high),
+    )
 
     def save_state() -> None:
         runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), rollout and freeze(rollout))
@@ -188,12 +206,20 @@ def run(config: TrainConfig) -> None:
         phase, phase_started = phases[progress.phase], time.perf_counter() - progress.seconds
         while progress.phase_step < phase.steps and progress.seconds < phase.seconds and not stop:
             began = time.perf_counter()
-            lr = learning_rate(progress.phase_step, peak=phase.lr, warmup=config.warmup_updates, total=phase.steps, schedule=config.lr_schedule)
+            lr = learning_rate(
+                progress.phase_step,
+                peak=phase.lr,
+                warmup=config.warmup_updates,
+                total=phase.steps,
+                schedule=config.lr_schedule,
+            )
             metrics = []  # (weight, facts) of each micro-batch; the weights of an update sum to 1
 
             if phase.algo == "sft":
                 draws = range(progress.sft_cursor, progress.sft_cursor + config.batch_size)
-                batches = pack([sft_example(n) for n in draws], max_tokens=config.micro_batch_tokens, pad_id=tokenizer.pad_id)
+                batches = pack(
+                    [sft_example(n) for n in draws], max_tokens=config.micro_batch_tokens, pad_id=tokenizer.pad_id
+                )
                 total = sum(len(batch.targets) for batch in batches)
                 for batch in batches:
                     batch = batch.to(config.device)
@@ -202,7 +228,12 @@ def run(config: TrainConfig) -> None:
                     weight = len(logp) / total  # SFT averages over tokens
                     (loss * weight).backward()
                     optimizer.accumulate()
-                    metrics.append((weight, facts | {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()}))
+                    metrics.append(
+                        (
+                            weight,
+                            facts | {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()},
+                        )
+                    )
                 progress.sft_cursor += config.batch_size
 
             else:
@@ -213,11 +244,17 @@ def run(config: TrainConfig) -> None:
                 batches, old = rollout.minibatches[progress.update], rollout.old_logp[progress.update]
                 total = sum(len(batch.index) for batch in batches)
                 for batch, old_logp in zip(batches, old, strict=True):
-                    batch, old_logp, A = batch.to(config.device), old_logp.to(config.device), rollout.advantages[batch.index]
+                    batch, old_logp, A = (
+                        batch.to(config.device),
+                        old_logp.to(config.device),
+                        rollout.advantages[batch.index],
+                    )
                     logp, entropy, _ = score(model, batch, temperature=config.temperature)  # (S,), (S,), (S,)
                     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
                     if phase.algo == "gspo":  # one ratio per answer
-                        new_sums, old_sums = (sequence_sums(x, batch.cu_seqlens) for x in (logp, old_logp))  # (N,), (N,)
+                        new_sums, old_sums = (
+                            sequence_sums(x, batch.cu_seqlens) for x in (logp, old_logp)
+                        )  # (N,), (N,)
                         loss, facts = gspo_loss(new_sums, old_sums, batch.lengths, A.to(config.device), **clip)
                     else:  # grpo: one ratio per token
                         loss, facts = grpo_loss(logp, old_logp, batch.cu_seqlens, A.to(config.device), **clip)
@@ -243,7 +280,11 @@ def run(config: TrainConfig) -> None:
             seconds = time.perf_counter() - began
             row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **combine(metrics)}
             row |= {} if phase.algo == "sft" else rollout.facts
-            row |= {"grad_norm": norm.item(), "lr": lr, "tokens_per_s": sum(batch.real_tokens for batch in batches) / seconds}
+            row |= {
+                "grad_norm": norm.item(),
+                "lr": lr,
+                "tokens_per_s": sum(batch.real_tokens for batch in batches) / seconds,
+            }
             log.step(row | {"step_s": seconds, "peak_mem_bytes": peak_memory(config.device)})
             if phase.until <= 1 and progress.phase_step % PROBE_EVERY == 0:
                 problems = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
@@ -265,9 +306,13 @@ def run(config: TrainConfig) -> None:
             seconds, optimizer = progress.seconds, Optimizer(model, weight_decay=config.weight_decay)
             warm, _ = runstate.load_state(folder / "state" / "warm.safetensors", model, optimizer)
             phases[-1] = dataclasses.replace(phases[-1], seconds=seconds)
-            progress = dataclasses.replace(Progress(**warm), phase=progress.phase + 1, phase_step=0, seconds=0.0, step=progress.step)
+            progress = dataclasses.replace(
+                Progress(**warm), phase=progress.phase + 1, phase_step=0, seconds=0.0, step=progress.step
+            )
         else:
-            runstate.save_state(folder / "state" / "warm.safetensors", model, optimizer, dataclasses.asdict(progress), None)
+            runstate.save_state(
+                folder / "state" / "warm.safetensors", model, optimizer, dataclasses.asdict(progress), None
+            )
             progress.phase, progress.phase_step, progress.seconds = progress.phase + 1, 0, 0.0
             optimizer = Optimizer(model, weight_decay=config.weight_decay)
 
@@ -286,7 +331,10 @@ def run(config: TrainConfig) -> None:
 # what the recipe calls, in the order it calls it
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000  # seeds apart from the rollouts' own: three different orders of the problems
+SFT_STREAM, PROBE_STREAM = (
+    1_000_000,
+    2_000_000,
+)  # seeds apart from the rollouts' own: three different orders of the problems
 PROBE_EVERY = 20  # updates; probing 200 problems costs about as much as four of them
 
 
@@ -297,9 +345,15 @@ def run_folder(config: TrainConfig) -> pathlib.Path:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"got --out {folder}, which is a file; want a folder")
         if not config.resume and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds another run or other files; want an empty --out, or --resume {folder} to go on with it")
+            raise ValueError(
+                f"{folder} holds another run or other files; want an empty --out, or --resume {folder} to go on with it"
+            )
     else:
-        name = pathlib.Path(config.model).name + "-" + config.algo if config.model != "tiny" or config.algo != "gspo" else "tiny"
+        name = (
+            pathlib.Path(config.model).name + "-" + config.algo
+            if config.model != "tiny" or config.algo != "gspo"
+            else "tiny"
+        )
         tries = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         folder = next(f for f in (pathlib.Path("runs", t) for t in tries) if not f.exists())
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,8 +410,13 @@ def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progr
         examples.append(Example(prompt + a.tokens, [False] * len(prompt) + [True] * len(a.tokens)))
     rollout = Rollout(examples, advantages)
     rollout.minibatches = split(rollout.examples, config, chat.tokenizer.pad_id)
-    with torch.no_grad():  # once, with the micro-batches, kernels and dtypes of the updates: their first ratio is exactly 1
-        rollout.old_logp = [[score(model, b.to(config.device), temperature=config.temperature)[0].cpu() for b in m] for m in rollout.minibatches]
+    with (
+        torch.no_grad()
+    ):  # once, with the micro-batches, kernels and dtypes of the updates: their first ratio is exactly 1
+        rollout.old_logp = [
+            [score(model, b.to(config.device), temperature=config.temperature)[0].cpu() for b in m]
+            for m in rollout.minibatches
+        ]
     sampled = [torch.tensor(a.logp).mean() for a in answers]  # length-normalised, as the ratio is
     gaps = []
     for batches, old in zip(rollout.minibatches, rollout.old_logp, strict=True):
@@ -367,14 +426,22 @@ def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progr
     rollout.facts = {
         "reward": table.mean().item(),
         "reward_std": table.std(dim=1).mean().item(),
-        "exact": sum(task.exact(problems[a.prompt_index], t) for a, t in zip(answers, texts, strict=True)) / len(answers),
+        "exact": sum(task.exact(problems[a.prompt_index], t) for a, t in zip(answers, texts, strict=True))
+        / len(answers),
         "zero_spread_frac": (table.amax(1) == table.amin(1)).float().mean().item(),
         "truncated_frac": sum(not a.finished for a in answers) / len(answers),
         "answer_len": sum(len(a.tokens) for a in answers) / len(answers),
-        "sampler_gap_max": max(gaps).item(),  # sampling against scoring, in the unit of log(ratio); never enters the loss
+        "sampler_gap_max": max(
+            gaps
+        ).item(),  # sampling against scoring, in the unit of log(ratio); never enters the loss
     }
     rollout.samples = [
-        {"step": progress.step + 1, "prompt": chat.tokenizer.decode(prompts[a.prompt_index], skip_special_tokens=False), "answer": t, "reward": r}
+        {
+            "step": progress.step + 1,
+            "prompt": chat.tokenizer.decode(prompts[a.prompt_index], skip_special_tokens=False),
+            "answer": t,
+            "reward": r,
+        }
         for a, t, r in zip(answers, texts, rewards, strict=True)
     ]
     return rollout
@@ -393,7 +460,11 @@ def split(examples: list[Example], config: TrainConfig, pad_id: int) -> list[lis
 def freeze(rollout: Rollout) -> dict:
     """The rollout in progress, as runstate stores it."""
     old_logp = torch.cat([x for batches in rollout.old_logp for x in batches])  # (all scored tokens,)
-    return {"examples": rollout.examples, "facts": rollout.facts, "tensors": {"advantages": rollout.advantages, "old_logp": old_logp}}
+    return {
+        "examples": rollout.examples,
+        "facts": rollout.facts,
+        "tensors": {"advantages": rollout.advantages, "old_logp": old_logp},
+    }
 
 
 def unfreeze(saved: dict, config: TrainConfig, pad_id: int) -> Rollout:

@@ -5,8 +5,8 @@
     entropy[n] = -sum_v p[n, v] log p[n, v]               with p = softmax_v z[n, v]                (2)
 
 For Qwen3-0.6B (V = 151936) one row of fp32 logits is 0.6 MB: 8192 tokens would need 5 GB, three times over with the
-softmax and its gradient. Here one tile of logits, at most 16 MB, is alive at a time, and backward
-computes it again. Three choices, because GSPO clips the length-normalised ratio at 3e-4:
+softmax and its gradient. Here one tile of logits, at most 16 MB, is alive at a time, and backward computes it again.
+Three choices, because GSPO clips the length-normalised ratio at 3e-4:
 
   * logits and sums are fp32 whatever the inputs are. With bf16 logits the mean over 1024 tokens has an error of 1.6e-4
     (standard deviation), and 6 % of all sequences would leave the clip range from rounding alone.
@@ -41,7 +41,7 @@ from torch.nn.functional import logsigmoid
 IGNORE = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
 
 # Measured on one CPU core at N = 512, C = 576, V = 49152: tiles of 2 to 16 MB are within 4 % of each other, 0.5 MB is
-# 10 % slower (thin products), 100 MB 38 % (out of cache). A GPU wants 1024 rows or more in a product: not measured here.
+# 10 % slower (thin products), 100 MB 38 % (out of cache). A GPU wants 1024 rows or more in a product; not measured.
 TILE = 4 * 2**20  # logits in a tile, 16 MB of fp32: 1024 rows by 4096 columns. Forward holds two tiles.
 TILE_VOCAB = 4096  # a smaller vocabulary gets more rows: V = 20 is one tile up to 200k rows
 UNDERFLOW = -1000.0  # exp(-1000) is exactly 0 in fp32 and fp64: a floor that changes nothing, except -inf * 0 = nan
@@ -97,13 +97,14 @@ def _put(tile: Tensor, column: Tensor, inside: Tensor, values: Tensor) -> None:
 
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """One pass over the tiles. Of the tokens that are not the target, three running numbers a row are kept:
 
         m = max z        s = sum exp(z - m)        a = sum exp(z - m) (z - m)
 
-    returns  logp, entropy, m, logp_m, all (N,). logp_m is the log-prob of the likeliest other token, so that
-             log p[v] = logp_m + (z[v] - m): small numbers even where z and its logsumexp are 1e4.
+    returns  logp, entropy, m, logp_m, first, all (N,). logp_m is the log-prob of the likeliest other token, so that
+             log p[v] = logp_m + (z[v] - m): small numbers even where z and its logsumexp are 1e4. first (bool) says
+             that no other token is likelier than the target.
     """
     N, V = len(hidden), len(weight)
     dtype, operand = _dtypes(hidden, weight)
@@ -137,7 +138,7 @@ def _forward(
     logp_m = logsigmoid(-margin) - log_s  # (N,)
     # (2) as target plus others, where sum_others p log p = (1 - p_y) (logp_m + a / s): two terms >= 0, no cancelling
     entropy = logp.expm1() * (logp_m + a / s) - logp.exp() * logp.clamp_min(info.min)  # (N,) clamp: 0 * -inf = nan
-    return logp, entropy, m, logp_m
+    return logp, entropy, m, logp_m, z_y >= m  # logits, because equal ones need not have logps of equal bits
 
 
 def _backward(
@@ -153,7 +154,8 @@ def _backward(
         dz[v] = -p[v] (dlogp + dentropy (log p[v] + entropy))                                v != y
         dz[y] = (1 - p[y]) dlogp - p[y] dentropy (logp + entropy)
         dx = dz (1 - tanh(x / softcap)^2) / temperature
-        dhidden = dx @ weight        dweight = dx.T @ hidden
+
+    returns  dhidden = dx @ weight (N, C) in fp32, dweight = dx.T @ hidden (V, C) in its own dtype; None if not needed
     """
     hidden, weight, targets, logp, entropy, m, logp_m = saved
     N, V = len(hidden), len(weight)
@@ -199,14 +201,13 @@ def _backward(
 
 
 class _TokenLogprob(torch.autograd.Function):
-    """Saves hidden (N, C), weight (V, C), targets and four floats a row: 24 bytes a token besides what exists anyway."""
+    """Saves hidden (N, C), weight (V, C), targets and four floats a row: 24 bytes a token besides what exists."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, softcap):
-        logp, entropy, m, logp_m = _forward(hidden, weight, targets, temperature, softcap)
+        logp, entropy, m, logp_m, first = _forward(hidden, weight, targets, temperature, softcap)
         ctx.save_for_backward(hidden, weight, targets, logp, entropy, m, logp_m)
         ctx.temperature, ctx.softcap = temperature, softcap
-        first = logp >= logp_m  # (N,) no other token is likelier
         ctx.mark_non_differentiable(first)
         ctx.set_materialize_grads(False)  # no entropy in the loss is None here, and its half of the work is skipped
         return logp, entropy, first
@@ -248,7 +249,7 @@ def token_logprob(
     temperature  > 0; the one answers were sampled with, or the ratio compares two other policies
     softcap      Gemma 2's final_logit_softcapping; None for none
     backend      "torch" | None, which is "torch"
-    with_top     also return whether the target is the likeliest token (ties count), for token accuracy at no cost
+    with_top     also return whether the target is the likeliest token (ties count): token accuracy at no cost
     returns      logp (N,) and entropy (N,), float32 (float64 if an input is); differentiable in hidden and weight;
                  with_top: and (N,) bool, False at IGNORE
 
@@ -263,7 +264,9 @@ def token_logprob(
     V = len(weight)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, targets))
-        raise ValueError(f"got hidden, weight, targets of shapes {shapes}, want (N, C), (V, C), (N,); check the reshape")
+        raise ValueError(
+            f"got hidden, weight, targets of shapes {shapes}, want (N, C), (V, C), (N,); check the reshape"
+        )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"got temperature {temperature}, want a number above 0; greedy answers are scored at 1.0")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):

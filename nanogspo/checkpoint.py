@@ -33,14 +33,23 @@ from nanogspo.families import export_config, model_config
 from nanogspo.lora import LoRALinear, add_lora, lora_layers
 from nanogspo.model import Transformer
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 1000**3  # the hub's habit; one file larger than this uploads badly
 
 # Names on the way in: the first prefix that matches is stripped. Wrappers of multimodal models put the text part deeper.
 PREFIXES = ("thinker.model.", "model.language_model.", "language_model.model.", "model.")
 # Parts of multimodal checkpoints that a text model does not use, and buffers that old files carry
-SKIP = re.compile(r"(^|\.)(visual|vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio|mtp|talker|code2wav)\.|rotary_emb\.inv_freq$")
+SKIP = re.compile(
+    r"(^|\.)(visual|vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio|mtp|talker|code2wav)\.|rotary_emb\.inv_freq$"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,9 +67,13 @@ def resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
         return path
     name = str(path_or_repo)
     if path.exists():
-        raise ValueError(f"got the file {name}, want a checkpoint folder (config.json, *.safetensors) or a hub id owner/name")
+        raise ValueError(
+            f"got the file {name}, want a checkpoint folder (config.json, *.safetensors) or a hub id owner/name"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        raise ValueError(f"got model {name!r}, which is no folder here; want a checkpoint folder, a hub id owner/name, or tiny")
+        raise ValueError(
+            f"got model {name!r}, which is no folder here; want a checkpoint folder, a hub id owner/name, or tiny"
+        )
     return _fetch(name)
 
 
@@ -79,8 +92,12 @@ def _fetch(repo: str) -> pathlib.Path:
         if index.exists():
             weights = sorted(set(_json(index)["weight_map"].values()))
         else:
-            weights = ["adapter_model.safetensors" if (folder / "adapter_config.json").exists() else "model.safetensors"]
-        return pathlib.Path(hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, "*.safetensors.index.json", *weights]))
+            weights = [
+                "adapter_model.safetensors" if (folder / "adapter_config.json").exists() else "model.safetensors"
+            ]
+        return pathlib.Path(
+            hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, "*.safetensors.index.json", *weights])
+        )
     except errors.GatedRepoError as e:
         raise ValueError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run `hf auth login`, {local}"
@@ -91,8 +108,12 @@ def _fetch(repo: str) -> pathlib.Path:
         ) from e
     except OSError as e:  # LocalEntryNotFoundError, connection and time-out errors and a full disk are all OSErrors
         if e.errno == 28 or "No space left" in str(e):
-            raise ValueError(f"the disk is full while fetching {repo}: free some space or set HF_HOME to another disk, {local}") from e
-        raise ValueError(f"cannot reach the hub for {repo} and it is not in the cache: check the network, {local}") from e
+            raise ValueError(
+                f"the disk is full while fetching {repo}: free some space or set HF_HOME to another disk, {local}"
+            ) from e
+        raise ValueError(
+            f"cannot reach the hub for {repo} and it is not in the cache: check the network, {local}"
+        ) from e
 
 
 def _json(path: pathlib.Path) -> dict:
@@ -154,7 +175,9 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str
             raise ValueError(f"{path}: tensor {name} has dtype {t['dtype']}, want one of {', '.join(DTYPES)}")
         bytes_ = math.prod(t["shape"]) * DTYPES[t["dtype"]].itemsize
         if t["start"] != expected or t["end"] - t["start"] != bytes_:
-            raise ValueError(f"{path}: tensor {name} claims bytes {t['start']}..{t['end']}, want {expected}..{expected + bytes_}; {again}")
+            raise ValueError(
+                f"{path}: tensor {name} claims bytes {t['start']}..{t['end']}, want {expected}..{expected + bytes_}; {again}"
+            )
         expected = t["end"]
         if 8 + length + t["end"] > size:
             raise ValueError(f"{path}: tensor {name} ends at byte {8 + length + t['end']} of a file of {size}; {again}")
@@ -174,7 +197,9 @@ def read_tensor(file, entry: dict, into: Tensor | None = None) -> Tensor:
 
 
 def write_safetensors(
-    path: str | os.PathLike, tensors: dict[str, tuple[torch.dtype, tuple, Callable[[], Tensor]]], metadata: dict[str, str]
+    path: str | os.PathLike,
+    tensors: dict[str, tuple[torch.dtype, tuple, Callable[[], Tensor]]],
+    metadata: dict[str, str],
 ) -> None:
     """Write tensors one after the other, atomically. Each is asked for only when its turn comes, so a merged or moved
     copy exists for one tensor at a time.
@@ -248,12 +273,20 @@ def load(path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = 
         print(f"{folder}: left aside {len(skipped)} tensors: {', '.join(skipped)}", file=sys.stderr)
     for file in dict.fromkeys(file for file, _ in found.values()):
         with open(file, "rb", buffering=0) as f:
-            for name, (_, entry) in sorted(((n, e) for n, e in found.items() if e[0] == file), key=lambda x: x[1][1]["start"]):
+            for name, (_, entry) in sorted(
+                ((n, e) for n, e in found.items() if e[0] == file), key=lambda x: x[1][1]["start"]
+            ):
                 parent, leaf = name.rsplit(".", 1)
                 tensor = read_tensor(f, entry).to(device=device, dtype=dtype)
                 model.get_submodule(parent).register_parameter(leaf, nn.Parameter(tensor))
     model.folder = folder
     return model.eval()
+
+
+def stored_dtype(folder: pathlib.Path) -> torch.dtype:
+    """The dtype of a checkpoint's largest tensor: what it was saved in."""
+    entries = [entry for file in weight_files(folder) for entry in read_header(file)[0].values()]
+    return DTYPES[max(entries, key=lambda entry: math.prod(entry["shape"]))["dtype"]]
 
 
 def our_name(name: str) -> str:
@@ -331,7 +364,10 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         total = sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in tensors.values())
-        atomic_write(path / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+        atomic_write(
+            path / "model.safetensors.index.json",
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2),
+        )
     _drop_stale_weights(path, set(weight_map.values()))
     source = getattr(model, "folder", None)
     if source is not None and (source / "generation_config.json").exists():
@@ -401,7 +437,9 @@ def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "")
 def _short_targets(model: Transformer, names: list[str]) -> list[str]:
     """Leaf names where every layer of that leaf is wrapped, full names where only some are."""
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-    every = [n for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear) and not _inside_lora(n)]
+    every = [
+        n for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear) and not _inside_lora(n)
+    ]
     if any(name.rsplit(".", 1)[-1] in leaves for name in every):
         return sorted(names)
     return leaves
@@ -420,10 +458,16 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
     folder = resolve(path_or_repo)
     config, file = _json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if not file.exists():
-        raise ValueError(f"{folder}: got no adapter_model.safetensors, want one beside adapter_config.json (a pickle is not read)")
+        raise ValueError(
+            f"{folder}: got no adapter_model.safetensors, want one beside adapter_config.json (a pickle is not read)"
+        )
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise ValueError(f"{folder}: got peft_type {config['peft_type']!r}, want LORA")
-    extras = {key: config.get(key) for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(key)}
+    extras = {
+        key: config.get(key)
+        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+        if config.get(key)
+    }
     if config.get("bias", "none") != "none":
         extras["bias"] = config["bias"]
     if extras:
@@ -446,7 +490,9 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
             for part, entry in pairs[name].items():
                 weight = getattr(layer, part).weight
                 if entry["shape"] != tuple(weight.shape):
-                    raise ValueError(f"{file}: {name}.{part} has shape {list(entry['shape'])}, want {list(weight.shape)}")
+                    raise ValueError(
+                        f"{file}: {name}.{part} has shape {list(entry['shape'])}, want {list(weight.shape)}"
+                    )
                 weight.data.copy_(read_tensor(f, entry))
     return touched
 

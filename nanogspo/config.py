@@ -26,7 +26,9 @@ class TrainConfig:
     """Fine-tune a Qwen, Gemma or Llama model with SFT, GRPO or GSPO. Without flags: the two-minute tiny run."""
 
     # what
-    model: str = flag("tiny", "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot")
+    model: str = flag(
+        "tiny", "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot"
+    )
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft"))
     task: str = flag("addition", "where prompts and rewards come from: addition, reverse, or jsonl (with --data)")
     task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default")
@@ -41,14 +43,20 @@ class TrainConfig:
     eval_size: int = flag(200, "held-out problems per evaluation, answered greedily")
     save_every: int = flag(50, "updates between saves of the state that --resume reads")
     warm_steps: int = flag(0, "at most this many SFT updates on the task's own answers before RL starts")
-    warm_until: float = flag(0.3, "end the warm-up once this share of warm_probe fresh training problems is answered right")
+    warm_until: float = flag(
+        0.3, "end the warm-up once this share of warm_probe fresh training problems is answered right"
+    )
     warm_probe: int = flag(200, "training problems answered greedily every 20 warm-up updates, to see whether to stop")
     warm_lr: float = flag(1e-3, "learning rate of the warm-up")
-    control: bool = flag(False, "after RL, also continue SFT from the end of the warm-up for as long as RL took, to compare")
+    control: bool = flag(
+        False, "after RL, also continue SFT from the end of the warm-up for as long as RL took, to compare"
+    )
     # rollout
     prompts_per_rollout: int = flag(8, "prompts sampled at a time")
     group_size: int = flag(8, "answers per prompt; the baseline of an answer is its group's mean")
-    updates_per_rollout: int = flag(4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move")
+    updates_per_rollout: int = flag(
+        4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move"
+    )
     max_new_tokens: int = flag(64, "answers are cut here, and then count as truncated")
     rollout_rows: int = flag(0, "answers decoded at a time, to bound the KV cache; 0: all of a rollout")
     temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained")
@@ -56,9 +64,13 @@ class TrainConfig:
     top_p: float = flag(1.0, "must stay 1 in RL, likewise")
     thinking: str = flag("auto", "passed to the chat template as enable_thinking", ("auto", "on", "off"))
     # objective
-    clip_low: float = flag(0.0, "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo (per sequence), 0.2 for grpo (per token)")
+    clip_low: float = flag(
+        0.0, "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo (per sequence), 0.2 for grpo (per token)"
+    )
     clip_high: float = flag(0.0, "ratio may rise to 1 + clip_high; 0: 4e-4 for gspo, 0.27 for grpo")
-    divide_by_std: bool = flag(True, "divide advantages by their group's standard deviation (GRPO, GSPO); off: Dr. GRPO")
+    divide_by_std: bool = flag(
+        True, "divide advantages by their group's standard deviation (GRPO, GSPO); off: Dr. GRPO"
+    )
     # optimiser
     lr: float = flag(0.0, "AdamW learning rate; 0: by algorithm, LoRA or full, and model size")
     warmup_updates: int = flag(5, "updates over which the learning rate rises from 0")
@@ -67,12 +79,18 @@ class TrainConfig:
     grad_clip: float = flag(1.0, "the gradient's norm is scaled down to this")
     batch_size: int = flag(16, "examples per SFT update")
     max_length: int = flag(2048, "longer SFT rows are left out, and counted")
-    micro_batch_tokens: int = flag(4096, "tokens, padding included, per forward and backward pass; bounds activation memory")
-    gradient_checkpointing: bool = flag(False, "keep one tensor per layer and recompute the rest: less memory, about a third slower")
+    micro_batch_tokens: int = flag(
+        4096, "tokens, padding included, per forward and backward pass; bounds activation memory"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "keep one tensor per layer and recompute the rest: less memory, about a third slower"
+    )
     # what is trained
     lora_r: int = flag(16, "LoRA rank; 0: full fine-tuning")
     lora_alpha: float = flag(32.0, "LoRA scale is alpha / r")
-    lora_targets: str = flag("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers that get an adapter, by leaf name")
+    lora_targets: str = flag(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers that get an adapter, by leaf name"
+    )
     lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise")
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
     dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny", ("auto", "bf16", "fp32"))
@@ -86,7 +104,7 @@ class SampleConfig:
 
     model: str = flag("", "checkpoint folder (also RUN/model of a training run) or hub id owner/name")
     adapter: str = flag("", "PEFT adapter folder, for example RUN/adapter")
-    prompt: str = flag("", "one prompt; also accepted without the flag")
+    prompt: str = flag("", "one prompt; its flag may be left out")
     prompts: str = flag("", "a text file, one prompt a line")
     chat: bool = flag(False, "talk to the model; an empty line or Ctrl-D ends")
     raw: bool = flag(False, "give the prompt to the model as it is, without the chat template")
@@ -109,13 +127,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(config_class: type, prog: str) -> Parser:
-    p = Parser(prog=prog, allow_abbrev=False, description=config_class.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(
+        prog=prog,
+        allow_abbrev=False,
+        description=config_class.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     for f in dataclasses.fields(config_class):
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             p.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=help)
         else:
-            p.add_argument(name, type=f.type, default=f.default, help=help, choices=f.metadata["choices"] or None, metavar=f.type.__name__ if not f.metadata["choices"] else None)
+            p.add_argument(
+                name,
+                type=f.type,
+                default=f.default,
+                help=help,
+                choices=f.metadata["choices"] or None,
+                metavar=f.type.__name__ if not f.metadata["choices"] else None,
+            )
     return p
 
 
@@ -123,7 +153,11 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     """Flags alone -> (config, names of the fields that were given). Exits with code 2 and one line on a wrong flag."""
     p = parser(config_class, prog)
     if config_class is TrainConfig:
-        p.add_argument("--config", default="", metavar="FILE", help="YAML file with any of these fields; flags win over it")
+        p.add_argument(
+            "--config", default="", metavar="FILE", help="YAML file with any of these fields; flags win over it"
+        )
+    else:
+        p.add_argument("words", nargs="?", default="", metavar="PROMPT", help="one prompt, without --prompt in front")
     args, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], p._option_string_actions, n=1, cutoff=0.5)
@@ -134,9 +168,13 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         action.default = argparse.SUPPRESS
     given = {k: v for k, v in vars(q.parse_known_args(argv)[0]).items() if k != "config"}
     base: dict = {}
+    if getattr(args, "words", ""):
+        given["prompt"] = args.words
     if config_class is TrainConfig:
         if given.get("resume"):
-            base = load_yaml(pathlib.Path(given["resume"]) / "config.yaml", TrainConfig, "want the folder of an earlier run")
+            base = load_yaml(
+                pathlib.Path(given["resume"]) / "config.yaml", TrainConfig, "want the folder of an earlier run"
+            )
             base.pop("resume", None)
             base["out"] = given["resume"]
         elif args.config:
@@ -217,34 +255,72 @@ def check(config: TrainConfig) -> None:
     under another name (TRL's defaults are such a run), and one in which it leaves 1 without an update measures noise.
     """
     rl = config.algo != "sft"
-    for name in ("steps", "prompts_per_rollout", "updates_per_rollout", "max_new_tokens", "batch_size", "micro_batch_tokens", "save_every", "max_length"):
+    for name in (
+        "steps",
+        "prompts_per_rollout",
+        "updates_per_rollout",
+        "max_new_tokens",
+        "batch_size",
+        "micro_batch_tokens",
+        "save_every",
+        "max_length",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"got --{name.replace('_', '-')} {getattr(config, name)}, want at least 1")
-    for name in ("eval_every", "eval_size", "warm_steps", "warmup_updates", "lora_r", "lr", "warm_lr", "weight_decay", "clip_low", "clip_high", "threads", "task_size"):
+    for name in (
+        "eval_every",
+        "eval_size",
+        "warm_steps",
+        "warmup_updates",
+        "lora_r",
+        "lr",
+        "warm_lr",
+        "weight_decay",
+        "clip_low",
+        "clip_high",
+        "threads",
+        "task_size",
+    ):
         if getattr(config, name) < 0:
             raise ValueError(f"got --{name.replace('_', '-')} {getattr(config, name)}, want 0 or more")
     if config.grad_clip <= 0:
         raise ValueError(f"got --grad-clip {config.grad_clip}, want more than 0 (a large number to switch it off)")
     if (config.task == "jsonl") != bool(config.data):
-        raise ValueError("got --task jsonl without --data FILE.jsonl" if not config.data else f"got --data with --task {config.task}, want --task jsonl")
+        raise ValueError(
+            "got --task jsonl without --data FILE.jsonl"
+            if not config.data
+            else f"got --data with --task {config.task}, want --task jsonl"
+        )
     if config.data and rl:
-        raise ValueError(f"got --data with --algo {config.algo}: a JSONL file holds answers, not rewards; want --algo sft")
+        raise ValueError(
+            f"got --data with --algo {config.algo}: a JSONL file holds answers, not rewards; want --algo sft"
+        )
     if config.adapter and not config.lora_r:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
     if not rl:
         return
     if config.group_size < 2:
-        raise ValueError(f"got --group-size {config.group_size} with {config.algo}: an answer alone in its group has advantage 0; want 2 or more (8 is usual)")
+        raise ValueError(
+            f"got --group-size {config.group_size} with {config.algo}: an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
+        )
     if config.updates_per_rollout == 1:
         raise ValueError(
             f"got --updates-per-rollout 1 with {config.algo}: every ratio is then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper)"
         )
     rows = config.prompts_per_rollout * config.group_size
     if rows % config.updates_per_rollout:
-        raise ValueError(f"got {rows} answers a rollout (prompts x group), want a multiple of --updates-per-rollout {config.updates_per_rollout}")
+        raise ValueError(
+            f"got {rows} answers a rollout (prompts x group), want a multiple of --updates-per-rollout {config.updates_per_rollout}"
+        )
     if config.temperature <= 0:
-        raise ValueError(f"got --temperature {config.temperature} with {config.algo}, want more than 0: greedy answers of a group are all alike")
+        raise ValueError(
+            f"got --temperature {config.temperature} with {config.algo}, want more than 0: greedy answers of a group are all alike"
+        )
     if config.top_k or config.top_p != 1:
-        raise ValueError("got --top-k or --top-p in RL: the sampled distribution would not be the one that is scored, and every ratio would be off; want 0 and 1")
+        raise ValueError(
+            "got --top-k or --top-p in RL: the sampled distribution would not be the one that is scored, and every ratio would be off; want 0 and 1"
+        )
     if config.lora_dropout:
-        raise ValueError(f"got --lora-dropout {config.lora_dropout} with {config.algo}: dropout moves the ratio by more than the clip range without any update; want 0")
+        raise ValueError(
+            f"got --lora-dropout {config.lora_dropout} with {config.algo}: dropout moves the ratio by more than the clip range without any update; want 0"
+        )

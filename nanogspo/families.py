@@ -147,7 +147,9 @@ class ModelConfig:
     final_softcap: float = 0.0
     max_positions: int = 32768
     eos_ids: tuple[int, ...] = ()
-    source: dict = field(default_factory=dict, repr=False, compare=False)  # the text part of config.json, as it was read
+    source: dict = field(
+        default_factory=dict, repr=False, compare=False
+    )  # the text part of config.json, as it was read
 
 
 def model_config(config: dict) -> ModelConfig:
@@ -221,7 +223,10 @@ def model_config(config: dict) -> ModelConfig:
     )
 
 
-NULL_MEANS = {"attn_logit_softcapping", "final_logit_softcapping"}  # null switches these off; elsewhere it means "unset"
+NULL_MEANS = {
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+}  # null switches these off; elsewhere it means "unset"
 
 
 def text_part(config: dict) -> dict:
@@ -333,9 +338,13 @@ def export_config(config: ModelConfig, *, dtype: str) -> dict:
     out["tie_word_embeddings"] = config.tied
     out["dtype"] = dtype
     out["vocab_size"] = config.vocab_size
-    if config.source["model_type"] not in (out["model_type"], config.family) or "mrope_section" in str(out.get("rope_scaling")):
+    if config.source["model_type"] not in (out["model_type"], config.family) or "mrope_section" in str(
+        out.get("rope_scaling")
+    ):
         # a wrapper's text part: state what its class would have filled in, and drop the three-axis RoPE
-        out.update(num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim)
+        out.update(
+            num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim
+        )
         p = config.rope["full"]
         out["rope_theta"] = p["rope_theta"]
         rest = {k: v for k, v in p.items() if k not in ("rope_theta", "mrope_section", "mrope_interleaved")}

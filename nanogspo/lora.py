@@ -89,7 +89,9 @@ def add_lora(
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
     if unmatched or not targets:
-        raise ValueError(f"got LoRA targets {unmatched or 'none'}, which match no layer; want some of: {', '.join(leaves)}")
+        raise ValueError(
+            f"got LoRA targets {unmatched or 'none'}, which match no layer; want some of: {', '.join(leaves)}"
+        )
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     touched = []
@@ -141,7 +143,9 @@ def describe(model: nn.Module) -> str:
     for leaf, group in by_leaf.items():
         size = sum(p.numel() for layer in group for p in (layer.lora_A.weight, layer.lora_B.weight))
         w = group[0].base.weight
-        lines.append(f"  {leaf:<10} x {len(group):<3} {w.shape[1]:>6} -> {w.shape[0]:<6} r {group[0].r:<3} {size:>12,} trained")
+        lines.append(
+            f"  {leaf:<10} x {len(group):<3} {w.shape[1]:>6} -> {w.shape[0]:<6} r {group[0].r:<3} {size:>12,} trained"
+        )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     lines.append(f"  trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")

@@ -239,7 +239,9 @@ class Transformer(nn.Module):
         residual = std / math.sqrt(2 * self.config.num_layers)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                p.data.normal_(0.0, residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator)
+                p.data.normal_(
+                    0.0, residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator
+                )
             elif name.endswith(".bias"):
                 p.data.zero_()
         return self
@@ -262,7 +264,9 @@ class Transformer(nn.Module):
         elif positions is None:
             positions = steps[None]  # (1, T)
         x = self.embed_tokens(tokens)  # (B, T, C)
-        if config.scale_embedding:  # sqrt(C) is rounded to the weight dtype first: 50.5, not 50.596, for C = 2560 in bf16
+        if (
+            config.scale_embedding
+        ):  # sqrt(C) is rounded to the weight dtype first: 50.5, not 50.596, for C = 2560 in bf16
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)
         turns = {kind: self._cos_sin(kind, positions, x.dtype) for kind in config.rope}
         masks = {kind: self._mask(kind, T, positions, cache) for kind in config.rope}
@@ -312,7 +316,9 @@ class Transformer(nn.Module):
         if cache is None or cache.extent == T:
             if not window or T <= window:
                 return None
-            query = torch.arange(T, device=positions.device)[None, :, None]  # (1, T, 1) rows are not packed: index = order
+            query = torch.arange(T, device=positions.device)[
+                None, :, None
+            ]  # (1, T, 1) rows are not packed: index = order
             key = torch.arange(T, device=positions.device)
         else:
             query, key = positions[..., None], torch.arange(cache.extent, device=positions.device)  # slot = position

@@ -2,8 +2,8 @@
 
     rewards -> group_advantages -> gspo_loss | grpo_loss             log-probs of a demonstration -> sft_loss
 
-    GRPO   one ratio a token     r[t] = pi(t) / pi_old(t)               each token is clipped by itself
-    GSPO   one ratio a sequence  s = (prod_t r[t]) ** (1 / length)      a sequence is clipped as a whole, as it is rewarded
+    GRPO   one ratio a token       r[t] = pi(t) / pi_old(t)             each token is clipped by itself
+    GSPO   one ratio a sequence    s = (prod_t r[t]) ** (1 / length)    a sequence is clipped whole, as it is rewarded
 
 Why the printed loss is about 0: on the first update after a rollout every ratio is 1 and the advantages of a group sum
 to 0. The loss says nothing about progress; its gradient, -A * grad logp, does. Watch the reward and the ratios.
@@ -43,7 +43,9 @@ def group_advantages(rewards: Tensor, *, divide_by_std: bool = True) -> Tensor:
     over 1e-4 in a group of equal rewards; verl core_algos.py compute_grpo_outcome_advantage.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"got rewards of shape {tuple(rewards.shape)}, want (P, G) with G >= 2; sample two or more answers")
+        raise ValueError(
+            f"got rewards of shape {tuple(rewards.shape)}, want (P, G) with G >= 2; sample two or more answers"
+        )
     bad = (~rewards.isfinite()).nonzero().tolist()  # [[p, g], ...]
     if bad:
         raise ValueError(f"got nan or inf rewards at [prompt, answer] {bad[:8]}, want finite numbers; check the reward")
@@ -103,7 +105,7 @@ def grpo_loss(
 
     Raises ValueError for an empty answer, or when the shapes or cu_seqlens do not fit the row.
 
-    Source: GRPO, arXiv:2402.03300, equation 3, without its KL term; clip_high apart from clip_low: DAPO, arXiv:2503.14476.
+    Source: GRPO, arXiv:2402.03300, equation 3, without its KL term; two clip ranges: DAPO, arXiv:2503.14476.
     Elsewhere: TRL GRPOTrainer._compute_loss, loss_type="grpo"; verl loss_agg_mode="seq-mean-token-mean".
     """
     lengths = cu_seqlens.diff()  # (N,)

@@ -40,7 +40,9 @@ class Optimizer:
         the weights are then still the last good ones."""
         norm = nn.utils.clip_grad_norm_(self.masters, grad_clip)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()}; the weights are as they were before this update")
+            raise FloatingPointError(
+                f"the gradient's norm is {norm.item()}; the weights are as they were before this update"
+            )
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -64,7 +66,9 @@ class Optimizer:
             if p is not master:
                 master.data.copy_(tensors[f"{name}.master"])
             self.adamw.state[master] = {
-                key: tensors[f"{name}.{key}"].to(master.device if key != "step" else self._step_device(master), copy=True)
+                key: tensors[f"{name}.{key}"].to(
+                    master.device if key != "step" else self._step_device(master), copy=True
+                )
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{name}.{key}" in tensors
             }

@@ -47,7 +47,9 @@ class MicroBatch:
         return self.cu_seqlens.diff()  # (N,) scored tokens of each example
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "rows", "columns", "targets", "cu_seqlens")}
+        moved = {
+            name: getattr(self, name).to(device) for name in ("tokens", "rows", "columns", "targets", "cu_seqlens")
+        }
         return replace(self, **moved)
 
 
@@ -59,7 +61,9 @@ def pack(examples: list[Example], *, max_tokens: int, pad_id: int = 0) -> list[M
     """
     for i, e in enumerate(examples):
         if len(e.tokens) != len(e.loss_mask) or not any(e.loss_mask[1:]):
-            raise ValueError(f"example {i}: got {len(e.tokens)} tokens and {sum(e.loss_mask)} scored ones, want at least one scored")
+            raise ValueError(
+                f"example {i}: got {len(e.tokens)} tokens and {sum(e.loss_mask)} scored ones, want at least one scored"
+            )
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
     batches, batch = [], []
     for i in order:  # ascending, so the newest example is the longest of its batch

@@ -27,7 +27,9 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     width = 2 * (4 + element) * c.hidden_size // element + 2 * c.hidden_size + 3 * c.intermediate_size
     width += (3 * c.num_heads + 4 * c.num_kv_heads) * c.head_dim
     layers = 2 if config.gradient_checkpointing else c.num_layers
-    activations = T * (width * layers + (c.num_layers if config.gradient_checkpointing else 0) * c.hidden_size) * element
+    activations = (
+        T * (width * layers + (c.num_layers if config.gradient_checkpointing else 0) * c.hidden_size) * element
+    )
     parts = {
         "weights": weights,
         "adapter": tensor_bytes(trained) if lora_layers(model) else 0,
@@ -61,7 +63,11 @@ def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
             f"of at most {config.max_new_tokens} tokens; clip -{config.clip_low:.0e} / +{config.clip_high:.0e}, lr {config.lr:.1e}"
         )
     parts = memory_parts(config, model, longest_prompt)
-    lines.append("  memory: " + ", ".join(f"{name} {human(size)}" for name, size in parts.items()) + f"; together {human(sum(parts.values()))}")
+    lines.append(
+        "  memory: "
+        + ", ".join(f"{name} {human(size)}" for name, size in parts.items())
+        + f"; together {human(sum(parts.values()))}"
+    )
     return "\n".join(lines)
 
 

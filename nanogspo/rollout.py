@@ -105,8 +105,12 @@ def decode(
     try:
         lengths = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
         widest, N = max(map(len, prompts)), len(prompts) * group_size
-        tokens = torch.tensor([p + [0] * (widest - len(p)) for p in prompts], device=device)  # (P, T), padded on the right
-        cache = KVCache(model.config, len(prompts), widest + max_new_tokens, device=device, dtype=model.norm.weight.dtype)
+        tokens = torch.tensor(
+            [p + [0] * (widest - len(p)) for p in prompts], device=device
+        )  # (P, T), padded on the right
+        cache = KVCache(
+            model.config, len(prompts), widest + max_new_tokens, device=device, dtype=model.norm.weight.dtype
+        )
         hidden = model(tokens, cache=cache)[torch.arange(len(prompts), device=device), lengths - 1]  # (P, C)
         cache.lengths = lengths  # what the padding wrote lies behind each row's end and is overwritten
         spread = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # (N,)
@@ -116,7 +120,9 @@ def decode(
         uniforms = uniforms.to(device)
         stop = torch.tensor(sorted(eos_ids), device=device, dtype=torch.int64)
         rows = torch.arange(N, device=device)  # (n,) which answer each row of the batch is
-        running = torch.ones(N, dtype=torch.bool, device=device)  # (n,) rows of the batch that have not drawn a stop token
+        running = torch.ones(
+            N, dtype=torch.bool, device=device
+        )  # (n,) rows of the batch that have not drawn a stop token
         for step in range(max_new_tokens):
             drawn, logp = sample(logits, uniforms[step, rows], temperature, top_k, top_p)  # (n,), (n,)
             ends = torch.isin(drawn, stop)  # (n,)
@@ -126,7 +132,9 @@ def decode(
             left = int(running.sum())
             if left == 0 or step + 1 == max_new_tokens:
                 return
-            if left <= KEEP * len(rows):  # copying the cache costs about one step: wait until it buys a fair share of one
+            if left <= KEEP * len(
+                rows
+            ):  # copying the cache costs about one step: wait until it buys a fair share of one
                 keep = running.nonzero().squeeze(1)
                 cache, rows, drawn = cache.rows(keep), rows[keep], drawn[keep]
                 running = running[keep]
@@ -139,7 +147,9 @@ def decode(
 KEEP = 0.75  # the batch is rebuilt without its finished rows once a quarter of it has finished
 
 
-def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution.
 
         token = first v with  sum_{j <= v} p[j] > uniform * sum_j p[j]
@@ -177,7 +187,11 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
         raise ValueError(f"got temperature {temperature}, top_k {top_k}, top_p {top_p}; want >= 0, >= 0 and in (0, 1]")
     longest, room = max(map(len, prompts)), model.config.max_positions
     if longest + max_new_tokens > room:
-        raise ValueError(f"got a prompt of {longest} tokens + {max_new_tokens} new ones, want at most {room} (max_position_embeddings)")
+        raise ValueError(
+            f"got a prompt of {longest} tokens + {max_new_tokens} new ones, want at most {room} (max_position_embeddings)"
+        )
     biggest = max(max(p) for p in prompts)
     if biggest >= model.config.vocab_size or min(min(p) for p in prompts) < 0:
-        raise ValueError(f"got token id {biggest}, want ids in [0, {model.config.vocab_size}): wrong tokenizer for this model?")
+        raise ValueError(
+            f"got token id {biggest}, want ids in [0, {model.config.vocab_size}): wrong tokenizer for this model?"
+        )

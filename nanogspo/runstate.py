@@ -19,7 +19,9 @@ from nanogspo.packing import Example
 MODEL, OPTIMIZER, ROLLOUT = "model.", "optimizer.", "rollout."
 
 
-def save_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer, progress: dict, rollout: dict | None) -> None:
+def save_state(
+    path: pathlib.Path, model: nn.Module, optimizer: Optimizer, progress: dict, rollout: dict | None
+) -> None:
     """progress: JSON-able counters. rollout: None, or {"examples": [...], "tensors": {...}, "facts": {...}}."""
     tensors = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors |= {OPTIMIZER + name: t for name, t in optimizer.state().items()}
@@ -30,7 +32,9 @@ def save_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer, progr
     if rollout:
         tensors |= {ROLLOUT + name: t for name, t in rollout["tensors"].items()}
         facts["rollout"] = rollout["facts"]
-        facts["examples"] = [[e.tokens, e.loss_mask.index(True)] for e in rollout["examples"]]  # prompt length says the mask
+        facts["examples"] = [
+            [e.tokens, e.loss_mask.index(True)] for e in rollout["examples"]
+        ]  # prompt length says the mask
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
     write_safetensors(path, entries, {"state": json.dumps(facts)})
@@ -48,7 +52,9 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
     differ = sorted({n for n in header if n.startswith(MODEL)} ^ set(wanted))
     differ += [n for n, p in wanted.items() if n in header and header[n]["shape"] != tuple(p.shape)]
     if differ:
-        raise ValueError(f"{path}: the saved run trained other parameters ({', '.join(differ[:4])}{', ...' if len(differ) > 4 else ''}); resume with its own flags")
+        raise ValueError(
+            f"{path}: the saved run trained other parameters ({', '.join(differ[:4])}{', ...' if len(differ) > 4 else ''}); resume with its own flags"
+        )
     with open(path, "rb", buffering=0) as f:
         tensors = {name: read_tensor(f, entry) for name, entry in header.items()}
     for name, p in wanted.items():

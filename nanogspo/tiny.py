@@ -18,7 +18,7 @@ CONFIG = {
     "head_dim": 32,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
 

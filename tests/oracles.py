@@ -52,8 +52,10 @@ def grpo(logp, old_logp, cu_seqlens, advantages, low: float, high: float) -> tup
 
 
 def gspo_token(logp: Tensor, old_logp: Tensor, mask: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """GSPO-token, equations 13 and 14 of arXiv:2507.18071, on padded rows (N, T). The form verl has in
-    core_algos.py compute_policy_loss_gspo, with its loss_agg_mode="seq-mean-token-mean" and without its clamp at e^10."""
+    """GSPO-token, equations 13 and 14 of arXiv:2507.18071, on padded rows (N, T).
+
+    The form verl has in core_algos.py compute_policy_loss_gspo ("seq-mean-token-mean"), without its clamp at e^10.
+    """
     lengths = mask.sum(1)  # (N,)
     seq = ((logp - old_logp) * mask).sum(1) / lengths  # (N,)
     ratio = torch.exp(seq.detach()[:, None] + logp - logp.detach())  # (N, T) the value of s[i], the gradient of a token

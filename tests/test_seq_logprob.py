@@ -46,12 +46,14 @@ def assert_rows_close(got, want, bound):
     """Norm of the error of each row against its own bound. A bound on the largest entry would hide the small rows, and
     the rows of confident tokens are small: they shrink with 1 - p_y."""
     error = (got - want).norm(dim=1)
-    assert (error <= bound).all(), f"rows off by {error[error > bound][:4]}, want {bound.expand_as(error)[error > bound][:4]}"
+    assert (error <= bound).all(), (
+        f"rows off by {error[error > bound][:4]}, want {bound.expand_as(error)[error > bound][:4]}"
+    )
 
 
 def gradient_scale(case, logp, dlogp):
-    """How large the two halves of dhidden[n] = dlogp (1 - p_y) (W_y - sum_others ...) / T can be, (N,). They may cancel,
-    so an error is measured against them. The second term: float64 autograd forms 1 - p_y by subtraction."""
+    """How large the two halves of dhidden[n] = dlogp (1 - p_y) (W_y - mean of others) / T can be, (N,): they may
+    cancel, so errors are measured against them. And what float64 is off by itself: autograd subtracts p_y from 1."""
     weight = case.weight.double().norm(dim=1).max() * dlogp.abs() / case.temperature  # (N,)
     return weight * -logp.expm1(), 4 * EPS64 * weight
 
@@ -62,7 +64,7 @@ def gradient_scale(case, logp, dlogp):
 
 @given(heads(), SEEDS)
 def test_matches_float64_oracle(case, seed):
-    """fp32 in. The bars are 2e-5 and 1e-5; a logit of size z is itself only known to a few eps * z, so the larger counts."""
+    """fp32 in. The bars are 2e-5 and 1e-5; a logit of size z is only known to a few eps * z, so the larger counts."""
     case, dlogp = case.to(torch.float32), upstream(case, seed)[0]
     with small_tiles():
         got = values_and_grads(token_logprob, case, dlogp)
@@ -90,7 +92,7 @@ def test_the_tiles_are_exact_in_float64(case, seed):
 
 @given(heads(), SEEDS)
 def test_entropy_gradient_in_float32(case, seed):
-    """d entropy / dz = -p (log p + H) cancels where p is uniform, so it is measured against the largest row of weight."""
+    """d entropy / dz = -p (log p + H) cancels where p is uniform: so the bound is the largest row of weight."""
     case, dentropy = case.to(torch.float32), upstream(case, seed)[1]
     nothing = torch.zeros_like(dentropy)
     with small_tiles():
@@ -123,7 +125,7 @@ def test_16_bit_inputs_lose_nothing_but_their_own_rounding(dtype, case, seed):
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("softcap", [None, 60.0])
 def test_confident_tokens_keep_their_digits(dtype, rtol, softcap):
-    """p_y from 0.999 to 1 - 1e-12. In fp32 1 - p_y is 0 from 6e-8 on; with onehot - p in bf16 G is off by up to 38 %."""
+    """p_y from 0.999 to 1 - 1e-12. In fp32 1 - p_y is 0 from 6e-8 on; onehot - p in bf16 costs G up to 38 %."""
     g = torch.Generator().manual_seed(0)
     N, C, V = 24, 64, 300
     weight = torch.randn(V, C, generator=g) / C**0.5  # rows of norm 1
@@ -147,7 +149,10 @@ def test_gradcheck(case):
     if len(case.targets) > 1:
         case.targets[0] = IGNORE
     inputs = (case.hidden.requires_grad_(True), case.weight.requires_grad_(True))
-    score = lambda h, w: token_logprob(h, w, case.targets, **case.options)
+
+    def score(h, w):
+        return token_logprob(h, w, case.targets, **case.options)
+
     with small_tiles():
         assert torch.autograd.gradcheck(score, inputs, fast_mode=True)
 
@@ -191,7 +196,7 @@ def test_shift_invariance(case, shift):
 
 @given(heads(), SEEDS)
 def test_gradient_of_a_row_sums_to_zero(case, seed):
-    """sum_v dz[v] = 0 for logp and entropy alike: where all of weight agrees in a column, hidden gets no gradient in it.
+    """sum_v dz[v] = 0 for logp and entropy alike: where all rows of weight agree, hidden gets no gradient at all.
     Catches a missed tile and a target counted twice. (Not with a soft-cap: it scales each dz by its own slope.)"""
     case = Head(case.hidden, case.weight.clone(), case.targets, case.temperature, None)
     case.weight[:, 0] = 1.0
@@ -202,7 +207,7 @@ def test_gradient_of_a_row_sums_to_zero(case, seed):
 
 @given(heads(rows=(1,)))
 def test_probabilities_sum_to_one_and_give_the_entropy(case):
-    """One hidden state scored against every token: no oracle needed. The target apart from the others changes nothing."""
+    """One hidden state scored against every token: no oracle needed. Which one was the target changes nothing."""
     V = len(case.weight)
     hidden, targets = case.hidden.expand(V, -1), torch.arange(V)
     with small_tiles():
@@ -256,7 +261,10 @@ def test_the_bits_do_not_depend_on_who_asks(case, dtype):
     """GSPO's first ratio is exactly 1 only if scoring without gradients, with them, again, or under autocast is one
     and the same number."""
     case = case.to(dtype)
-    score = lambda: token_logprob(case.hidden, case.weight, case.targets, **case.options)
+
+    def score():
+        return token_logprob(case.hidden, case.weight, case.targets, **case.options)
+
     with small_tiles():
         with torch.no_grad():
             want = score()
@@ -319,7 +327,9 @@ def logits(rows, targets, dtype=torch.float32, **options):
     return token_logprob(torch.eye(len(z), dtype=dtype), z.T, torch.tensor(targets), **options)
 
 
-@pytest.mark.parametrize("row", [[1e4, -1e4, 0.0], [1e4, 1e4, 1e4], [-1e4, -1e4, -1e4 + 1], [3.0, 3.0, 3.0], [1e30] * 3])
+@pytest.mark.parametrize(
+    "row", [[1e4, -1e4, 0.0], [1e4, 1e4, 1e4], [-1e4, -1e4, -1e4 + 1], [3.0, 3.0, 3.0], [1e30] * 3]
+)
 @pytest.mark.parametrize("width", [1, 2, 16])
 def test_huge_equal_and_duplicate_logits(row, width):
     """Also one tile per logit. exp(1e4) is inf; a target at -1e4 under a maximum of 1e4 has logp -20000, not -inf."""
@@ -356,9 +366,7 @@ def test_banned_tokens():
     z = torch.tensor(rows, dtype=torch.float64)
     want = torch.log_softmax(z, 1).gather(1, torch.tensor(targets)[:, None]).squeeze(1)
     torch.testing.assert_close(logp.double(), want, rtol=0, atol=4 * EPS)
-    torch.testing.assert_close(
-        entropy.double(), torch.special.entr(torch.softmax(z, 1)).sum(1), rtol=0, atol=8 * EPS
-    )
+    torch.testing.assert_close(entropy.double(), torch.special.entr(torch.softmax(z, 1)).sum(1), rtol=0, atol=8 * EPS)
 
 
 def logits_of(rows, targets):
@@ -366,6 +374,26 @@ def logits_of(rows, targets):
     one = torch.ones(1, 1)
     pairs = [token_logprob(one, torch.tensor([r]).T, torch.tensor([t])) for r, t in zip(rows, targets, strict=True)]
     return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+
+
+@given(heads(), SEEDS)
+def test_with_top_is_token_accuracy(case, seed):
+    """Whether the target is an argmax, tie or not: on a margin of 0 with weights of 0 every token is one."""
+    ignored = torch.rand(len(case.targets), generator=torch.Generator().manual_seed(seed)) < 0.3  # (N,)
+    targets = case.targets.masked_fill(ignored, IGNORE)
+    with small_tiles():
+        logp, entropy, first = token_logprob(case.hidden, case.weight, targets, **case.options, with_top=True)
+        plain = token_logprob(case.hidden, case.weight, targets, **case.options)
+    assert torch.equal(logp, plain[0]) and torch.equal(entropy, plain[1]) and first.dtype == torch.bool
+    z = torch.log_softmax(case.hidden @ case.weight.T, 1)  # (N, V) float64: a soft-cap of 5 or more keeps the order
+    gap = z.max(1).values - z.gather(1, case.targets[:, None]).squeeze(1)  # (N,)
+    clear = (gap == 0) | (gap > 1e-9)  # what is closer than that is a tie only to one of the two
+    assert torch.equal(first[clear], (~ignored & (gap == 0))[clear])
+
+
+def test_ties_count_as_top():
+    _, _, first = logits([[3.0, 3.0, 1.0], [0.1] * 3, [1.0, 2.0, 0.0]], [1, 2, 0], with_top=True)
+    assert first.tolist() == [True, True, False]
 
 
 def test_a_vocabulary_of_one():
@@ -435,7 +463,11 @@ def test_any_strides():
 # whole sequences
 
 
-@given(st.lists(st.sampled_from([0, 1, 2, 5, 31]), min_size=1, max_size=5), SEEDS, st.sampled_from([torch.int32, torch.int64]))
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 5, 31]), min_size=1, max_size=5),
+    SEEDS,
+    st.sampled_from([torch.int32, torch.int64]),
+)
 def test_seq_logprob_sums_each_answer(lengths, seed, dtype):
     g = torch.Generator().manual_seed(seed)
     S = sum(lengths)
@@ -455,7 +487,7 @@ def test_seq_logprob_sums_each_answer(lengths, seed, dtype):
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=6), SEEDS)
 def test_a_sum_does_not_see_its_neighbours(lengths, seed):
-    """Bit for bit: alone, in a row, or with other neighbours. And fp32(exact sum): the additions themselves are fp64."""
+    """Bit for bit: alone, in a row, or with other neighbours. And rounded once: the additions are fp64."""
     values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed)) * 100
     parts = values.split(lengths)
     together = sequence_sums(values, torch.tensor([0, *lengths]).cumsum(0))

@@ -1,0 +1,137 @@
+"""Talk to a checkpoint: one prompt, a file of prompts, or a chat that streams.
+
+    python sample.py --model runs/tiny/model "12+7="
+    python sample.py --model Qwen/Qwen3-0.6B --adapter runs/my-run/adapter --chat
+    python sample.py --model DIR --prompts questions.txt --temperature 0
+
+Prompts go through the checkpoint's own chat template when it has one (--raw switches that off).
+"""
+
+import sys
+from collections.abc import Iterator
+
+from nanogspo.config import SampleConfig, parse
+
+if __name__ == "__main__":  # flags before torch: a wrong one answers at once
+    CONFIG, _ = parse(SampleConfig, sys.argv[1:], "sample.py")
+
+import torch  # noqa: E402
+
+from nanogspo import checkpoint  # noqa: E402
+from nanogspo.model import Transformer  # noqa: E402
+from nanogspo.rollout import decode, generate  # noqa: E402
+from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+
+
+def run(config: SampleConfig) -> None:
+    modes = [bool(config.prompt), bool(config.prompts), config.chat]
+    if not config.model:
+        raise ValueError("got no --model, want a checkpoint folder or a hub id owner/name")
+    if sum(modes) != 1:
+        raise ValueError(f"got {sum(modes)} of --prompt, --prompts and --chat, want exactly one")
+    prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("got --device cuda, but torch sees no GPU; want --device cpu or a CUDA build of torch")
+    folder = checkpoint.resolve(config.model)
+    tokenizer = load_tokenizer(folder)
+    dtype = checkpoint.stored_dtype(folder) if config.dtype == "auto" and device == "cpu" else DTYPES[config.dtype]
+    model = checkpoint.load(folder, device=device, dtype=dtype)
+    if config.adapter:
+        checkpoint.load_adapter(model, config.adapter)
+    if config.chat:
+        chat(model, tokenizer, config)
+        return
+    ids = [encode(tokenizer, [{"role": "user", "content": p}], p, config) for p in prompts]
+    if len(ids) == 1:
+        for piece in stream(model, tokenizer, ids[0], config):
+            print(piece, end="", flush=True)
+        print()
+        return
+    answers = generate(
+        model,
+        ids,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_ids=tokenizer.eos_ids,
+        seed=config.seed,
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f"> {prompt}\n{tokenizer.decode(answer.tokens)}\n")
+
+
+DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def read_prompts(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            prompts = [line.rstrip("\n") for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"cannot read --prompts {path} ({e}); want a UTF-8 text file, one prompt a line") from e
+    if not prompts:
+        raise ValueError(f"got no prompts in {path}, want one a line")
+    return prompts
+
+
+def encode(tokenizer: Tokenizer, messages: list[dict], text: str, config: SampleConfig) -> list[int]:
+    if config.raw or not tokenizer.has_chat_template:
+        return tokenizer.encode(text)
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    thinking = {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"}
+    return tokenizer.chat([*system, *messages], **thinking)
+
+
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> Iterator[str]:
+    """Pieces of text as they become certain. A character may span several tokens (most emoji do), so what decodes to
+    the replacement character is held back until it is whole."""
+    ids, shown = [], ""
+    steps = decode(
+        model,
+        [prompt],
+        group_size=1,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_ids=tokenizer.eos_ids,
+        seed=config.seed,
+    )
+    for _, tokens, _, _ in steps:
+        ids += tokens
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown) :]
+
+
+def chat(model: Transformer, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Turns until an empty line. The whole conversation goes through the template each time, as the model was trained."""
+    messages, line = [], ""
+    print("chat: an empty line or Ctrl-D ends")
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        answer = ""
+        for piece in stream(model, tokenizer, encode(tokenizer, messages, line, config), config):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+if __name__ == "__main__":
+    try:
+        run(CONFIG)
+    except ValueError as error:
+        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        print()
