@@ -109,7 +109,7 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompt: list[int], config: 
 
 
 def chat(model: Transformer, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """Turns until an empty line. The whole conversation goes through the template each time, as the model was trained."""
+    """Turns until an empty line. The whole conversation goes through the template each time."""
     messages, line = [], ""
     print("chat: an empty line or Ctrl-D ends")
     while True:

@@ -15,14 +15,12 @@ One update of GSPO (arXiv 2507.18071), which is the whole file in six lines:
 
 The printed loss is about 0 by construction (the advantages of a group sum to 0); watch the reward and the ratio.
 
-Sections: 1 configuration · 2 device, seeds, run folder · 3 model, tokenizer, adapter · 4 data · 5 optimiser · 6 resume ·
-7 the loop · 8 log, evaluate, save.      Lessons: lessons/00_setup.md, lessons/10_gspo.md
+Sections: 1 configuration · 2 device, seeds, run folder · 3 model, tokenizer, adapter · 4 data · 5 optimiser ·
+6 resume · 7 the loop · 8 log, evaluate, save.      Lessons: lessons/00_setup.md, lessons/10_gspo.md
 """
 
 import dataclasses
-import itertools
 import pathlib
-import signal
 import sys
 import time
 
@@ -39,18 +37,20 @@ if __name__ == "__main__":  # flags are read before torch is imported: --help an
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, lora, planner, runstate, tiny  # noqa: E402
+from nanogspo.chat import Chat  # noqa: E402
+from nanogspo.experience import Experience, experience, from_state, sampler_gap  # noqa: E402
 from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
-from nanogspo.packing import Example, MicroBatch, pack, score  # noqa: E402
+from nanogspo.packing import Example, pack, score  # noqa: E402
+from nanogspo.process import StopRequest, peak_memory, run_folder, summary  # noqa: E402
 from nanogspo.rollout import generate  # noqa: E402
-from nanogspo.runlog import RunLog, wilson_interval  # noqa: E402
+from nanogspo.runlog import RunLog, read_rows  # noqa: E402
 from nanogspo.tasks import Problem, get_task, shuffled  # noqa: E402
 from nanogspo.tasks.jsonl import load_jsonl  # noqa: E402
-from nanogspo.tokenizer import Tokenizer, conversation_examples, load_tokenizer  # noqa: E402
+from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +75,6 @@ class Progress:
     update: int = 0  # minibatches of the rollout at hand that are done
     sft_cursor: int = 0  # SFT examples drawn so far
     rl_cursor: int = 0  # problems drawn for rollouts so far
-    seconds: float = 0.0  # wall time of this phase
-
-
-@dataclasses.dataclass
-class Rollout:
-    """P x G sampled answers, ready to be trained on."""
-
-    examples: list[Example]  # prompt + answer, loss on the answer
-    advantages: Tensor  # (N,)
-    facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
-    samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
-    minibatches: list[list[MicroBatch]] = dataclasses.field(default_factory=list)
-    old_logp: list[list[Tensor]] = dataclasses.field(default_factory=list)  # like minibatches, (S,) each
 
 
 def run(config: TrainConfig) -> None:
@@ -142,7 +129,8 @@ def run(config: TrainConfig) -> None:
         )
         if too_long:
             print(
-                f"left out {len(too_long)} rows longer than {config.max_length} tokens: lines {', '.join(map(str, too_long))}"
+                f"left out {len(too_long)} rows longer than {config.max_length} tokens: "
+                f"lines {', '.join(map(str, too_long))}"
             )
 
         def sft_example(n: int) -> Example:
@@ -165,18 +153,21 @@ def run(config: TrainConfig) -> None:
         [Phase("sft", "sft", config.warm_steps, config.warm_lr, until=config.warm_until)] if config.warm_steps else []
     )
     phases.append(Phase(config.algo, config.algo, config.steps, config.lr))
-    if config.control:  # SFT instead of RL, for as long as RL took (the seconds follow when RL has ended)
+    if config.control and config.warm_steps:  # SFT instead of RL, for as long as RL took (known when RL has ended)
         phases.append(Phase("control", "sft", sys.maxsize, config.warm_lr))
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6. resume
 
-    progress, rollout, state = Progress(), None, folder / "state" / "state.safetensors"
+    progress, rollout = Progress(), None
+    state, warm = folder / "state" / "state.safetensors", folder / "state" / "warm.safetensors"
     if config.resume:
         saved, rollout = runstate.load_state(state, model, optimizer)
         progress = Progress(**saved)
-        rollout = rollout and unfreeze(rollout, config, tokenizer.pad_id)
+        rollout = rollout and from_state(
+            rollout, updates=config.updates_per_rollout, max_tokens=config.micro_batch_tokens, pad_id=tokenizer.pad_id
+        )
         print(f"resumed {folder} after update {progress.step}")
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     resume_step = progress.step if config.resume else None
@@ -188,23 +179,23 @@ def run(config: TrainConfig) -> None:
     )
 
     def save_state() -> None:
-        runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), rollout and freeze(rollout))
+        runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), rollout and rollout.state())
 
-    def evaluate(name: str) -> float | None:
-        if task is None or not config.eval_size:
-            return None
-        right = count_exact(model, chat, task, task.held_out(config.eval_size), config)
-        return log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)["eval_exact"]
+    def evaluate(name: str) -> None:
+        if task is not None and config.eval_size:
+            right = count_exact(model, chat, task, task.held_out(config.eval_size), config)
+            log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7. the loop
 
-    stop, results = StopRequest(), {}
+    stop = StopRequest()
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
     if not config.resume:
-        results["start"] = evaluate("start")
+        evaluate("start")
     while progress.phase < len(phases) and not stop:
-        phase, phase_started = phases[progress.phase], time.perf_counter() - progress.seconds
-        while progress.phase_step < phase.steps and progress.seconds < phase.seconds and not stop:
+        phase, phase_started = phases[progress.phase], time.perf_counter()
+        while progress.phase_step < phase.steps and time.perf_counter() - phase_started < phase.seconds and not stop:
             began = time.perf_counter()
             lr = learning_rate(
                 progress.phase_step,
@@ -228,12 +219,8 @@ def run(config: TrainConfig) -> None:
                     weight = len(logp) / total  # SFT averages over tokens
                     (loss * weight).backward()
                     optimizer.accumulate()
-                    metrics.append(
-                        (
-                            weight,
-                            facts | {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()},
-                        )
-                    )
+                    facts |= {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()}
+                    metrics.append((weight, facts))
                 progress.sft_cursor += config.batch_size
 
             else:
@@ -244,20 +231,15 @@ def run(config: TrainConfig) -> None:
                 batches, old = rollout.minibatches[progress.update], rollout.old_logp[progress.update]
                 total = sum(len(batch.index) for batch in batches)
                 for batch, old_logp in zip(batches, old, strict=True):
-                    batch, old_logp, A = (
-                        batch.to(config.device),
-                        old_logp.to(config.device),
-                        rollout.advantages[batch.index],
-                    )
+                    A = rollout.advantages[batch.index].to(config.device)  # (N,)
+                    batch, old_logp = batch.to(config.device), old_logp.to(config.device)
                     logp, entropy, _ = score(model, batch, temperature=config.temperature)  # (S,), (S,), (S,)
-                    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
                     if phase.algo == "gspo":  # one ratio per answer
-                        new_sums, old_sums = (
-                            sequence_sums(x, batch.cu_seqlens) for x in (logp, old_logp)
-                        )  # (N,), (N,)
-                        loss, facts = gspo_loss(new_sums, old_sums, batch.lengths, A.to(config.device), **clip)
+                        seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
+                        old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
+                        loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, **clip)
                     else:  # grpo: one ratio per token
-                        loss, facts = grpo_loss(logp, old_logp, batch.cu_seqlens, A.to(config.device), **clip)
+                        loss, facts = grpo_loss(logp, old_logp, batch.cu_seqlens, A, **clip)
                     weight = len(batch.index) / total  # both average over answers
                     (loss * weight).backward()
                     optimizer.accumulate()
@@ -265,14 +247,13 @@ def run(config: TrainConfig) -> None:
                 facts = combine(metrics)
                 if progress.update == 0 and not facts["ratio_min"] == facts["ratio_max"] == 1.0:
                     raise AssertionError(
-                        f"first update after a rollout: ratios lie in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], want exactly 1.0; "
-                        "old and new log-probs were not scored the same way"
+                        f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
+                        "want exactly 1.0; old and new log-probs were not scored the same way"
                     )
                 progress.update = (progress.update + 1) % config.updates_per_rollout
 
             norm = optimizer.step(lr, config.grad_clip)
             progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
-            progress.seconds = time.perf_counter() - phase_started
 
             # ---------------------------------------------------------------------------------------------------------
             # 8. log, evaluate, save
@@ -280,12 +261,8 @@ def run(config: TrainConfig) -> None:
             seconds = time.perf_counter() - began
             row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **combine(metrics)}
             row |= {} if phase.algo == "sft" else rollout.facts
-            row |= {
-                "grad_norm": norm.item(),
-                "lr": lr,
-                "tokens_per_s": sum(batch.real_tokens for batch in batches) / seconds,
-            }
-            log.step(row | {"step_s": seconds, "peak_mem_bytes": peak_memory(config.device)})
+            row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
+            log.step(row | {"tokens_per_s": sum(batch.real_tokens for batch in batches) / seconds})
             if phase.until <= 1 and progress.phase_step % PROBE_EVERY == 0:
                 problems = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
                 if count_exact(model, chat, task, problems, config) >= phase.until * config.warm_probe:
@@ -297,24 +274,21 @@ def run(config: TrainConfig) -> None:
 
         if stop:
             break
-        results[phase.name] = evaluate(phase.name)
+        evaluate(phase.name)
         if phase is phases[-1]:
             break
-        if phases[progress.phase + 1].name == "control":  # from the end of the warm-up, its optimiser included
+        progress.phase, progress.phase_step = progress.phase + 1, 0
+        if phases[progress.phase].name != "control":
+            runstate.save_state(warm, model, optimizer, dataclasses.asdict(progress), None)
+            optimizer = Optimizer(model, weight_decay=config.weight_decay)
+        else:  # the RL result is kept; then back to the end of the warm-up, its optimiser included
             save_state()
             save_weights(model, tokenizer, config, folder)
-            seconds, optimizer = progress.seconds, Optimizer(model, weight_decay=config.weight_decay)
-            warm, _ = runstate.load_state(folder / "state" / "warm.safetensors", model, optimizer)
-            phases[-1] = dataclasses.replace(phases[-1], seconds=seconds)
-            progress = dataclasses.replace(
-                Progress(**warm), phase=progress.phase + 1, phase_step=0, seconds=0.0, step=progress.step
-            )
-        else:
-            runstate.save_state(
-                folder / "state" / "warm.safetensors", model, optimizer, dataclasses.asdict(progress), None
-            )
-            progress.phase, progress.phase_step, progress.seconds = progress.phase + 1, 0, 0.0
             optimizer = Optimizer(model, weight_decay=config.weight_decay)
+            saved, _ = runstate.load_state(warm, model, optimizer)
+            progress.sft_cursor = saved["sft_cursor"]
+            spent = sum(row["step_s"] for row in read_rows(folder / "metrics.jsonl") if row.get("algo") == config.algo)
+            phases[-1] = dataclasses.replace(phases[-1], seconds=spent)
 
     if phases[progress.phase].name != "control":
         save_state()
@@ -324,69 +298,20 @@ def run(config: TrainConfig) -> None:
     if stop:
         print(f"stopped after update {progress.step}; continue with: python train.py --resume {folder}")
     else:
-        print(summary(results, config, folder, picture, time.perf_counter() - started))
+        example = task.held_out(1)[0].text if task else "..."
+        print(summary(config, folder, picture, example, time.perf_counter() - started))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what the recipe calls, in the order it calls it
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SFT_STREAM, PROBE_STREAM = (
-    1_000_000,
-    2_000_000,
-)  # seeds apart from the rollouts' own: three different orders of the problems
-PROBE_EVERY = 20  # updates; probing 200 problems costs about as much as four of them
+# seeds apart from the rollouts' own: three different orders of the training problems
+SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
+PROBE_EVERY = 5  # updates; the share climbs by about 1 % an update once it moves, so look often
 
 
-def run_folder(config: TrainConfig) -> pathlib.Path:
-    """Where this run writes. A folder that holds a run is never written over: it is resumed, or another is taken."""
-    if config.resume or config.out:
-        folder = pathlib.Path(config.resume or config.out)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"got --out {folder}, which is a file; want a folder")
-        if not config.resume and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(
-                f"{folder} holds another run or other files; want an empty --out, or --resume {folder} to go on with it"
-            )
-    else:
-        name = (
-            pathlib.Path(config.model).name + "-" + config.algo
-            if config.model != "tiny" or config.algo != "gspo"
-            else "tiny"
-        )
-        tries = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        folder = next(f for f in (pathlib.Path("runs", t) for t in tries) if not f.exists())
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """How a problem becomes token ids: through the chat template when there is one, as bare text when not."""
-
-    tokenizer: Tokenizer
-    template_kwargs: dict
-
-    def prompt(self, problem: Problem) -> list[int]:
-        if self.tokenizer.has_chat_template:
-            return self.tokenizer.chat(problem.messages, **self.template_kwargs)
-        return self.tokenizer.encode(problem.text)
-
-    def demonstration(self, problem: Problem) -> Example:
-        """Prompt and reference answer; the loss counts on the answer and the token that ends it."""
-        if self.tokenizer.has_chat_template:
-            turns = [*problem.messages, {"role": "assistant", "content": problem.answer}]
-            return Example(*conversation_examples(self.tokenizer, turns, **self.template_kwargs)[-1])
-        prompt = self.tokenizer.encode(problem.text)
-        answer = self.tokenizer.encode_plain(problem.answer) + [min(self.tokenizer.eos_ids)]
-        return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
-
-    def text(self, answer: list[int]) -> str:
-        """What a reward reads: special tokens dropped, and a finished chain of thought too."""
-        return self.tokenizer.decode(answer).rpartition("</think>")[2]
-
-
-def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progress) -> Rollout:
+def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progress) -> Experience:
     """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs."""
     problems = [task.train_problem(progress.rl_cursor + i, config.seed) for i in range(config.prompts_per_rollout)]
     prompts = [chat.prompt(p) for p in problems]
@@ -400,78 +325,35 @@ def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progr
         seed=config.seed * 1_000_003 + progress.rl_cursor,
         max_rows=config.rollout_rows,
     )
+    asked = [problems[a.prompt_index] for a in answers]
     texts = [chat.text(a.tokens) for a in answers]
-    rewards = [task.reward(problems[a.prompt_index], t) for a, t in zip(answers, texts, strict=True)]
+    rewards = [task.reward(p, text) for p, text in zip(asked, texts, strict=True)]
     table = torch.tensor(rewards).view(-1, config.group_size)  # (P, G)
     advantages = group_advantages(table, divide_by_std=config.divide_by_std).flatten()  # (N,)
-    examples = []
-    for a in answers:
-        prompt = prompts[a.prompt_index]
-        examples.append(Example(prompt + a.tokens, [False] * len(prompt) + [True] * len(a.tokens)))
-    rollout = Rollout(examples, advantages)
-    rollout.minibatches = split(rollout.examples, config, chat.tokenizer.pad_id)
-    with (
-        torch.no_grad()
-    ):  # once, with the micro-batches, kernels and dtypes of the updates: their first ratio is exactly 1
-        rollout.old_logp = [
-            [score(model, b.to(config.device), temperature=config.temperature)[0].cpu() for b in m]
-            for m in rollout.minibatches
-        ]
-    sampled = [torch.tensor(a.logp).mean() for a in answers]  # length-normalised, as the ratio is
-    gaps = []
-    for batches, old in zip(rollout.minibatches, rollout.old_logp, strict=True):
-        for batch, logp in zip(batches, old, strict=True):
-            means = sequence_sums(logp, batch.cu_seqlens) / batch.lengths  # (N,)
-            gaps += [abs(sampled[i] - m) for i, m in zip(batch.index.tolist(), means, strict=True)]
+    examples = [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers]
+    rollout = experience(
+        model,
+        examples,
+        advantages,
+        updates=config.updates_per_rollout,
+        max_tokens=config.micro_batch_tokens,
+        pad_id=chat.tokenizer.pad_id,
+        temperature=config.temperature,
+        device=config.device,
+    )
+    N = len(answers)
     rollout.facts = {
         "reward": table.mean().item(),
         "reward_std": table.std(dim=1).mean().item(),
-        "exact": sum(task.exact(problems[a.prompt_index], t) for a, t in zip(answers, texts, strict=True))
-        / len(answers),
+        "exact": sum(task.exact(p, text) for p, text in zip(asked, texts, strict=True)) / N,
         "zero_spread_frac": (table.amax(1) == table.amin(1)).float().mean().item(),
-        "truncated_frac": sum(not a.finished for a in answers) / len(answers),
-        "answer_len": sum(len(a.tokens) for a in answers) / len(answers),
-        "sampler_gap_max": max(
-            gaps
-        ).item(),  # sampling against scoring, in the unit of log(ratio); never enters the loss
+        "truncated_frac": sum(not a.finished for a in answers) / N,
+        "answer_len": sum(len(a.tokens) for a in answers) / N,
+        "sampler_gap_max": sampler_gap(rollout, [a.logp for a in answers]),
     }
-    rollout.samples = [
-        {
-            "step": progress.step + 1,
-            "prompt": chat.tokenizer.decode(prompts[a.prompt_index], skip_special_tokens=False),
-            "answer": t,
-            "reward": r,
-        }
-        for a, t, r in zip(answers, texts, rewards, strict=True)
-    ]
-    return rollout
-
-
-def split(examples: list[Example], config: TrainConfig, pad_id: int) -> list[list[MicroBatch]]:
-    """The rollout in updates_per_rollout equal minibatches, in order (so whole groups stay together where they can),
-    each cut into micro-batches. `index` counts over the whole rollout."""
-    size, minibatches = len(examples) // config.updates_per_rollout, []
-    for first in range(0, len(examples), size):
-        batches = pack(examples[first : first + size], max_tokens=config.micro_batch_tokens, pad_id=pad_id)
-        minibatches.append([dataclasses.replace(b, index=b.index + first) for b in batches])
-    return minibatches
-
-
-def freeze(rollout: Rollout) -> dict:
-    """The rollout in progress, as runstate stores it."""
-    old_logp = torch.cat([x for batches in rollout.old_logp for x in batches])  # (all scored tokens,)
-    return {
-        "examples": rollout.examples,
-        "facts": rollout.facts,
-        "tensors": {"advantages": rollout.advantages, "old_logp": old_logp},
-    }
-
-
-def unfreeze(saved: dict, config: TrainConfig, pad_id: int) -> Rollout:
-    rollout = Rollout(saved["examples"], saved["tensors"]["advantages"], saved["facts"])
-    rollout.minibatches = split(rollout.examples, config, pad_id)
-    pieces = iter(saved["tensors"]["old_logp"].split([len(b.targets) for m in rollout.minibatches for b in m]))
-    rollout.old_logp = [[next(pieces) for _ in batches] for batches in rollout.minibatches]
+    for p, text, reward in zip(asked, texts, rewards, strict=True):
+        row = {"step": progress.step + 1, "prompt": p.text, "answer": text, "reward": reward}
+        rollout.samples.append(row)
     return rollout
 
 
@@ -479,7 +361,7 @@ def combine(metrics: list[tuple[float, dict]]) -> dict[str, float]:
     """Metrics of an update from those of its micro-batches: minima, maxima, and weighted means of the rest."""
     out = {}
     for key in metrics[0][1]:
-        values = [(weight, float(facts[key])) for weight, facts in metrics]
+        values = [(weight, float(torch.as_tensor(facts[key]).detach())) for weight, facts in metrics]
         if key.endswith(("_min", "_max")):
             out[key] = (min if key.endswith("_min") else max)(v for _, v in values)
         else:
@@ -500,57 +382,12 @@ def count_exact(model, chat: Chat, task, problems: list[Problem], config: TrainC
     return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
 
 
-def peak_memory(device: str) -> int:
-    """Bytes: the most the GPU held, or the most this process ever had resident."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class StopRequest:
-    """True after Ctrl-C or SIGTERM: the update at hand is finished and saved. A second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this update (once more to stop at once)", file=sys.stderr)
-
-    def __bool__(self) -> bool:
-        return self.asked
-
-
 def save_weights(model, tokenizer: Tokenizer, config: TrainConfig, folder: pathlib.Path) -> None:
     """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
     if config.lora_r:
         checkpoint.save_adapter(model, folder / "adapter", base=config.model)
     if config.save_merged or not config.lora_r:
         checkpoint.save(model, folder / "model", tokenizer=tokenizer)
-
-
-def summary(results: dict, config: TrainConfig, folder: pathlib.Path, picture, seconds: float) -> str:
-    """What a run prints last: held-out exact match before and after each phase, and where things are."""
-    names = {"start": "before", "sft": "after SFT", "gspo": "after GSPO", "grpo": "after GRPO", "control": "control"}
-    lines = []
-    for phase, share in results.items():
-        if share is not None:
-            low, high = wilson_interval(round(share * config.eval_size), config.eval_size)
-            note = "  (SFT continued instead of RL, for the same time)" if phase == "control" else ""
-            lines.append(f"  {names[phase]:<10} {share:6.1%}   95 % interval {low:.1%} to {high:.1%}{note}")
-    if lines:
-        lines.insert(0, f"held-out exact match, {config.eval_size} problems never trained on:")
-    weights = folder / ("adapter" if config.lora_r else "model")
-    lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
-    tail = f"--model {config.model} --adapter {weights}" if config.lora_r else f"--model {weights}"
-    lines.append(f'try it: python sample.py {tail} --prompt "..."')
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of every token so far, so that a new token costs one row of work instead of all of them.
+"""The KV cache: keys and values of every token so far, so that a new token costs one row of work, not all.
 
 Storage is static, (B, S, K, D) per layer with S fixed at the start: nothing is concatenated or moved while decoding.
 **A token's slot is its position.** Rows of different lengths therefore need no left padding: row b simply continues at
@@ -43,7 +43,7 @@ class KVCache:
         return self.k[layer][:, : self.extent], self.v[layer][:, : self.extent]
 
     def rows(self, index: Tensor) -> "KVCache":
-        """A cache with row index[i] as its row i. Repeats spread one prefilled prompt over its group; gaps drop rows."""
+        """A cache with row index[i] as its row i. Repeats spread a prefilled prompt over its group; gaps drop rows."""
         new = object.__new__(KVCache)
         new.k = [k[index] for k in self.k]
         new.v = [v[index] for v in self.v]

@@ -106,8 +106,9 @@ def _fetch(repo: str) -> pathlib.Path:
         raise ValueError(
             f"the hub has no repository {repo} (or it is private): check the name, run `hf auth login`, {local}"
         ) from e
-    except OSError as e:  # LocalEntryNotFoundError, connection and time-out errors and a full disk are all OSErrors
-        if e.errno == 28 or "No space left" in str(e):
+    # a full disk, connection errors and LocalEntryNotFoundError are OSErrors; a time-out within a file is an HTTPError
+    except (OSError, errors.HTTPError) as e:
+        if getattr(e, "errno", None) == 28 or "No space left" in str(e):
             raise ValueError(
                 f"the disk is full while fetching {repo}: free some space or set HF_HOME to another disk, {local}"
             ) from e
@@ -118,11 +119,14 @@ def _fetch(repo: str) -> pathlib.Path:
 
 def _json(path: pathlib.Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; want a checkpoint folder that has it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: broken JSON ({e}); fetch the file again") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got JSON that is no object, want {{...}}; fetch the file again")
+    return value
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
@@ -156,9 +160,10 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str
     with open(path, "rb") as f:
         first = f.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if first[:2] in (b"PK", b"\x80\x02"):
-            raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors")
         if not 2 <= length <= min(size - 8, 100_000_000):
+            # asked only now: a sound header of 640 bytes begins like a pickle, one of 19,280 like a zip file
+            if first[:2] == b"PK" or first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+                raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors")
             raise ValueError(f"{path}: got a header of {length} bytes in a file of {size}; {again}")
         try:
             header = json.loads(f.read(length))
@@ -166,7 +171,10 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str
             tensors = {}
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 start, end = entry["data_offsets"]
-                tensors[name] = {"dtype": entry["dtype"], "shape": tuple(entry["shape"]), "start": start, "end": end}
+                shape = tuple(entry["shape"])
+                if not all(type(n) is int and n >= 0 for n in (start, end, *shape)) or type(entry["dtype"]) is not str:
+                    raise TypeError(f"{name}: want natural numbers and the name of a dtype")
+                tensors[name] = {"dtype": entry["dtype"], "shape": shape, "start": start, "end": end}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: got a header that is not safetensors JSON ({type(e).__name__}); {again}") from e
     expected = 0
@@ -182,6 +190,8 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str
         if 8 + length + t["end"] > size:
             raise ValueError(f"{path}: tensor {name} ends at byte {8 + length + t['end']} of a file of {size}; {again}")
         t["start"], t["end"] = t["start"] + 8 + length, t["end"] + 8 + length
+    if 8 + length + expected != size:
+        raise ValueError(f"{path}: got {size} bytes, the header accounts for {8 + length + expected}; {again}")
     return tensors, metadata
 
 
@@ -190,9 +200,12 @@ def read_tensor(file, entry: dict, into: Tensor | None = None) -> Tensor:
     out = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]]) if into is None else into
     if out.numel():
         file.seek(entry["start"])
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
-        if file.readinto(view) != len(view):
-            raise ValueError(f"{file.name}: the file ended in the middle of a tensor; fetch it again")
+        rest = memoryview(out.view(-1).view(torch.uint8).numpy())
+        while rest:  # Linux reads at most 2 GiB a call; the embedding of Gemma 2 27B has 2.4 GB
+            count = file.readinto(rest)
+            if not count:
+                raise ValueError(f"{file.name}: the file ended in the middle of a tensor; fetch it again")
+            rest = rest[count:]
     return out
 
 
@@ -254,11 +267,11 @@ def load(path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = 
     for file in weight_files(folder):
         for name, entry in read_header(file)[0].items():
             ours = our_name(name)
-            if ours in wanted:
-                found[ours] = (file, entry)
-            elif SKIP.search(name) or (config.tied and ours == "lm_head.weight"):
+            if SKIP.search(name) or (config.tied and ours == "lm_head.weight"):
                 skipped.append(name)
-            else:
+            elif ours in wanted and ours not in found:
+                found[ours] = (file, entry)
+            else:  # a second tensor for the same place counts too
                 unexpected.append(name)
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in unexpected]
@@ -271,13 +284,22 @@ def load(path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = 
         raise ValueError(f"{folder}: {len(problems)} tensors do not fit a {config.family} model: {'; '.join(problems)}")
     if skipped:
         print(f"{folder}: left aside {len(skipped)} tensors: {', '.join(skipped)}", file=sys.stderr)
+    # What changes its dtype or device passes through one buffer: fresh memory for each tensor would cost page faults,
+    # and malloc keeps up to 64 MB of what is freed between tensors that stay.
+    on_cpu = torch.device(device).type == "cpu"
+    as_stored = {name for name, (_, entry) in found.items() if on_cpu and DTYPES[entry["dtype"]] == dtype}
+    sizes = [entry["end"] - entry["start"] for name, (_, entry) in found.items() if name not in as_stored]
+    buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)  # (bytes of the largest such tensor,)
     for file in dict.fromkeys(file for file, _ in found.values()):
         with open(file, "rb", buffering=0) as f:
             for name, (_, entry) in sorted(
                 ((n, e) for n, e in found.items() if e[0] == file), key=lambda x: x[1][1]["start"]
             ):
                 parent, leaf = name.rsplit(".", 1)
-                tensor = read_tensor(f, entry).to(device=device, dtype=dtype)
+                into = None
+                if name not in as_stored:
+                    into = buffer[: entry["end"] - entry["start"]].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+                tensor = read_tensor(f, entry, into).to(device=device, dtype=dtype)
                 model.get_submodule(parent).register_parameter(leaf, nn.Parameter(tensor))
     model.folder = folder
     return model.eval()
@@ -301,7 +323,8 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = _json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+        if not named or not weight_map:
             raise ValueError(f"{index}: got no weight_map, want tensor name -> file name")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         if any(file.parent != folder for file in files):
@@ -449,6 +472,9 @@ def _inside_lora(name: str) -> bool:
     return name.endswith((".base", ".lora_A", ".lora_B"))
 
 
+UNREAD_KEYS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+
+
 def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout: float = 0.0) -> list[str]:
     """Put a PEFT LoRA adapter onto a model: ours, or one that PEFT, Unsloth or TRL saved. Returns the layers touched.
 
@@ -465,9 +491,11 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
         raise ValueError(f"{folder}: got peft_type {config['peft_type']!r}, want LORA")
     extras = {
         key: config.get(key)
-        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+        for key in UNREAD_KEYS
         if config.get(key)
     }
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        extras["init_lora_weights"] = config["init_lora_weights"]  # PiSSA, OLoRA and LoftQ subtract from the base
     if config.get("bias", "none") != "none":
         extras["bias"] = config["bias"]
     if extras:
@@ -479,12 +507,14 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
         if not match:
             raise ValueError(f"{file}: got tensor {name}, want names that end in lora_A.weight or lora_B.weight")
         pairs.setdefault(our_name(match[1].removeprefix(PEFT_PREFIX)), {})[match[2]] = entry
-    r = config["r"]
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if type(r) is not int or r < 1 or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{folder}/adapter_config.json: got r={r!r} and lora_alpha={alpha!r}, want a rank and a number")
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
             raise ValueError(f"{file}: layer {name} has only {', '.join(pair)}, want lora_A and lora_B")
-    scale = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
-    touched = add_lora(model, r=r, alpha=config["lora_alpha"], targets=list(pairs), dropout=dropout, scale=scale)
+    scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    touched = add_lora(model, r=r, alpha=alpha, targets=list(pairs), dropout=dropout, scale=scale)
     with open(file, "rb", buffering=0) as f:
         for name, layer in lora_layers(model).items():
             for part, entry in pairs[name].items():

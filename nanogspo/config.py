@@ -11,6 +11,7 @@ Reading order: TrainConfig, SampleConfig, parse, resolve, check.      Tests: tes
 import argparse
 import dataclasses
 import difflib
+import math
 import pathlib
 from typing import Any
 
@@ -46,7 +47,7 @@ class TrainConfig:
     warm_until: float = flag(
         0.3, "end the warm-up once this share of warm_probe fresh training problems is answered right"
     )
-    warm_probe: int = flag(200, "training problems answered greedily every 20 warm-up updates, to see whether to stop")
+    warm_probe: int = flag(300, "training problems answered greedily every 5 warm-up updates, to see whether to stop")
     warm_lr: float = flag(1e-3, "learning rate of the warm-up")
     control: bool = flag(
         False, "after RL, also continue SFT from the end of the warm-up for as long as RL took, to compare"
@@ -171,6 +172,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     if getattr(args, "words", ""):
         given["prompt"] = args.words
     if config_class is TrainConfig:
+        if given.get("resume") and args.config:
+            raise ValueError("got --config with --resume, which reads the run's own config.yaml; want one of them")
         if given.get("resume"):
             base = load_yaml(
                 pathlib.Path(given["resume"]) / "config.yaml", TrainConfig, "want the folder of an earlier run"
@@ -255,6 +258,11 @@ def check(config: TrainConfig) -> None:
     under another name (TRL's defaults are such a run), and one in which it leaves 1 without an update measures noise.
     """
     rl = config.algo != "sft"
+    for f in dataclasses.fields(config):  # nan passes every comparison below, and would end in the weights
+        if f.type is float and not math.isfinite(getattr(config, f.name)):
+            raise ValueError(f"got --{f.name.replace('_', '-')} {getattr(config, f.name)}, want a finite number")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"got --seed {config.seed}, want 0 to {2**32 - 1}")
     for name in (
         "steps",
         "prompts_per_rollout",
@@ -264,6 +272,7 @@ def check(config: TrainConfig) -> None:
         "micro_batch_tokens",
         "save_every",
         "max_length",
+        "warm_probe",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"got --{name.replace('_', '-')} {getattr(config, name)}, want at least 1")
@@ -280,11 +289,22 @@ def check(config: TrainConfig) -> None:
         "clip_high",
         "threads",
         "task_size",
+        "rollout_rows",
     ):
         if getattr(config, name) < 0:
             raise ValueError(f"got --{name.replace('_', '-')} {getattr(config, name)}, want 0 or more")
     if config.grad_clip <= 0:
         raise ValueError(f"got --grad-clip {config.grad_clip}, want more than 0 (a large number to switch it off)")
+    if config.warm_until <= 0:
+        raise ValueError(f"got --warm-until {config.warm_until}, want more than 0 (2 never ends the warm-up early)")
+    if config.lora_r and config.lora_alpha <= 0:
+        raise ValueError(
+            f"got --lora-alpha {config.lora_alpha}: the adapter would stay without effect; want more than 0"
+        )
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"got --lora-dropout {config.lora_dropout}, want 0 or more and less than 1")
+    if config.resume and config.out not in ("", config.resume):
+        raise ValueError(f"got --out {config.out} with --resume {config.resume}, want one: a run goes on in its folder")
     if (config.task == "jsonl") != bool(config.data):
         raise ValueError(
             "got --task jsonl without --data FILE.jsonl"
@@ -299,28 +319,36 @@ def check(config: TrainConfig) -> None:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
     if not rl:
         return
+    if config.control and not config.warm_steps:
+        raise ValueError("got --control without --warm-steps: it continues the SFT warm-up; want both or neither")
     if config.group_size < 2:
         raise ValueError(
-            f"got --group-size {config.group_size} with {config.algo}: an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
+            f"got --group-size {config.group_size} with {config.algo}: "
+            "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
         )
     if config.updates_per_rollout == 1:
         raise ValueError(
-            f"got --updates-per-rollout 1 with {config.algo}: every ratio is then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper)"
+            f"got --updates-per-rollout 1 with {config.algo}: every ratio is "
+            "then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper)"
         )
     rows = config.prompts_per_rollout * config.group_size
     if rows % config.updates_per_rollout:
         raise ValueError(
-            f"got {rows} answers a rollout (prompts x group), want a multiple of --updates-per-rollout {config.updates_per_rollout}"
+            f"got {rows} answers a rollout (prompts x group), want a multiple of "
+            f"--updates-per-rollout {config.updates_per_rollout}"
         )
     if config.temperature <= 0:
         raise ValueError(
-            f"got --temperature {config.temperature} with {config.algo}, want more than 0: greedy answers of a group are all alike"
+            f"got --temperature {config.temperature} with {config.algo}, want more than 0: "
+            "greedy answers of a group are all alike"
         )
     if config.top_k or config.top_p != 1:
         raise ValueError(
-            "got --top-k or --top-p in RL: the sampled distribution would not be the one that is scored, and every ratio would be off; want 0 and 1"
+            "got --top-k or --top-p in RL: the sampled distribution would not be the one that is scored, "
+            "and every ratio would be off; want 0 and 1"
         )
     if config.lora_dropout:
         raise ValueError(
-            f"got --lora-dropout {config.lora_dropout} with {config.algo}: dropout moves the ratio by more than the clip range without any update; want 0"
+            f"got --lora-dropout {config.lora_dropout} with {config.algo}: dropout moves the ratio by "
+            "more than the clip range without any update; want 0"
         )

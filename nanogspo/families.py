@@ -3,7 +3,7 @@
 One transformer (model.py) serves every family below; a family is one row of FAMILIES. The columns are named for the
 mechanism, not for the vendor, and model.py reads nothing else:
 
-    norm_plus_one   RMSNorm multiplies by (1 + w) in fp32 and rounds last (Gemma), instead of rounding first, then * w (Llama)
+    norm_plus_one   RMSNorm multiplies by (1 + w) in fp32 and rounds last (Gemma); else rounds first, then * w (Llama)
     post_norms      a second norm after attention and after the MLP, before the residual is added ("sandwich")
     qk_norm         RMSNorm over head_dim on every query and key head, before RoPE
     qkv_bias        biases on q, k, v; o_bias the same for o
@@ -11,7 +11,7 @@ mechanism, not for the vendor, and model.py reads nothing else:
     layer_pattern   which layers see only a sliding window
 
 Reading order: FAMILIES, ModelConfig, model_config, the four small readers under it, export_config.
-Two generations of files are read: what the hub holds (rope_theta, rope_scaling, sliding_window_pattern at the top level)
+Two generations of files are read: what the hub holds (rope_theta, rope_scaling, sliding_window_pattern at the top)
 and what transformers 5 writes (rope_parameters, layer_types). Both must give the same model.
 Left out here: MoE and gated DeltaNet families (their rows come with their layers).
 
@@ -169,6 +169,8 @@ def model_config(config: dict) -> ModelConfig:
     if name is None:
         known = ", ".join(sorted(MODEL_TYPES))
         raise ValueError(f"got model_type {model_type!r} in config.json, want one of: {known}")
+    if text.get("use_bidirectional_attention"):
+        raise ValueError("config.json: got use_bidirectional_attention, want a decoder: this is an embedding model")
     row = FAMILIES[name]
     text = {**row.defaults, **{key: value for key, value in text.items() if value is not None or key in NULL_MEANS}}
 
@@ -293,7 +295,7 @@ ROPE_KEYS = {
 
 
 def _rope(text: dict, layer_types: tuple[str, ...]) -> dict[str, dict]:
-    """RoPE parameters per layer type. Gemma 3 turns its sliding layers at another base, and scales only the full ones."""
+    """RoPE parameters per layer type. Gemma 3 turns its sliding layers at another base and scales only the full."""
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     base = {"rope_theta": text.get("rope_theta", 10_000.0)}
     if "partial_rotary_factor" in text:
@@ -313,8 +315,9 @@ def _rope(text: dict, layer_types: tuple[str, ...]) -> dict[str, dict]:
 
 
 def _checked_rope(parameters: dict, text: dict) -> dict:
-    p = {**parameters, "rope_type": parameters.get("rope_type") or parameters.get("type") or "default"}
-    p.pop("type", None)
+    # the sections of a three-axis RoPE say which channels turn by time, height or width: the same angle for text
+    p = {k: v for k, v in parameters.items() if k not in ("type", "mrope_section", "mrope_interleaved")}
+    p["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
     if p["rope_type"] == "mrope":
         p["rope_type"] = "default"
     if p["rope_type"] not in ROPE_KEYS:
@@ -327,17 +330,23 @@ def _checked_rope(parameters: dict, text: dict) -> dict:
     return p
 
 
+# keys that describe another file than the one we write
+DROPPED_KEYS = ("torch_dtype", "quantization_config", "auto_map", "vision_config", "audio_config")
+
+
 def export_config(config: ModelConfig, *, dtype: str) -> dict:
     """The config.json of this model as a text-only checkpoint that transformers and vLLM open.
 
     The source file's own keys are kept; a multimodal wrapper's text part is renamed to the family it is.
     """
-    out = {k: v for k, v in config.source.items() if k not in ("torch_dtype", "quantization_config", "auto_map")}
+    out = {k: v for k, v in config.source.items() if k not in DROPPED_KEYS}
     out["model_type"] = TEXT_TYPES.get(config.family, config.family)
     out["architectures"] = [FAMILIES[config.family].architecture]
     out["tie_word_embeddings"] = config.tied
     out["dtype"] = dtype
     out["vocab_size"] = config.vocab_size
+    if config.eos_ids:  # a wrapper states them outside its text part
+        out["eos_token_id"] = list(config.eos_ids)
     if config.source["model_type"] not in (out["model_type"], config.family) or "mrope_section" in str(
         out.get("rope_scaling")
     ):
@@ -345,9 +354,9 @@ def export_config(config: ModelConfig, *, dtype: str) -> dict:
         out.update(
             num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim
         )
-        p = config.rope["full"]
+        p = next(iter(config.rope.values()))  # Qwen: one base for every layer
         out["rope_theta"] = p["rope_theta"]
-        rest = {k: v for k, v in p.items() if k not in ("rope_theta", "mrope_section", "mrope_interleaved")}
+        rest = {k: v for k, v in p.items() if k != "rope_theta"}
         out["rope_scaling"] = None if rest["rope_type"] == "default" else rest
         out.pop("rope_parameters", None)
     return out

@@ -16,7 +16,8 @@ Left out: dropout, mixture of experts and gated DeltaNet (Block chooses its mixe
 they will go), encoder parts.
 
 Lessons: lessons/01_one_transformer.md, 02_gqa_rope_softcap.md       Tests: tests/test_model.py
-Letters: B rows, T positions, S keys, C width, H query heads, K key/value heads, D head width, F MLP width, V vocabulary.
+Letters: B rows, T positions, S keys, C width, H query heads, K key/value heads, D head width, F MLP width,
+V vocabulary.
 """
 
 import math
@@ -256,7 +257,7 @@ class Transformer(nn.Module):
         cache      KVCache to write to and read from; its `lengths` move on by T
         returns    (B, T, C) in the model's dtype
         """
-        config, (B, T) = self.config, tokens.shape
+        config, T = self.config, tokens.shape[1]
         steps = torch.arange(T, device=tokens.device)
         if cache is not None:
             positions = cache.lengths[:, None] + steps if positions is None else positions  # (B, T)

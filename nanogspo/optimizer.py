@@ -79,7 +79,7 @@ class Optimizer:
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str) -> float:
-    """Learning rate of update `step` (from 0): a linear rise over `warmup` updates, then the schedule down to 0 at `total`.
+    """Learning rate of update `step` (from 0): a linear rise over `warmup` updates, then the schedule.
 
     "constant" does not depend on `total`, so a run that is continued with more steps equals one that was longer.
     """

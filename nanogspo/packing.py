@@ -29,6 +29,11 @@ class Example:
     tokens: list[int]
     loss_mask: list[bool]
 
+    @classmethod
+    def answered(cls, prompt: list[int], answer: list[int]) -> "Example":
+        """A prompt and its answer; every token of the answer is scored, its stop token too."""
+        return cls(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
 
 @dataclass(frozen=True)
 class MicroBatch:

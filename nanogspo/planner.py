@@ -1,15 +1,14 @@
 """What a run will need, said before it is allocated: parameters, and memory part by part.
 
 Weights, adapter, gradients, optimiser and KV cache are counted exactly. Activations are an estimate from the shapes
-(about 20 % either way): per token and layer the backward pass keeps the block's inputs and outputs of every matrix.
+(what autograd keeps is 0.9 to 1.25 times as much; the backward pass has a few temporaries besides).
 
 Tests: tests/test_planner.py
 """
 
-from torch import nn
-
 from nanogspo.checkpoint import tensor_bytes
 from nanogspo.config import TrainConfig
+from nanogspo.families import ModelConfig
 from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Transformer
 
@@ -22,14 +21,13 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     numbers = sum(p.numel() for p in trained)
     masters = sum(p.numel() for p in trained if p.element_size() < 4) * 4
     element = model.norm.weight.element_size()
-    T = min(config.micro_batch_tokens, max(config.micro_batch_tokens, longest_prompt + config.max_new_tokens))
-    # two norms (fp32 inside), q k v and their rotated copies, attention out, gate, up, their product, two residuals
-    width = 2 * (4 + element) * c.hidden_size // element + 2 * c.hidden_size + 3 * c.intermediate_size
-    width += (3 * c.num_heads + 4 * c.num_kv_heads) * c.head_dim
-    layers = 2 if config.gradient_checkpointing else c.num_layers
-    activations = (
-        T * (width * layers + (c.num_layers if config.gradient_checkpointing else 0) * c.hidden_size) * element
-    )
+    rl = config.algo != "sft"
+    longest = longest_prompt + (0 if config.data else config.max_new_tokens)
+    rows = config.prompts_per_rollout * config.group_size // config.updates_per_rollout if rl else config.batch_size
+    T = max(longest, min(config.micro_batch_tokens, rows * longest))  # pack() gives a longer row a batch of its own
+    layer = T * layer_bytes(config, c, element, longest)
+    kept = T * c.hidden_size * element  # what gradient checkpointing keeps of a layer: its input
+    activations = layer + c.num_layers * kept if config.gradient_checkpointing else c.num_layers * layer
     parts = {
         "weights": weights,
         "adapter": tensor_bytes(trained) if lora_layers(model) else 0,
@@ -39,11 +37,29 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
         "activations (estimate)": activations,
         "vocabulary tiles": 2 * 32 * 1024**2 if c.vocab_size > 8192 else 2 * T * c.vocab_size * 4,
     }
-    if config.algo != "sft":
+    if rl:
         rows = config.prompts_per_rollout * config.group_size
+        if config.rollout_rows:  # whole groups, as rollout.generate slices them
+            rows = min(rows, max(1, config.rollout_rows // config.group_size) * config.group_size)
         per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * element
         parts["KV cache of a rollout"] = rows * (longest_prompt + config.max_new_tokens) * per_token
     return {name: size for name, size in parts.items() if size}
+
+
+def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, longest: int) -> int:
+    """Bytes a token that one layer keeps for its backward pass."""
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    normed = (4 if c.post_norms else 2) * c.hidden_size
+    # an RMSNorm keeps its input in fp32 and its result; where its weight is trained, also what the weight multiplies
+    norm = 4 + (0 if config.lora_r else 4 if c.norm_plus_one else element)
+    total = normed * (norm + element) + ((queries + keys) * norm if c.qk_norm else 0)
+    total += element * (3 * queries + 2 * keys + 4 * c.intermediate_size)  # q k v, out twice; gate, act, up, product
+    if c.attn_softcap:  # scores are written out: tanh, softmax in fp32, and rounded
+        total += c.num_heads * longest * (element + 4 + (element if element < 4 else 0))
+    if config.lora_r and element < 4:  # every adapter reads its layer's input in fp32, a copy of its own
+        inputs = {"o_proj": queries, "down_proj": c.intermediate_size}
+        total += sum(4 * inputs.get(t.rsplit(".", 1)[-1], c.hidden_size) for t in config.lora_targets.split(","))
+    return total
 
 
 def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
@@ -51,16 +67,20 @@ def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
     c = model.config
     total = sum(p.numel() for p in model.parameters())
     lines = [
-        f"{config.algo} on {config.data or config.task} with {config.model}: {c.family}, {c.num_layers} layers, width {c.hidden_size}, "
-        f"{c.num_heads} heads on {c.num_kv_heads}, vocabulary {c.vocab_size:,}; {config.dtype} on {config.device}, seed {config.seed}",
+        f"{config.algo} on {config.data or config.task} with {config.model}: "
+        f"{c.family}, {c.num_layers} layers, width {c.hidden_size}, "
+        f"{c.num_heads} heads on {c.num_kv_heads}, vocabulary {c.vocab_size:,}; "
+        f"{config.dtype} on {config.device}, seed {config.seed}",
         describe(model) if lora_layers(model) else f"  all {total:,} parameters are trained",
     ]
     if config.algo == "sft":
         lines.append(f"  {config.steps} updates of {config.batch_size} examples, lr {config.lr:.1e}")
     else:
         lines.append(
-            f"  {config.steps} updates, {config.updates_per_rollout} per rollout of {config.prompts_per_rollout} prompts x {config.group_size} answers "
-            f"of at most {config.max_new_tokens} tokens; clip -{config.clip_low:.0e} / +{config.clip_high:.0e}, lr {config.lr:.1e}"
+            f"  {config.steps} updates, {config.updates_per_rollout} per rollout of "
+            f"{config.prompts_per_rollout} prompts x {config.group_size} answers "
+            f"of at most {config.max_new_tokens} tokens; "
+            f"clip -{config.clip_low:.0e} / +{config.clip_high:.0e}, lr {config.lr:.1e}"
         )
     parts = memory_parts(config, model, longest_prompt)
     lines.append(
@@ -77,8 +97,3 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}" if unit in ("B", "kB") or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable: the loop returns at GB")
-
-
-def trained_share(model: nn.Module) -> float:
-    total = sum(p.numel() for p in model.parameters())
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) / total

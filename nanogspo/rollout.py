@@ -5,8 +5,8 @@
     finish    a row that drew a stop token leaves the batch, so short answers stop costing
 
 Token ids are kept as drawn (the stop token too: the model has to learn to produce it) and are never re-tokenised.
-The log-probs kept here are a *measurement*. "Old" log-probs for the ratio come from the training forward (packing.score):
-cached decoding and a full forward differ by up to 1e-3 a token in bf16, more than GSPO's clip range.
+The log-probs kept here are a *measurement*. "Old" log-probs for the ratio come from the training forward
+(packing.score): cached decoding and a full forward differ by up to 1e-3 a token in bf16, more than GSPO's clip range.
 
 Sampling inverts the cumulative distribution with one uniform number per row and step, all drawn up front. A row's
 randomness therefore does not depend on which other rows are still alive.
@@ -14,6 +14,7 @@ randomness therefore does not depend on which other rows are still alive.
 Lesson: lessons/04_sampling_and_cache.md       Tests: tests/test_rollout.py
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -183,15 +184,16 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
         raise ValueError(f"got {len(prompts)} prompts, of which {empty} are empty; want at least one token in each")
     if max_new_tokens < 1:
         raise ValueError(f"got max_new_tokens {max_new_tokens}, want at least 1")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"got temperature {temperature}, top_k {top_k}, top_p {top_p}; want >= 0, >= 0 and in (0, 1]")
     longest, room = max(map(len, prompts)), model.config.max_positions
     if longest + max_new_tokens > room:
         raise ValueError(
-            f"got a prompt of {longest} tokens + {max_new_tokens} new ones, want at most {room} (max_position_embeddings)"
+            f"got a prompt of {longest} tokens + {max_new_tokens} new ones, "
+            f"want at most {room} (max_position_embeddings)"
         )
-    biggest = max(max(p) for p in prompts)
-    if biggest >= model.config.vocab_size or min(min(p) for p in prompts) < 0:
+    strange = {i for p in prompts for i in p if not 0 <= i < model.config.vocab_size}
+    if strange:
         raise ValueError(
-            f"got token id {biggest}, want ids in [0, {model.config.vocab_size}): wrong tokenizer for this model?"
+            f"got token id {min(strange)}, want ids in [0, {model.config.vocab_size}): wrong tokenizer for this model?"
         )

@@ -12,7 +12,7 @@ import pathlib
 import torch
 from torch import Tensor, nn
 
-from nanogspo.checkpoint import read_header, read_tensor, write_safetensors
+from nanogspo.checkpoint import DTYPES, read_header, read_tensor, write_safetensors
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
 
@@ -48,12 +48,17 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
     if not path.exists():
         raise ValueError(f"{path}: no state to resume from; want the folder of a run that has saved at least once")
     header, metadata = read_header(path)
+    if "state" not in metadata or "rng.cpu" not in header:
+        raise ValueError(f"{path}: got a safetensors file that no run saved as its state; want one of this program")
     wanted = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
     differ = sorted({n for n in header if n.startswith(MODEL)} ^ set(wanted))
-    differ += [n for n, p in wanted.items() if n in header and header[n]["shape"] != tuple(p.shape)]
+    for name in sorted(wanted.keys() & header.keys()):
+        kind = DTYPES[header[name]["dtype"]], header[name]["shape"]
+        differ += [name] if kind != (wanted[name].dtype, tuple(wanted[name].shape)) else []
     if differ:
         raise ValueError(
-            f"{path}: the saved run trained other parameters ({', '.join(differ[:4])}{', ...' if len(differ) > 4 else ''}); resume with its own flags"
+            f"{path}: the saved run trained other parameters ({', '.join(differ[:4])}"
+            f"{', ...' if len(differ) > 4 else ''}); resume with its own flags"
         )
     with open(path, "rb", buffering=0) as f:
         tensors = {name: read_tensor(f, entry) for name, entry in header.items()}

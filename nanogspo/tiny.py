@@ -1,4 +1,4 @@
-"""The tiny model of the default run: Qwen3's architecture at 1/1500 of its size, random weights, one token per character.
+"""The tiny model of the default run: Qwen3's architecture at 1/1300 of its size, random weights, a token per character.
 
 Small enough to train from nothing in a minute on a laptop, and the same code path as a real checkpoint: GQA (4 query
 heads on 2 key/value heads), qk-norm, RoPE, SwiGLU, tied embeddings. It saves and loads like any other checkpoint.

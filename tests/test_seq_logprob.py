@@ -342,6 +342,16 @@ def test_huge_equal_and_duplicate_logits(row, width):
     torch.testing.assert_close(entropy.double(), h.expand(3), rtol=EPS, atol=4 * EPS)
 
 
+def test_gradient_of_large_logits():
+    """1e4 + {0, 1, 3, 2} is exact in fp32 and so are the differences; a saved logsumexp of 10003.4 is off by 5e-4."""
+    small = torch.tensor([[0.0], [1.0], [3.0], [2.0]])  # (V, 1)
+    grads = []
+    for shift, fn, dtype in ((1e4, token_logprob, torch.float32), (0.0, oracles.token_logprob, torch.float64)):
+        case = Head(torch.ones(1, 1, dtype=dtype), small.to(dtype) + shift, torch.tensor([3]), 1.0, None)
+        grads.append(values_and_grads(fn, case, torch.ones(1), torch.ones(1))[3])
+    torch.testing.assert_close(*grads, rtol=0, atol=4 * EPS)
+
+
 def test_a_margin_of_18_is_minus_1e_8_and_not_zero():
     logp, entropy = logits([[18.0, 0.0], [60.0, 0.0], [0.0, 18.0]], [0, 0, 0])
     x = math.exp(-18)

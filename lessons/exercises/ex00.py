@@ -1,0 +1,29 @@
+"""Exercise 0. Did it learn? Answer from metrics.jsonl alone, as you will for every run of your own.
+
+Make this pass:  python -m pytest lessons/exercises/test_ex00.py        (about 10 lines for both functions)
+
+`rows` is what nanogspo.runlog.read_rows returns, in the order in which it was written. There are two kinds:
+
+    an update   {"step": 95, "algo": "gspo", "phase": "gspo", "reward": 0.41, ...}     SFT rows have no "reward"
+    an exam     {"step": 90, "phase": "sft", "eval_exact": 0.2, "eval_low": 0.17, "eval_high": 0.24, ...}
+
+Hints: a number that was not finite stands in the file as null, so it is None here. A phase may be examined many times;
+its last exam counts.
+"""
+
+
+def gain(rows: list[dict]) -> float:
+    """Mean reward of the last quarter of the RL updates minus that of the first quarter.
+
+    RL updates are those of algo "gspo" or "grpo"; leave out rewards that are None. A quarter of n is n // 4, but at
+    least 1.
+    """
+    raise NotImplementedError("exercise 0: lessons/exercises/ex00.py")
+
+
+def clearly_better(rows: list[dict], phase: str, than: str) -> bool:
+    """Whether the 95 % interval of phase's last exam lies wholly above that of `than`'s last exam.
+
+    Raises ValueError naming the phase that was never examined.
+    """
+    raise NotImplementedError("exercise 0: lessons/exercises/ex00.py")

@@ -1,0 +1,36 @@
+"""How a problem becomes token ids and an answer becomes text: through the chat template when there is one.
+
+Tests: tests/test_train.py
+"""
+
+import dataclasses
+
+from nanogspo.packing import Example
+from nanogspo.tasks import Problem
+from nanogspo.tokenizer import Tokenizer, conversation_examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How a problem becomes token ids: through the chat template when there is one, as bare text when not."""
+
+    tokenizer: Tokenizer
+    template_kwargs: dict
+
+    def prompt(self, problem: Problem) -> list[int]:
+        if self.tokenizer.has_chat_template:
+            return self.tokenizer.chat(problem.messages, **self.template_kwargs)
+        return self.tokenizer.encode(problem.text)
+
+    def demonstration(self, problem: Problem) -> Example:
+        """Prompt and reference answer; the loss counts on the answer and the token that ends it."""
+        if self.tokenizer.has_chat_template:
+            turns = [*problem.messages, {"role": "assistant", "content": problem.answer}]
+            return Example(*conversation_examples(self.tokenizer, turns, **self.template_kwargs)[-1])
+        prompt = self.tokenizer.encode(problem.text)
+        answer = self.tokenizer.encode_plain(problem.answer) + [min(self.tokenizer.eos_ids)]
+        return Example.answered(prompt, answer)
+
+    def text(self, answer: list[int]) -> str:
+        """What a reward reads: special tokens dropped, and a finished chain of thought too."""
+        return self.tokenizer.decode(answer).rpartition("</think>")[2]

@@ -1,0 +1,686 @@
+"""nanogspo/checkpoint.py: the file format against the safetensors library, folders against transformers, adapters
+against PEFT, and every way a download can be wrong.
+
+Run: python -m pytest tests/test_checkpoint.py
+"""
+
+import contextlib
+import copy
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import peft
+import pytest
+import references
+import safetensors.torch
+import torch
+from huggingface_hub import errors
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS
+
+from nanogspo import checkpoint
+from nanogspo.checkpoint import load, load_adapter, read_header, read_tensor, save, save_adapter, write_safetensors
+from nanogspo.families import model_config
+from nanogspo.lora import add_lora, lora_layers, merge_lora
+from nanogspo.model import Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def qwen3(tmp_path) -> Path:
+    """A private copy of the Qwen3 reference's folder, to be damaged."""
+    return Path(shutil.copytree(references.folder("qwen3"), tmp_path / "qwen3"))
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrite model.safetensors after change(tensors)."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """(B, T, V) of ours or theirs on the same tokens."""
+    tokens = references.tokens(2, 20)
+    return model.logits(model(tokens)) if isinstance(model, Transformer) else model(input_ids=tokens).logits
+
+
+@contextlib.contextmanager
+def refused(says: str):
+    with pytest.raises(ValueError, match=says) as caught:
+        yield
+    assert "\n" not in str(caught.value), "one line"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the file format
+
+
+@st.composite
+def tensor_dicts(draw) -> dict[str, torch.Tensor]:
+    """Every dtype we hold; 0-d, empty and odd sizes; any bit pattern, NaNs too; any name JSON can carry."""
+    names = draw(st.lists(st.text(min_size=1, max_size=6), max_size=5, unique=True))
+    g = torch.Generator().manual_seed(draw(SEEDS))
+    tensors = {}
+    for name in names:
+        dtype = draw(st.sampled_from(sorted(checkpoint.DTYPE_CODES, key=str)))
+        shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 7]), max_size=3))
+        data = torch.randint(0, 256, (torch.Size(shape).numel() * dtype.itemsize,), generator=g, dtype=torch.uint8)
+        tensors[name] = data.view(dtype).view(shape)
+    return tensors
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Names, dtypes, shapes and bytes."""
+
+    def record(t):
+        return t.dtype, t.shape, t.flatten().view(torch.uint8).tolist() if t.numel() else []
+
+    return {name: record(t) for name, t in a.items()} == {name: record(t) for name, t in b.items()}
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    write_safetensors(
+        path, {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()}, metadata or {"format": "pt"}
+    )
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    with open(path, "rb", buffering=0) as f:
+        return {name: read_tensor(f, entry) for name, entry in read_header(path)[0].items()}
+
+
+@given(tensors=tensor_dicts())
+def test_safetensors_reads_what_we_write(tensors, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ours") / "a.safetensors"
+    write(path, tensors, {"format": "pt", "note": "ünïcode"})
+    assert same(safetensors.torch.load_file(path), tensors)
+    with safetensors.safe_open(path, "pt") as f:
+        assert f.metadata() == {"format": "pt", "note": "ünïcode"}
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0  # data can be mapped as any dtype
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]  # no temporary file is left
+
+
+@given(tensors=tensor_dicts())
+def test_we_read_what_safetensors_writes(tensors, tmp_path_factory):
+    path = tmp_path_factory.mktemp("theirs") / "a.safetensors"
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    assert same(read(path), tensors)
+    assert read_header(path)[1] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("length", [640, 19280, 640 + 65536])
+def test_a_header_may_have_any_length(length, tmp_path):
+    """640 is 80 02 in little-endian, how a pickle begins; 19,280 is "PK", how a zip file does."""
+    path = tmp_path / "a.safetensors"
+    padding = length - len('{"__metadata__":{"x":""}}')
+    write(path, {}, {"x": "y" * padding})
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] == length
+    assert read_header(path) == ({}, {"x": "y" * padding})
+
+
+def test_a_tensor_may_be_larger_than_one_read(tmp_path):
+    """Linux hands over at most 2 GiB a call, less than the embedding of Qwen2.5-72B."""
+    path, tensor = tmp_path / "a.safetensors", torch.arange(1000)
+    write(path, {"x": tensor})
+
+    class Slow:
+        def __init__(self, file):
+            self.seek, self.name = file.seek, file.name
+            self.readinto = lambda view: file.readinto(view[:999])
+
+    with open(path, "rb", buffering=0) as f:
+        entry = read_header(path)[0]["x"]
+        assert torch.equal(read_tensor(Slow(f), entry), tensor)
+        into = torch.empty(1000, dtype=torch.int64)
+        assert read_tensor(f, entry, into) is into and torch.equal(into, tensor)
+
+
+def test_tensors_are_asked_for_one_at_a_time(tmp_path):
+    """And converted as they are written: a merged copy of the whole model never exists."""
+    alive, most = 0, 0
+
+    class Counted(torch.Tensor):
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def make():
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return torch.ones(4, 4).as_subclass(Counted)
+
+    write_safetensors(tmp_path / "a", {str(i): (torch.float32, (4, 4), make) for i in range(5)}, {})
+    assert most <= 2  # the one being written, and the one that is asked for before its name is taken over
+
+
+KILLED = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from nanogspo.checkpoint import write_safetensors
+big = torch.ones(1_000_000)
+fine = (torch.float32, (1_000_000,), lambda: big)
+write_safetensors(sys.argv[2], {"a": fine, "b": fine, "c": (torch.float32, (1,), lambda: os._exit(9))}, {})
+"""
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write(path, {"x": torch.arange(10)})
+    before = path.read_bytes()
+    child = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(path)])
+    assert child.returncode == 9
+    assert path.read_bytes() == before
+
+
+def test_a_writer_that_fails_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write(path, {"x": torch.arange(10)})
+    before = path.read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        write_safetensors(path, {"x": (torch.float32, (1,), lambda: 1 / 0)}, {})
+    with pytest.raises(TypeError):
+        checkpoint.atomic_write(path, 5)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# damaged files
+
+
+def header_of(entries: object, data: bytes = b"") -> bytes:
+    text = json.dumps(entries).encode() if not isinstance(entries, bytes) else entries
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: object = "F32", shape: object = (1,), start: object = 0, end: object = 4) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+BAD_FILES = {
+    "empty": (b"", "header of 0 bytes in a file of 0; the download is incomplete"),
+    "seven bytes": (b"\x08" + b"\0" * 6, "header of 0 bytes"),
+    "no header": (struct.pack("<Q", 100) + b"{}", "header of 100 bytes in a file of 10"),
+    "header of a zettabyte": (b"\xff" * 16, "header of 18446744073709551615 bytes"),
+    "no JSON": (header_of(b"garbage!"), "not safetensors JSON"),
+    "no UTF-8": (header_of(b"\xff\xfe\xfd\xfc"), "not safetensors JSON"),
+    "a list": (header_of([1, 2]), "not safetensors JSON"),
+    "an entry of its own kind": (header_of({"x": 5}), "not safetensors JSON"),
+    "no offsets": (header_of({"x": {"dtype": "F32", "shape": [1]}}), "not safetensors JSON"),
+    "three offsets": (header_of({"x": {**entry(), "data_offsets": [0, 4, 8]}}, b"1234"), "not safetensors JSON"),
+    "offsets in words": (header_of({"x": entry(start="0", end="4")}, b"1234"), "not safetensors JSON"),
+    "a shape in words": (header_of({"x": entry(shape=["1"])}, b"1234"), "not safetensors JSON"),
+    "a fractional shape": (header_of({"x": entry(shape=[1.0])}, b"1234"), "not safetensors JSON"),
+    "negative sizes": (header_of({"x": entry(shape=[-1, -1])}, b"1234"), "not safetensors JSON"),
+    "a dtype that is a list": (header_of({"x": entry(["F32"])}, b"1234"), "not safetensors JSON"),
+    "a dtype of fp8": (header_of({"x": entry("F8_E4M3", [4])}, b"1234"), "x has dtype F8_E4M3, want one of F64, F32"),
+    "overlap": (header_of({"x": entry(), "y": entry(start=2, end=6)}, b"123456"), "y claims bytes 2..6, want 4..8"),
+    "a gap": (header_of({"x": entry(start=4, end=8)}, b"12345678"), "x claims bytes 4..8, want 0..4"),
+    "bytes that are not the shape's": (header_of({"x": entry(shape=[2])}, b"1234"), "x claims bytes 0..4, want 0..8"),
+    "cut data": (header_of({"x": entry()}, b"123"), "x ends at byte .* of a file of"),
+    "bytes too many": (header_of({"x": entry()}, b"12345"), "got .* bytes, the header accounts for"),
+    "a pickle": (pickle.dumps({"x": [1.0] * 20}), "got a pickle, which can run code when opened; want safetensors"),
+    "a short pickle": (pickle.dumps(1), "got a pickle"),
+    "an old pickle": (pickle.dumps({"x": [1.0] * 20}, protocol=2), "got a pickle"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_says_what_is_wrong_with_a_file(case, tmp_path):
+    data, says = BAD_FILES[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with refused(says):
+        read_header(path)
+
+
+def test_torch_save_under_the_wrong_name_is_a_pickle(qwen3):
+    torch.save({"x": torch.ones(2)}, qwen3 / "model.safetensors")
+    with refused("got a pickle, which can run code"):
+        load(qwen3)
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_never_loads(share, tmp_path_factory):
+    """Cut anywhere: in the length, in the header, in the data."""
+    whole = (references.folder("qwen3") / "model.safetensors").read_bytes()
+    folder = tmp_path_factory.mktemp("cut")
+    shutil.copy(references.folder("qwen3") / "config.json", folder)
+    (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+    with refused("delete the file and fetch it again"):
+        load(folder)
+
+
+def test_a_file_that_shrinks_while_it_is_read(qwen3):
+    entries = read_header(qwen3 / "model.safetensors")[0]
+    os.truncate(qwen3 / "model.safetensors", 5000)
+    with open(qwen3 / "model.safetensors", "rb", buffering=0) as f:
+        with refused("ended in the middle of a tensor"):
+            read_tensor(f, list(entries.values())[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders in
+
+
+@pytest.mark.parametrize("name", references.NAMES)
+def test_hub_files_load_like_new_ones(name, tmp_path, capsys):
+    """Old config.json, and the names older wrappers gave the towers; the towers are reported, the rest is equal."""
+    shutil.copy(references.folder(name) / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(references.hub_config(name)))
+    if name == "gemma3_multimodal":
+        edit(tmp_path, lambda t: [t.__setitem__(n.replace("tower.", "tower.vision_model."), t.pop(n))
+                                  for n in list(t) if n.startswith("vision_tower.")])  # fmt: skip
+    model = load(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(references.reference(name)))
+    assert not model.training and model.folder == tmp_path
+    assert ("left aside" in capsys.readouterr().err) == (references.CASES[name].wrapper is not None)
+
+
+def shard(folder: Path, first: int) -> None:
+    """Three shards, numbered from `first` (Qwen3.5 counts from 0), and an index."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    names = sorted(tensors)
+    for i in range(3):
+        part = names[i * len(names) // 3 : (i + 1) * len(names) // 3]
+        file = f"model-{i + first:05d}-of-00003.safetensors"
+        safetensors.torch.save_file({n: tensors[n] for n in part}, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_shards_are_found_by_the_index(qwen3, first):
+    shard(qwen3, first)
+    (qwen3 / "consolidated.safetensors").write_bytes(b"not ours to open")
+    assert torch.equal(logits(load(qwen3, dtype=torch.float32)), logits(references.reference("qwen3")))
+
+
+def test_extra_tensors_that_may_be_left_aside_are_named(qwen3, capsys):
+    """Qwen3-0.6B's file holds the tied head a second time; old Llama files hold RoPE's frequencies."""
+    extra = {
+        "lm_head.weight": torch.zeros(97, 64),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+        "mtp.lm_head.weight": torch.zeros(97, 64),
+    }
+    edit(qwen3, lambda tensors: tensors.update(extra))
+    assert torch.equal(logits(load(qwen3, dtype=torch.float32)), logits(references.reference("qwen3")))
+    said = capsys.readouterr().err
+    assert "left aside 3 tensors" in said and all(name in said for name in extra)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_are_converted_as_torch_does(qwen3, stored, dtype):
+    edit(qwen3, lambda tensors: [tensors.__setitem__(n, t.to(stored)) for n, t in tensors.items()])
+    want = safetensors.torch.load_file(qwen3 / "model.safetensors")
+    for name, p in load(qwen3, dtype=dtype).named_parameters():
+        assert p.dtype == dtype and torch.equal(p, want[f"model.{name}"].to(dtype)), name
+    assert checkpoint.stored_dtype(qwen3) == stored
+
+
+def rename(tensors):
+    tensors["model.layers.1.mlp.up.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+
+
+NORM = "model.layers.2.self_attn.q_norm.weight"
+BAD_TENSORS = {
+    "renamed": (rename, "2 tensors do not fit a qwen3 model: missing layers.1.mlp.up_proj.weight; unexpected model.lay"),
+    "wrong shape": (
+        lambda t: t.update({NORM: torch.ones(31)}),
+        r"layers.2.self_attn.q_norm.weight has shape \[31\], config.json wants \[32\]",
+    ),
+    "transposed": (
+        lambda t: t.update({"model.embed_tokens.weight": torch.ones(64, 97)}), r"has shape \[64, 97\], .* \[97, 64\]"
+    ),
+    "whole numbers": (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int64)}), "has dtype I64, want F32, F16 or"),
+    "twice": (lambda t: t.update({"norm.weight": torch.ones(64)}), "unexpected (model.)?norm.weight"),
+    "a bias too many": (
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(128)}), "unexpected model.*q_proj.bias"
+    ),
+    "all missing": (lambda t: t.clear(), "missing embed_tokens.weight; .*missing norm.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_named(case, qwen3):
+    change, says = BAD_TENSORS[case]
+    edit(qwen3, change)
+    with refused(says):
+        load(qwen3)
+
+
+def test_an_untied_head_must_be_there(tmp_path):
+    folder = Path(shutil.copytree(references.folder("llama"), tmp_path / "llama"))
+    edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with refused("1 tensors do not fit a llama model: missing lm_head.weight"):
+        load(folder)
+
+
+def test_says_what_is_wrong_with_a_folder(qwen3, tmp_path):
+    config, weights = (qwen3 / "config.json").read_text(), qwen3 / "model.safetensors"
+    for text, says in [
+        (config[:100], "config.json: broken JSON .*fetch the file again"),
+        ("[]", "config.json: got JSON that is no object"),
+        ("{}", "got model_type None"),
+        ("\0\xff", "config.json: broken JSON"),
+    ]:
+        (qwen3 / "config.json").write_text(text, encoding="latin-1")
+        with refused(says):
+            load(qwen3)
+    (qwen3 / "config.json").unlink()
+    with refused("config.json: no such file; want a checkpoint folder"):
+        load(qwen3)
+    (qwen3 / "config.json").write_text(config)
+    with refused("got the file .*model.safetensors, want a checkpoint folder"):
+        load(weights)
+    weights.rename(qwen3 / "pytorch_model.bin")
+    with refused("got pytorch_model.bin, pickles that can run code when opened; want safetensors"):
+        load(qwen3)
+    (qwen3 / "pytorch_model.bin").unlink()
+    with refused("missing weight files model.safetensors; fetch them again"):
+        load(qwen3)
+    for name in ("no/such/folder", str(tmp_path / "gone"), "./gone", "gone", "~/gone/gone"):
+        with refused("is no folder here; want a checkpoint folder, a hub id owner/name, or tiny"):
+            load(name)
+
+
+def test_says_what_is_wrong_with_an_index(qwen3):
+    shard(qwen3, 1)
+    index = qwen3 / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    (qwen3 / "model-00002-of-00003.safetensors").rename(qwen3 / "gone")
+    with refused("missing weight files model-00002-of-00003.safetensors; fetch them again"):
+        load(qwen3)
+    for bad, says in [
+        ({"metadata": {}}, "got no weight_map, want tensor name -> file name"),
+        ({"weight_map": {}}, "got no weight_map"),
+        ({"weight_map": ["model.safetensors"]}, "got no weight_map"),
+        ({"weight_map": {"x": 5}}, "got no weight_map"),
+        ([], "got JSON that is no object"),
+        ({"weight_map": {**good["weight_map"], "x": "../other/a.safetensors"}}, "a file name that leaves the folder"),
+        ({"weight_map": {"x": "/etc/passwd"}}, "a file name that leaves the folder"),
+    ]:
+        index.write_text(json.dumps(bad))
+        with refused(says):
+            load(qwen3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+MEASURED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from nanogspo.checkpoint import load, tensor_bytes
+
+def peak():  # VmHWM, not ru_maxrss: the latter is inherited from the process that started this one
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+load(sys.argv[2] + "/small")  # what is imported or allocated once, whatever is loaded
+before = peak()
+model = load(sys.argv[2] + "/large")
+print(peak() - before, tensor_bytes(model.parameters()))
+"""
+
+
+def sparse_checkpoint(folder: Path, C: int, L: int, V: int, dtype: torch.dtype) -> int:
+    """A llama checkpoint of zeros that takes no disk: a header, then a hole. Returns the largest tensor's bytes."""
+    config = {"model_type": "llama", "hidden_size": C, "intermediate_size": 4 * C, "num_hidden_layers": L,
+              "num_attention_heads": 8, "vocab_size": V, "tie_word_embeddings": True}  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = Transformer(model_config(config))
+    header, at, largest = {}, 0, 0
+    for name, p in model.named_parameters():
+        size = p.numel() * dtype.itemsize
+        header[f"model.{name}"] = entry(checkpoint.DTYPE_CODES[dtype], list(p.shape), at, at + size)
+        at, largest = at + size, max(largest, size)
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(header_of(header))
+        f.truncate(f.tell() + at)
+    return largest
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc, which is Linux's")
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_peak_memory_is_the_model_and_one_tensor(stored, tmp_path):
+    """117 MB of bf16 weights, from a bf16 file and from an fp32 one of 235 MB."""
+    sparse_checkpoint(tmp_path / "small", 64, 1, 128, stored)
+    largest = sparse_checkpoint(tmp_path / "large", 1024, 3, 8192, stored)
+    command = [sys.executable, "-c", MEASURED, str(ROOT), str(tmp_path)]
+    growth, size = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert size > 110e6
+    assert growth <= size + largest + 0.1 * size
+    assert growth > 0.9 * size, "the measurement misses the model itself"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", references.NAMES)
+def test_transformers_opens_what_we_save(name, dtype, tmp_path):
+    """The text part alone, as its own family, with the same bits."""
+    model = load(references.folder(name), dtype=dtype)
+    save(model, tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    assert stated["architectures"][0].endswith("ForCausalLM") and stated["dtype"] == str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:  # what bf16 does is test_model.py's; here it is enough that the bytes come back
+        assert torch.equal(logits(references.open_reference(tmp_path, name)), logits(model))
+    again = load(tmp_path, dtype=dtype)
+    assert again.config == model.config
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    assert (tmp_path / "generation_config.json").read_bytes() == (model.folder / "generation_config.json").read_bytes()
+
+
+def test_large_models_are_sharded_and_old_shards_do_not_stay(tmp_path, monkeypatch):
+    model = load(references.folder("gemma3"), dtype=torch.float32)
+    save(model, tmp_path)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 200_000)
+    save(model, tmp_path)
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((tmp_path / file).stat().st_size <= 200_000 + 10_000 for file in files)  # and its header
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == checkpoint.tensor_bytes(model.parameters())
+    for opened in (load(tmp_path, dtype=torch.float32), references.open_reference(tmp_path, "gemma3")):
+        assert torch.equal(logits(opened), logits(model))
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10**9)
+    save(model, tmp_path)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def test_a_save_that_dies_keeps_the_folder_loadable(tmp_path, monkeypatch):
+    """config.json is written last, and every file at once or not at all."""
+    model = load(references.folder("qwen3"), dtype=torch.float32)
+    monkeypatch.setattr(checkpoint, "export_config", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(model, tmp_path)
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapters
+
+
+def adapted(name: str, *, targets=LINEAR, r: int = 4, alpha: float = 12) -> Transformer:
+    """Our model with an adapter that does something: B is not zero any more."""
+    model = load(references.folder(name), dtype=torch.float32)
+    add_lora(model, r=r, alpha=alpha, targets=targets)
+    g = torch.Generator().manual_seed(7)
+    for layer in lora_layers(model).values():
+        layer.lora_B.weight.data.copy_(torch.randn(layer.lora_B.weight.shape, generator=g) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", references.NAMES)
+def test_saving_merges_the_adapter(name, tmp_path):
+    """fp32: W + BA against Wx + BAx, a few eps of logits around 5. Unmerged weights are 0.5 away and more."""
+    model = adapted(name)
+    before = [p.clone() for p in model.parameters()]
+    save(model, tmp_path)
+    theirs = references.open_reference(tmp_path, name)
+    assert (logits(theirs) - logits(model)).abs().max() <= 1e-4
+    assert (logits(theirs) - logits(references.reference(name))).abs().max() > 0.1
+    assert all(map(torch.equal, before, model.parameters()))  # the model itself is as it was
+
+
+def test_the_base_can_be_saved_alone(tmp_path):
+    model = adapted("llama_biases")
+    for merged in (False, True):
+        if merged:
+            merge_lora(model)
+        save(model, tmp_path, merge_lora=False)
+        assert torch.equal(logits(load(tmp_path, dtype=torch.float32)), logits(references.reference("llama_biases")))
+    save(model, tmp_path)  # merged already: not added a second time
+    assert torch.equal(logits(load(tmp_path, dtype=torch.float32)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "targets", [LINEAR, ["q_proj", "v_proj"], ["layers.1.mlp.up_proj", "layers.0.self_attn.o_proj"]], ids=len
+)
+@pytest.mark.parametrize("name", ["qwen3", "llama_biases", "gemma3"])
+def test_peft_opens_our_adapter(name, targets, tmp_path):
+    model = adapted(name, targets=targets)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(references.reference(name)), tmp_path).eval()
+    # the same two products in the same order; 1e-5 as for the logits themselves
+    assert (logits(theirs) - logits(model)).abs().max() <= 1e-5
+    wrapped = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert wrapped == {f"base_model.model.model.{name}" for name in lora_layers(model)}
+    again = load(references.folder(name), dtype=torch.float32)
+    assert load_adapter(again, tmp_path) == list(lora_layers(model))
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "down_proj"], r".*\.[02]\.mlp\.(gate|up)_proj"], ids=str)
+def test_we_open_an_adapter_of_peft(rslora, targets, tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=3, use_rslora=rslora, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(copy.deepcopy(references.reference("qwen2_tied")), config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load(references.folder("qwen2_tied"), dtype=torch.float32)
+    load_adapter(model, tmp_path)
+    assert (logits(theirs) - logits(model)).abs().max() <= 1e-5
+    assert (logits(theirs) - logits(references.reference("qwen2_tied"))).abs().max() > 0.1
+
+
+def test_says_what_is_wrong_with_an_adapter(tmp_path):
+    good = tmp_path / "good"
+    save_adapter(adapted("qwen3", targets=["q_proj"]), good)
+    config = json.loads((good / "adapter_config.json").read_text())
+    tensors = safetensors.torch.load_file(good / "adapter_model.safetensors")
+    some = next(iter(tensors))
+
+    def attempt(says, changes=None, tensors=tensors):
+        with_changes = {**config, **(changes or {})}
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in with_changes.items() if v != "gone"}))
+        if tensors is not None:
+            safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+        with refused(says):
+            load_adapter(load(references.folder("qwen3"), dtype=torch.float32), folder)
+
+    attempt("got peft_type 'IA3', want LORA", {"peft_type": "IA3"})
+    for key, value in [
+        ("use_dora", True), ("bias", "lora_only"), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}), ("fan_in_fan_out", True), ("layer_replication", [[0, 3]]),
+        ("init_lora_weights", "pissa"),
+    ]:  # fmt: skip
+        attempt(f"got {{'{key}': .*want a plain LoRA adapter", {key: value})
+    attempt("got r=None .*want", {"r": "gone"})
+    attempt("lora_alpha='x'.*want", {"lora_alpha": "x"})
+    attempt("got no adapter_model.safetensors", tensors=None)
+    attempt("only lora_., want lora_A and lora_B", tensors={k: v for k, v in tensors.items() if k != some})
+    attempt("names that end in lora_A.weight", tensors={**tensors, "x.lora_magnitude_vector": torch.ones(2)})
+    attempt("match no layer", tensors={n.replace("q_proj", "qkv"): t for n, t in tensors.items()})
+    attempt(r"has shape \[.*want \[", {"r": 5})
+    with refused("no LoRA adapter to save"):
+        save_adapter(load(references.folder("qwen3")), tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+@pytest.fixture
+def hub(qwen3, tmp_path, monkeypatch):
+    """A hub of one repository, owner/qwen3, that serves what it is asked for; `asked` records it."""
+    shard(qwen3, 1)
+    for clutter in ("pytorch_model.bin", "consolidated.safetensors", "original/a.safetensors", "onnx/a.onnx", "a.md"):
+        (qwen3 / clutter).parent.mkdir(exist_ok=True)
+        (qwen3 / clutter).write_bytes(b"clutter")
+    served, asked = tmp_path / "served", []
+
+    def snapshot_download(repo, *, allow_patterns, **_):
+        assert repo == "owner/qwen3"
+        files = [str(p.relative_to(qwen3)) for p in qwen3.rglob("*") if p.is_file()]
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            asked.append(file)
+            (served / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(qwen3 / file, served / file)
+        return str(served)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_only_the_files_that_are_needed_are_fetched(hub):
+    model = load("owner/qwen3", dtype=torch.float32)
+    assert torch.equal(logits(model), logits(references.reference("qwen3")))
+    shards = {f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert set(hub) == shards | {"config.json", "generation_config.json", "model.safetensors.index.json"}
+
+
+def hub_errors():
+    def http(kind, status):
+        error = kind.__new__(kind)  # the constructor wants a whole HTTP response; only the type is looked at
+        Exception.__init__(error, f"{status} Client Error.\nSome lines of help")
+        return error
+
+    return [
+        (http(errors.GatedRepoError, 403), "owner/x is gated: accept its licence at https://huggingface.co/owner/x, t"),
+        (http(errors.RepositoryNotFoundError, 404), r"no repository owner/x \(or it is private\): .*hf auth login"),
+        (errors.LocalEntryNotFoundError("offline\nand not here"), "cannot reach the hub for owner/x and it is not in"),
+        (errors.OfflineModeIsEnabled("HF_HUB_OFFLINE"), "cannot reach the hub"),
+        (ConnectionError("reset"), "cannot reach the hub"),
+        (TimeoutError("slow"), "cannot reach the hub"),
+        (errors.HTTPError("time-out in the middle of a file"), "cannot reach the hub"),
+        (http(errors.HfHubHTTPError, 500), "cannot reach the hub"),
+        (OSError(28, "No space left on device"), "the disk is full while fetching owner/x: free some space or set HF_"),
+    ]
+
+
+@pytest.mark.parametrize("error, says", hub_errors(), ids=lambda x: type(x).__name__)
+def test_says_what_is_wrong_with_the_hub(error, says, monkeypatch):
+    def snapshot_download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with refused(says + ".*or give a local folder with --model DIR$"):
+        load("owner/x")

@@ -1,0 +1,299 @@
+"""nanogspo/config.py: one record is the flags, the YAML and the saved file; what cannot work is refused with its reason.
+
+Run: python -m pytest tests/test_config.py
+"""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogspo.config import ROOT, SampleConfig, TrainConfig, check, dump, load_yaml, parse, parser, resolve
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+REAL = "some/checkpoint"  # not tiny, so that configs/tiny.yaml is not read
+
+
+def train(*argv):
+    return parse(TrainConfig, list(argv), "train.py")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def value_of(field):
+    """Any value its type, or its choices, allow."""
+    if field.metadata["choices"]:
+        return st.sampled_from(field.metadata["choices"])
+    text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).filter(lambda s: not s.startswith("-"))
+    kinds = {int: st.integers(-(10**9), 10**9), float: st.floats(allow_nan=False), bool: st.booleans(), str: text}
+    return kinds[field.type]
+
+
+SOME = st.fixed_dictionaries({}, optional={n: value_of(f) for n, f in FIELDS.items() if n not in ("resume", "model")})
+
+
+def argv_of(values):
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            argv.append(flag(name) if value else "--no-" + flag(name)[2:])
+        else:
+            argv.append(f"{flag(name)}={value}")
+    return argv
+
+
+# ----------------------------------------------------------------------------
+# one declaration, three forms
+
+
+@given(values=SOME)
+def test_every_field_is_a_flag(values):
+    config, given_names = train("--model", REAL, *argv_of(values))
+    assert config == TrainConfig(model=REAL, **values)
+    assert given_names == {"model", *values}
+
+
+@given(values=SOME, over=SOME)
+def test_yaml_wins_over_defaults_and_flags_win_over_yaml(tmp_path_factory, values, over):
+    path = tmp_path_factory.mktemp("config") / "c.yaml"
+    path.write_text(yaml.safe_dump({"model": REAL, **values}), encoding="utf-8")
+    assert train("--config", str(path))[0] == TrainConfig(**{"model": REAL, **values})
+    config, given_names = train("--config", str(path), *argv_of(over))
+    assert config == TrainConfig(**{"model": REAL, **values, **over})
+    assert given_names == {"model", *values, *over}
+
+
+@given(values=SOME)
+def test_a_saved_record_is_read_back_as_it_was(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    config = TrainConfig(**values)
+    path.write_text(dump(config), encoding="utf-8")
+    assert TrainConfig(**load_yaml(path, TrainConfig, "")) == config
+    assert list(yaml.safe_load(dump(config))) == list(FIELDS)  # in the order they are declared: a file to read
+
+
+def test_help_names_every_flag_with_what_it_does(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # help is wrapped to the terminal, at hyphens too
+    text = " ".join(parser(TrainConfig, "train.py").format_help().split())
+    for name, field in FIELDS.items():
+        assert f" {flag(name)}" in text
+        assert f"{field.metadata['help']} (default: {field.default})" in text
+    for f in dataclasses.fields(SampleConfig):
+        assert f.metadata["help"] in " ".join(parser(SampleConfig, "sample.py").format_help().split())
+
+
+def test_plain_train_reads_tiny_yaml_and_a_real_model_does_not():
+    tiny = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    assert train()[0] == train("--model", "tiny")[0] == TrainConfig(**tiny)
+    assert train("--steps", "3")[0] == TrainConfig(**{**tiny, "steps": 3})
+    assert train("--model", REAL)[0] == TrainConfig(model=REAL)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_load_and_pass_the_checks(path):
+    values = load_yaml(path, TrainConfig, "")
+    needs_file = ["--data", "rows.jsonl"] if values.get("task") == "jsonl" and not values.get("data") else []
+    config, _ = train("--config", str(path), *needs_file)
+    check(config)
+    check(resolve(config, 10**9))
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "'3e-4'"])
+def test_yaml_floats_without_a_dot_are_floats(tmp_path, text):
+    """YAML 1.1 reads 3e-4 as a string: a learning rate that only fails when it is multiplied."""
+    (tmp_path / "c.yaml").write_text(f"lr: {text}\nlora_alpha: 16\n")
+    config, _ = train("--config", str(tmp_path / "c.yaml"))
+    assert (config.lr, config.lora_alpha) == (3e-4, 16.0)
+    assert type(config.lr) is type(config.lora_alpha) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "unknown field 'stepz'; did you mean steps?"),
+        ("1: 3", "unknown field 1"),
+        ("steps: many", "steps is 'many' (str), want int"),
+        ("steps: 3.5", "steps is 3.5 (float), want int"),
+        ("steps: true", "steps is True (bool), want int"),
+        ("lr: true", "lr is True (bool), want float"),
+        ("lr: fast", "lr is 'fast' (str), want float"),
+        ("steps:", "steps is None (NoneType), want int"),
+        ("control: 1", "control is 1 (int), want bool"),
+        ("algo: ppo", "algo is 'ppo', want one of gspo, grpo, sft"),
+        ("model: 3", "model is 3 (int), want str"),
+        ("- steps", "got list, want `field: value` lines"),
+        ("steps: [", "not YAML"),
+        ("a: b: c", "not YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_named_with_its_field(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        train("--config", str(path))
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_yaml_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9")
+    for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "latin.yaml"):
+        with pytest.raises(ValueError, match="want a YAML file") as error:
+            train("--config", str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert train("--config", str(tmp_path / "empty.yaml"))[0] == TrainConfig()
+
+
+# ----------------------------------------------------------------------------
+# wrong flags
+
+
+def refused(capsys, config_class, *argv):
+    with pytest.raises(SystemExit) as stop:
+        parse(config_class, list(argv), "prog.py")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("prog.py: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stepz", "3"], "unknown flag --stepz; did you mean --steps?"),
+        (["--stepz=3"], "unknown flag --stepz=3; did you mean --steps?"),
+        (["--groupsize", "3"], "did you mean --group-size?"),
+        (["--no-controll"], "did you mean --no-control?"),
+        (["--lora_r", "3"], "did you mean --lora-r?"),
+        (["--step", "3"], "did you mean --steps?"),  # an abbreviation is no flag: it would change meaning with the next
+        (["--qqqqqqqq"], "unknown flag --qqqqqqqq; --help lists them"),
+        (["stray"], "unknown flag stray"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--steps"], "argument --steps: expected one argument"),
+        (["--algo", "ppo"], "argument --algo: invalid choice: 'ppo'"),
+        (["--control", "yes"], "unknown flag yes"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line_and_exit_code_2(capsys, argv, message):
+    assert message in refused(capsys, TrainConfig, *argv)
+
+
+def test_sample_flags(capsys):
+    config, names = parse(SampleConfig, ["--model", "m", "12+7="], "sample.py")
+    assert config == SampleConfig(model="m", prompt="12+7=") and names == {"model", "prompt"}
+    assert parse(SampleConfig, ["12+7=", "--model", "m"], "sample.py")[0] == config
+    assert "did you mean --temperature?" in refused(capsys, SampleConfig, "--temprature", "1")
+    assert "unknown flag two" in refused(capsys, SampleConfig, "one", "two")
+
+
+def test_help_and_wrong_flags_answer_without_torch():
+    """In a process of its own: whoever mistypes a flag does not wait two seconds for an import to hear so."""
+    code = "import sys, nanogspo.config as c; c.parse(c.TrainConfig, [], 'train.py'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+# ----------------------------------------------------------------------------
+# --resume
+
+
+def test_resume_reads_the_runs_own_config_and_flags_win(tmp_path):
+    saved = TrainConfig(model=REAL, steps=10, seed=5, out="elsewhere", resume="old")
+    (tmp_path / "config.yaml").write_text(dump(saved))
+    config, _ = train("--resume", str(tmp_path), "--steps", "20")
+    assert config == dataclasses.replace(saved, steps=20, out=str(tmp_path), resume=str(tmp_path))
+    check(config)
+    with pytest.raises(ValueError, match="absent.*want the folder of an earlier run"):
+        train("--resume", str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="--config with --resume"):
+        train("--resume", str(tmp_path), "--config", str(ROOT / "configs" / "tiny.yaml"))
+
+
+# ----------------------------------------------------------------------------
+# resolve and check
+
+AT_LEAST_1 = (
+    "steps prompts_per_rollout updates_per_rollout max_new_tokens batch_size micro_batch_tokens save_every max_length"
+    " warm_probe"
+).split()
+AT_LEAST_0 = (
+    "eval_every eval_size warm_steps warmup_updates lora_r lr warm_lr weight_decay clip_low clip_high threads task_size"
+    " rollout_rows"
+).split()
+REFUSALS = [
+    *[({name: 0}, f"{flag(name)} 0, want at least 1") for name in AT_LEAST_1],
+    *[({name: -1}, f"{flag(name)} -1, want at least 1") for name in AT_LEAST_1],
+    *[({name: -1}, f"{flag(name)} -1, want 0 or more") for name in AT_LEAST_0],
+    *[({n: bad}, f"{flag(n)} {bad}, want a finite number") for n, f in FIELDS.items() if f.type is float for bad in (math.nan, math.inf)],
+    ({"seed": -1}, "--seed -1, want 0 to"),
+    ({"seed": 2**32}, "--seed 4294967296, want 0 to"),
+    ({"grad_clip": 0.0}, "--grad-clip 0.0, want more than 0"),
+    ({"warm_until": 0.0}, "--warm-until 0.0, want more than 0"),
+    ({"lora_alpha": 0.0}, "--lora-alpha 0.0: the adapter would stay without effect"),
+    ({"algo": "sft", "lora_dropout": 1.0}, "--lora-dropout 1.0, want 0 or more and less than 1"),
+    ({"algo": "sft", "lora_dropout": -0.1}, "--lora-dropout -0.1"),
+    ({"resume": "a", "out": "b"}, "--out b with --resume a"),
+    ({"task": "jsonl"}, "--task jsonl without --data"),
+    ({"data": "f.jsonl"}, "--data with --task addition, want --task jsonl"),
+    ({"data": "f.jsonl", "task": "jsonl"}, "--data with --algo gspo: a JSONL file holds answers, not rewards"),
+    ({"adapter": "a", "lora_r": 0}, "--adapter with --lora-r 0"),
+    ({"control": True}, "--control without --warm-steps"),
+    ({"group_size": 1}, "--group-size 1 with gspo: an answer alone in its group has advantage 0"),
+    ({"group_size": 1, "algo": "grpo"}, "--group-size 1 with grpo"),
+    ({"updates_per_rollout": 1}, "--updates-per-rollout 1 with gspo: every ratio is then exactly 1"),
+    ({"updates_per_rollout": 1, "algo": "grpo"}, "--updates-per-rollout 1 with grpo"),
+    ({"prompts_per_rollout": 3, "group_size": 3}, "9 answers a rollout"),
+    ({"temperature": 0.0}, "--temperature 0.0 with gspo, want more than 0"),
+    ({"temperature": -1.0}, "--temperature -1.0"),
+    ({"top_k": 5}, "--top-k or --top-p in RL: the sampled distribution would not be the one that is scored"),
+    ({"top_p": 0.9}, "--top-k or --top-p in RL"),
+    ({"lora_dropout": 0.1}, "--lora-dropout 0.1 with gspo: dropout moves the ratio"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSALS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_what_cannot_work_is_refused_with_its_reason(values, message):
+    with pytest.raises(ValueError) as error:
+        check(TrainConfig(model=REAL, **values))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_only_rl_cannot_do_is_allowed_in_sft():
+    check(TrainConfig())
+    check(TrainConfig(algo="grpo"))
+    sft = {"algo": "sft", "group_size": 1, "updates_per_rollout": 1, "temperature": 0.0, "top_k": 5, "lora_dropout": 0.1}
+    check(TrainConfig(**sft))
+    check(TrainConfig(algo="sft", task="jsonl", data="f.jsonl"))
+    check(TrainConfig(lora_r=0, lora_alpha=0.0))
+    check(TrainConfig(control=True, warm_steps=5))
+
+
+@given(
+    algo=st.sampled_from(["gspo", "grpo", "sft"]),
+    model=st.sampled_from(["tiny", REAL]),
+    lora_r=st.sampled_from([0, 16]),
+    parameters=st.integers(1, 10**12),
+)
+def test_resolve_fills_what_is_open_and_nothing_else(algo, model, lora_r, parameters):
+    open_ = TrainConfig(algo=algo, model=model, lora_r=lora_r)
+    config = resolve(resolve(open_), parameters)
+    assert resolve(config, 7) == config  # a saved record is not filled again, whatever the model
+    assert config.dtype == ("fp32" if model == "tiny" else "bf16") and config.device in ("cpu", "cuda")
+    if algo != "sft":
+        assert (config.clip_low, config.clip_high) == ((3e-4, 4e-4) if algo == "gspo" else (0.2, 0.27))
+    assert 0 < config.lr <= 1e-5 * (10 if lora_r else 1) * (2 if algo == "sft" else 1) * (1 + 1e-9)
+    larger = resolve(open_, parameters * 4)
+    if parameters >= 0.6e9:
+        assert larger.lr == pytest.approx(config.lr / 2)  # the square root of the size
+    changed = {n for n in FIELDS if getattr(config, n) != getattr(open_, n)}
+    assert changed == {"dtype", "device", "lr", "clip_low", "clip_high"}
+    mine = dataclasses.replace(open_, lr=0.5, clip_low=0.1, clip_high=0.3, dtype="bf16", device="cpu")
+    assert resolve(mine, parameters) == mine

@@ -1,0 +1,147 @@
+"""nanogspo/planner.py: the bytes it announces against the bytes that are really there.
+
+Run: python -m pytest tests/test_planner.py
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogspo.cache import KVCache
+from nanogspo.config import TrainConfig
+from nanogspo.families import model_config
+from nanogspo.lora import add_lora
+from nanogspo.model import Transformer
+from nanogspo.optimizer import Optimizer
+from nanogspo.packing import Example, pack, score
+from nanogspo.planner import human, memory_parts, plan
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 4096,
+}
+FAMILIES = pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "gemma3_text"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def tiny(family="qwen3", dtype=torch.float32, lora_r=0):
+    model = Transformer(model_config({**SHAPE, "model_type": family})).to(dtype)
+    if lora_r:
+        add_lora(model, r=lora_r, alpha=32)
+    return model.train()
+
+
+def bytes_of(tensors):
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@DTYPES
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_what_is_counted_exactly(dtype, lora_r):
+    model = tiny(dtype=dtype, lora_r=lora_r)
+    config = TrainConfig(lora_r=lora_r, prompts_per_rollout=3, group_size=4, max_new_tokens=5)
+    parts = memory_parts(config, model, longest_prompt=7)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert parts["weights"] == bytes_of(frozen if lora_r else trained)
+    assert parts.get("adapter", 0) == (bytes_of(trained) if lora_r else 0)
+    optimizer = Optimizer(model)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.accumulate()
+    assert parts["gradients"] == bytes_of([master.grad for master in optimizer.masters])
+    masters = [m for m, p in zip(optimizer.masters, trained, strict=True) if m is not p]
+    assert parts.get("fp32 masters", 0) == bytes_of(masters)
+    optimizer.step(1e-3, 1.0)
+    state = optimizer.state()
+    assert parts["optimiser (two moments)"] == bytes_of([t for n, t in state.items() if "exp_avg" in n])
+    cache = KVCache(model.config, 12, 12, device="cpu", dtype=dtype)
+    assert parts["KV cache of a rollout"] == bytes_of([*cache.k, *cache.v])
+
+
+@FAMILIES
+@DTYPES
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_activations_are_what_autograd_keeps_within_a_quarter(family, dtype, lora_r):
+    """Counted by looking at every tensor that is saved for the backward pass of a micro-batch of 4 rows of 64."""
+    model, saved = tiny(family, dtype, lora_r), []
+    [batch] = pack([Example([1] * 64, [False] * 63 + [True])] * 4, max_tokens=4 * 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        score(model, batch)
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = bytes_of([t for t in saved if t.untyped_storage()._cdata not in parameters])
+    config = TrainConfig(algo="sft", batch_size=4, micro_batch_tokens=256, max_new_tokens=1, lora_r=lora_r)
+    assert 0.9 < memory_parts(config, model, 63)["activations (estimate)"] / kept < 1.25
+
+
+def test_gradient_checkpointing_keeps_one_layer_and_every_input():
+    model = tiny()
+    config = TrainConfig(algo="sft", batch_size=4, micro_batch_tokens=256, max_new_tokens=1, lora_r=0)
+    whole = memory_parts(config, model, 63)["activations (estimate)"]
+    less = memory_parts(dataclasses.replace(config, gradient_checkpointing=True), model, 63)["activations (estimate)"]
+    assert less == whole / 3 + 3 * 256 * 64 * 4  # layers; tokens, width, fp32
+
+
+def activations(**changes):
+    config = dataclasses.replace(TrainConfig(lora_r=0, max_new_tokens=10), **changes)
+    return memory_parts(config, tiny(), longest_prompt=10)["activations (estimate)"]
+
+
+def test_a_micro_batch_is_as_large_as_its_budget_its_minibatch_or_its_longest_row():
+    token = activations(prompts_per_rollout=1, group_size=4, micro_batch_tokens=1) / 20  # one row of 10 + 10
+    assert activations(micro_batch_tokens=100) == 100 * token
+    assert activations(micro_batch_tokens=10**6) == 16 * 20 * token  # 8 x 8 answers in 4 updates
+    assert activations(micro_batch_tokens=10**6, algo="sft", batch_size=3) == 3 * 20 * token
+    assert activations(micro_batch_tokens=10**6, algo="sft", batch_size=3, data="rows.jsonl") == 3 * 10 * token
+
+
+def test_rollout_rows_bound_the_cache_by_whole_groups():
+    def cache(rows):
+        config = TrainConfig(prompts_per_rollout=6, group_size=4, rollout_rows=rows, lora_r=0)
+        return memory_parts(config, tiny(), 10)["KV cache of a rollout"]
+
+    row = cache(0) // 24
+    assert [cache(n) // row for n in (1, 4, 7, 8, 24, 100)] == [4, 4, 4, 8, 24, 24]
+    assert "KV cache of a rollout" not in memory_parts(TrainConfig(algo="sft", lora_r=0), tiny(), 10)
+
+
+def test_the_plan_says_what_is_trained_and_adds_up():
+    config = TrainConfig(lora_r=4, lr=1e-5, clip_low=3e-4, clip_high=4e-4, dtype="fp32", device="cpu", seed=7)
+    model = tiny(lora_r=4)
+    text = plan(config, model, 10)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for words in ("qwen3, 3 layers, width 64", "4 heads on 2", "vocabulary 50", "fp32 on cpu", "seed 7", f"{trained:,}"):
+        assert words in text
+    assert "clip -3e-04 / +4e-04, lr 1.0e-05" in text
+    parts = memory_parts(config, model, 10)
+    assert all(f"{name} {human(size)}" in text for name, size in parts.items())
+    assert text.endswith(f"together {human(sum(parts.values()))}")
+    full = plan(dataclasses.replace(config, algo="sft", lora_r=0), tiny(), 10)
+    assert f"all {sum(p.numel() for p in tiny().parameters()):,} parameters are trained" in full
+    assert "200 updates of 16 examples" in full
+
+
+@given(st.integers(0, 10**13))
+def test_sizes_are_read_back_within_their_rounding(size):
+    number, unit = human(size).split()
+    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+    # whole bytes, kB and hundreds; one decimal of 1.0 to 99.9 MB and GB
+    assert abs(float(number) * scale - size) <= (0.05001 if "." in number else 0.5) * scale
+    assert float(number) <= 1000 or unit == "GB"
+
+
+def test_sizes_read_well():
+    assert [human(n) for n in (0, 999, 1000, 1_800_000, 99_900_000, 428e6, 1.2e9, 65e12)] == [
+        "0 B", "999 B", "1 kB", "1.8 MB", "99.9 MB", "428 MB", "1.2 GB", "65000 GB",
+    ]  # fmt: skip

@@ -1,0 +1,386 @@
+"""nanogspo/rollout.py and cache.py: cached decoding against full forwards, and the distribution that is drawn from.
+
+The oracle is the model without its cache, run on the whole row again for every token, one row at a time.
+
+Run: python -m pytest tests/test_rollout.py
+"""
+
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogspo import rollout
+from nanogspo.cache import KVCache
+from nanogspo.families import model_config
+from nanogspo.model import Transformer
+from nanogspo.rollout import generate, sample
+from tests.strategies import SEEDS
+
+V = 23
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+# every mechanism that attention over a cache can get wrong: grouped heads, qk-norm, windows narrower than the prompts,
+# windows on some layers with their own RoPE base, both soft-caps
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
+}  # fmt: skip
+PROMPTS = [[5], [7, 7, 2, 19, 4, 11, 3], [1, 2, 3], [22, 0, 22, 0, 22]]  # widths 1, above every window, and between
+# fp32 log-probs of a 3-layer model, sums in another order in the cache: 100 roundings of numbers up to 10
+CACHE_NOISE = 100 * 10 * 2**-24
+
+
+def tiny(family="qwen3", seed=0):
+    model = Transformer(model_config({**SHAPE, **FAMILIES[family]})).init_weights(seed, std=0.3)
+    g = torch.Generator().manual_seed(seed + 1)
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data += 0.2 * torch.randn(p.shape, generator=g)
+    model.norm.weight.data -= 0.7  # tied heads would else repeat the last token for ever
+    return model.eval()
+
+
+@torch.no_grad()
+def next_logits(model, row):
+    return model.logits(model(torch.tensor([row])))[0, -1]  # (V,)
+
+
+@torch.no_grad()
+def recomputed(model, prompt, answer, temperature=1.0):
+    """Log-prob of every token of an answer: one full forward of the row, no cache, no padding, no neighbours."""
+    z = model.logits(model(torch.tensor([prompt + answer])))[0].double() / temperature  # (T, V)
+    return [z[len(prompt) - 1 + i].log_softmax(-1)[token].item() for i, token in enumerate(answer)]
+
+
+# ----------------------------------------------------------------------------
+# the cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_argmax_of_a_full_forward_at_every_step(family):
+    model = tiny(family)
+    answers = generate(model, PROMPTS, max_new_tokens=9, temperature=0)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        row = list(prompt)
+        for token, logp in zip(answer.tokens, answer.logp, strict=True):
+            log_p = next_logits(model, row).log_softmax(-1)  # (V,)
+            # a tie within rounding may go either way
+            assert log_p[token] >= log_p.max() - CACHE_NOISE
+            assert logp == pytest.approx(log_p[token].item(), abs=CACHE_NOISE)
+            row.append(token)
+        assert len(answer.tokens) == 9 and not answer.finished
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_kept_logp_is_the_log_softmax_of_a_full_forward(family, temperature):
+    model = tiny(family)
+    answers = generate(model, PROMPTS, group_size=3, max_new_tokens=8, temperature=temperature, eos_ids=range(9), seed=1)
+    lengths = {len(a.tokens) for a in answers}
+    assert len(lengths) > 1  # rows did end at different steps
+    for answer in answers:
+        want = recomputed(model, PROMPTS[answer.prompt_index], answer.tokens, temperature)
+        assert answer.logp == pytest.approx(want, abs=CACHE_NOISE / temperature)
+
+
+def test_cache_rows_can_be_repeated_and_dropped():
+    """rows() keeps a row's keys, values and length together, and the copies live apart."""
+    cache = KVCache(model_config({**SHAPE, **FAMILIES["llama"]}), 3, 4, device="cpu", dtype=torch.float32)
+    for x in (*cache.k, *cache.v):
+        x.normal_(generator=torch.Generator().manual_seed(0))
+    cache.lengths, cache.extent = torch.tensor([1, 2, 3]), 3
+    picked = cache.rows(torch.tensor([2, 0, 2]))
+    assert picked.lengths.tolist() == [3, 1, 3] and (picked.extent, picked.capacity) == (3, 4)
+    for old, new in zip((*cache.k, *cache.v), (*picked.k, *picked.v), strict=True):
+        assert torch.equal(new, old[[2, 0, 2]])
+    picked.k[0][0] = 0
+    assert picked.k[0][2].abs().max() > 0 and cache.k[0][2].abs().max() > 0
+
+
+def test_a_cache_that_would_overflow_is_refused():
+    cache = KVCache(model_config({**SHAPE, **FAMILIES["llama"]}), 1, 4, device="cpu", dtype=torch.float32)
+    cache.reserve(3)
+    with pytest.raises(ValueError, match="3 \\+ 2 tokens for a cache of 4"):
+        cache.reserve(2)
+    cache.reserve(1)  # exactly full is allowed, and the refusal above took nothing
+    assert cache.extent == 4
+
+
+# ----------------------------------------------------------------------------
+# groups
+
+
+def test_answers_come_prompt_by_prompt_and_prompts_are_prefilled_once():
+    model = tiny()
+    calls = []
+    forward = Transformer.forward
+
+    def spy(self, tokens, **kwargs):
+        calls.append(tuple(tokens.shape))
+        return forward(self, tokens, **kwargs)
+
+    with patch.object(Transformer, "forward", spy):
+        answers = generate(model, PROMPTS, group_size=5, max_new_tokens=4, seed=3)
+    assert [a.prompt_index for a in answers] == [p for p in range(4) for _ in range(5)]
+    # one prefill of (P, T), never of (P * G, T); then a step a token for the rows still alive, and none after the last
+    assert calls == [(4, 7), (20, 1), (20, 1), (20, 1)]
+    groups = [{tuple(a.tokens) for a in answers[i : i + 5]} for i in range(0, 20, 5)]
+    assert all(len(group) > 1 for group in groups)  # answers of a group are drawn apart
+
+
+@given(seed=SEEDS, keep=st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_row_does_not_depend_on_which_rows_have_finished(seed, keep):
+    """Dropping finished rows early, late or never: the same tokens. In fp32 log-probs move by rounding only."""
+    model = tiny(seed=seed % 7)
+    arguments = dict(group_size=4, max_new_tokens=10, eos_ids=[1, 4, 9], seed=seed)
+    with patch.object(rollout, "KEEP", keep):
+        one = generate(model, PROMPTS, **arguments)
+    with patch.object(rollout, "KEEP", -1.0):  # never
+        other = generate(model, PROMPTS, **arguments)
+    for a, b in zip(one, other, strict=True):
+        assert (a.tokens, a.finished) == (b.tokens, b.finished)
+        assert a.logp == pytest.approx(b.logp, abs=CACHE_NOISE)
+
+
+def test_finished_rows_leave_the_batch():
+    """Short answers stop costing: the batch only ever shrinks, and holds at most 1 / KEEP rows a row alive."""
+    model, widths = tiny(), []
+    forward = Transformer.forward
+
+    def spy(self, tokens, **kwargs):
+        widths.append(len(tokens))
+        return forward(self, tokens, **kwargs)
+
+    with patch.object(Transformer, "forward", spy):
+        answers = generate(model, PROMPTS, group_size=8, max_new_tokens=20, eos_ids=[1, 4, 9, 10, 11], seed=0)
+    for step, width in enumerate(widths[1:], start=1):
+        alive = sum(len(a.tokens) > step for a in answers)
+        assert alive <= width < alive / rollout.KEEP + 1
+    assert widths[-1] < 12 < widths[1] < 32
+
+
+def test_max_rows_slices_whole_groups():
+    model, widths = tiny(), []
+    forward = Transformer.forward
+
+    def spy(self, tokens, **kwargs):
+        widths.append(len(tokens))
+        return forward(self, tokens, **kwargs)
+
+    with patch.object(Transformer, "forward", spy):
+        answers = generate(model, [[5, 6]] * 5, group_size=3, max_new_tokens=4, seed=0, max_rows=7)
+    assert max(widths) == 6  # 7 rows have room for two groups of 3
+    assert [a.prompt_index for a in answers] == [p for p in range(5) for _ in range(3)]
+    for answer in answers:
+        assert answer.logp == pytest.approx(recomputed(model, [5, 6], answer.tokens), abs=CACHE_NOISE)
+    # equal prompts in different slices are not drawn with the same numbers
+    assert len({tuple(a.tokens) for a in answers}) > 10
+    with patch.object(Transformer, "forward", spy):
+        widths.clear()
+        generate(model, PROMPTS, group_size=3, max_new_tokens=2, max_rows=1)
+    assert max(widths) == 3  # a group is never cut
+    greedy = dict(max_new_tokens=4, temperature=0)
+    sliced = generate(model, PROMPTS, **greedy, max_rows=2)
+    assert [a.tokens for a in sliced] == [a.tokens for a in generate(model, PROMPTS, **greedy)]
+
+
+def test_eos_is_kept_and_scored_and_unfinished_answers_say_so():
+    model = tiny()
+    answers = generate(model, PROMPTS, group_size=6, max_new_tokens=6, eos_ids=(4, 9), seed=2)
+    assert {a.finished for a in answers} == {True, False}
+    for answer in answers:
+        assert len(answer.logp) == len(answer.tokens) <= 6
+        assert answer.finished == (answer.tokens[-1] in (4, 9))
+        assert not {4, 9} & {*answer.tokens[:-1]}
+        assert answer.finished or len(answer.tokens) == 6
+
+
+def test_equal_seeds_give_equal_answers():
+    model = tiny()
+    draws = [generate(model, PROMPTS, group_size=2, max_new_tokens=6, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert generate(model, PROMPTS, group_size=2, max_new_tokens=6, seed=0) == draws[0]
+    assert torch.equal(torch.get_rng_state(), before)  # torch's own stream is neither read nor moved
+
+
+def test_leaves_the_model_as_it_was():
+    model = tiny()
+    for training in (True, False):
+        model.train(training)
+        [answer] = generate(model, [[5]], max_new_tokens=2)
+        assert model.training == training and torch.is_grad_enabled()
+    steps = rollout.decode(
+        model.train(), [[5]], group_size=1, max_new_tokens=3, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), seed=0
+    )
+    next(steps)
+    steps.close()  # a chat that is interrupted
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[1], []], {}, r"2 prompts, of which \[1\] are empty"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0, want at least 1"),
+        ([[1]], {"group_size": 0}, "group_size 0, want at least 1"),
+        ([[1]], {"temperature": -0.1}, "temperature -0.1"),
+        ([[1]], {"temperature": math.nan}, "temperature nan"),
+        ([[1]], {"top_k": -1}, "top_k -1"),
+        ([[1]], {"top_p": 0.0}, "top_p 0.0"),
+        ([[1]], {"top_p": 1.1}, "top_p 1.1"),
+        ([[1]], {"top_p": math.nan}, "top_p nan"),
+        ([[1], [1] * 60], {"max_new_tokens": 5}, "prompt of 60 tokens . 5 new ones, want at most 64"),
+        ([[1], [V]], {}, f"token id {V}, want ids in .0, {V}"),
+        ([[1], [-2]], {}, "token id -2, want ids"),
+    ],
+)
+def test_refuses_in_one_line(prompts, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        generate(tiny(), prompts, **{"max_new_tokens": 1, **settings})
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_may_fill_the_context_to_the_last_position():
+    [answer] = generate(tiny(), [[1] * 59], max_new_tokens=5)
+    assert len(answer.tokens) == 5
+
+
+# ----------------------------------------------------------------------------
+# sample
+
+
+# What a sampler meets: peaked, flat and tied rows, tokens that are ruled out, tokens too rare for fp32
+LOGITS = st.lists(
+    st.one_of(st.floats(-30, 30, width=32), st.sampled_from([0.0, 0.0, -math.inf, -math.inf, -200.0, 80.0])),
+    min_size=1,
+    max_size=12,
+).filter(lambda row: max(row) > -math.inf)
+LAST_UNIFORM = 1 - 2**-53  # the largest float64 below 1, and the largest that torch.rand gives
+UNIFORMS = st.one_of(st.sampled_from([0.0, 5e-324, 0.5, LAST_UNIFORM]), st.floats(0, 1, exclude_max=True))
+TRUNCATION = st.sampled_from([(0, 1.0), (1, 1.0), (3, 1.0), (0, 0.5), (0, 1e-6), (0, 0.999), (2, 0.7), (99, 1.0)])
+
+
+def probabilities(row, temperature=1.0):
+    """softmax in float64 and plain Python."""
+    top = max(row)
+    p = [math.exp((z - top) / temperature) for z in row]
+    return [x / sum(p) for x in p]
+
+
+@given(row=LOGITS, uniform=UNIFORMS, temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]), truncation=TRUNCATION)
+def test_never_draws_what_has_no_probability(row, uniform, temperature, truncation):
+    z = torch.tensor([row, row[::-1]])  # (2, V) ruled-out tokens at either end
+    token, logp = sample(z, torch.tensor([uniform, uniform], dtype=torch.float64), temperature, *truncation)
+    for n in range(2):
+        assert 0 <= token[n] < len(row)
+        assert z[n, token[n]] > -math.inf
+        assert -math.inf < logp[n] <= 1e-6  # log_softmax of one sure token may round to just above 0
+
+
+@given(row=LOGITS, uniform=UNIFORMS, temperature=st.sampled_from([0.3, 1.0, 2.0]))
+def test_inverts_the_cumulative_distribution(row, uniform, temperature):
+    """cdf(token - 1) <= uniform < cdf(token), and logp is the token's own."""
+    token, logp = sample(torch.tensor([row]), torch.tensor([uniform], dtype=torch.float64), temperature)
+    p = probabilities(row, temperature)
+    below = math.fsum(p[: token.item()])
+    # fp32 log-softmax: each of 12 probabilities is off by (1 + |logp|) units, and rare ones by less than they weigh
+    slack = 12 * 32 * 2**-24
+    assert below - slack <= uniform <= below + p[token.item()] + slack
+    z = (row[token.item()] - max(row)) / temperature
+    assert logp.item() == pytest.approx(math.log(p[token.item()]) if p[token.item()] else z, rel=1e-5, abs=1e-5)
+
+
+@given(seed=SEEDS, N=st.integers(1, 5))
+def test_rows_are_drawn_independently(seed, N):
+    g = torch.Generator().manual_seed(seed)
+    z, uniform = torch.randn(N, 9, generator=g) * 3, torch.rand(N, generator=g, dtype=torch.float64)
+    token, logp = sample(z, uniform, 0.8, 5, 0.9)
+    for n in range(N):
+        alone = sample(z[n : n + 1], uniform[n : n + 1], 0.8, 5, 0.9)
+        assert token[n] == alone[0] and logp[n] == pytest.approx(alone[1].item(), abs=1e-6)
+
+
+def kept(z, top_k=0, top_p=1.0, temperature=1.0):
+    """The set of tokens that can be drawn, and the log-prob of each, over a fine grid of uniforms."""
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    token, logp = sample(torch.tensor([z]).expand(len(grid), -1), grid, temperature, top_k, top_p)
+    return {t: lp for t, lp in zip(token.tolist(), logp.tolist(), strict=True)}
+
+
+def test_top_k_keeps_exactly_k_also_when_tokens_tie():
+    for z in ([1.0, 3.0, 2.0, 0.0], [0.0] * 7, [1.0, 2.0, 2.0, 2.0, 0.0]):
+        for k in range(1, len(z) + 2):
+            got = kept(z, top_k=k)
+            want = sorted(z, reverse=True)[:k]
+            assert sorted((z[t] for t in got), reverse=True) == want  # k tokens, and the likeliest
+            assert sum(map(math.exp, got.values())) == pytest.approx(1, abs=1e-6)  # renormalised over what is left
+    assert set(kept([1.0, 3.0, 2.0, 0.0], top_k=2)) == {1, 2}
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass():
+    halves = [math.log(x) for x in (0.125, 0.5, 0.25, 0.0625, 0.0625)]
+    for top_p, want in [(0.01, {1}), (0.49, {1}), (0.51, {1, 2}), (0.74, {1, 2}), (0.76, {0, 1, 2}), (0.9, {0, 1, 2, 3})]:
+        got = kept(halves, top_p=top_p)
+        assert set(got) == want
+        mass = sum(math.exp(halves[t]) for t in want)
+        for token, logp in got.items():
+            assert logp == pytest.approx(halves[token] - math.log(mass), abs=1e-6)
+    assert set(kept(halves, top_p=1.0)) == {0, 1, 2, 3, 4}
+    # of 8 equal tokens, half the mass is exactly 4 of them (1/8 and its sums are exact in fp32), the first in order
+    assert set(kept([0.7] * 8, top_p=0.5)) == {0, 1, 2, 3}
+    assert set(kept([0.7] * 8, top_p=0.51)) == {0, 1, 2, 3, 4}
+    # temperature comes first: at 1/2 the probabilities are squared and renormalised, 0.25 / 0.336 = 74 % for the top
+    assert set(kept(halves, top_p=0.7, temperature=0.5)) == {1}
+    # and top_k before top_p: of the 4 tied at the end, two stay and share the rest
+    assert len(kept([3.0, 0.0, 0.0, 0.0, 0.0], top_k=3, top_p=0.999)) == 3
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(0, 1.0, 1.0), (4, 1.0, 0.7), (0, 0.8, 1.5)])
+def test_frequencies_follow_the_distribution(top_k, top_p, temperature):
+    """Pearson's chi-square over the kept tokens of a fixed seed, and the log-probs reported for them."""
+    z, n = [0.0, 1.0, 2.0, -1.0, 0.5, -3.0], 20_000
+    allowed = kept(z, top_k, top_p, temperature)
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    token, logp = sample(torch.tensor([z]).expand(n, -1), uniform, temperature, top_k, top_p)
+    counts = torch.bincount(token, minlength=len(z)).tolist()
+    weights = [math.exp(x / temperature) if t in allowed else 0.0 for t, x in enumerate(z)]
+    expected = [n * w / sum(weights) for w in weights]
+    assert all(count == 0 for count, want in zip(counts, expected, strict=True) if want == 0)
+    chi2 = sum((count - want) ** 2 / want for count, want in zip(counts, expected, strict=True) if want)
+    # a chi-square of k degrees of freedom exceeds k + 2 sqrt(k t) + 2 t with probability e^-t (Laurent and Massart):
+    # with t = 7 that is 1 seed in 1000, and this seed is fixed
+    k = len(allowed) - 1
+    assert chi2 < k + 2 * math.sqrt(7 * k) + 14
+    for t, x in zip(token[:50].tolist(), logp[:50].tolist(), strict=True):
+        assert x == pytest.approx(math.log(expected[t] / n), abs=1e-6)
+
+
+def test_rollouts_follow_the_distribution():
+    """Through generate: 4000 answers of one token to one prompt against the model's own softmax."""
+    model = tiny()
+    answers = generate(model, [[5, 6, 7]], group_size=4000, max_new_tokens=1, seed=0)
+    p = next_logits(model, [5, 6, 7]).double().softmax(-1).tolist()
+    counts = torch.bincount(torch.tensor([a.tokens[0] for a in answers]), minlength=V).tolist()
+    rare = [t for t in range(V) if 4000 * p[t] < 5]  # chi-square needs some counts: these are taken together
+    cells = [([t], p[t]) for t in range(V) if t not in rare] + ([(rare, sum(p[t] for t in rare))] if rare else [])
+    chi2 = sum((sum(counts[t] for t in cell) - 4000 * q) ** 2 / (4000 * q) for cell, q in cells)
+    k = len(cells) - 1
+    assert chi2 < k + 2 * math.sqrt(7 * k) + 14
