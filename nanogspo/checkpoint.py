@@ -509,7 +509,7 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
         pairs.setdefault(our_name(match[1].removeprefix(PEFT_PREFIX)), {})[match[2]] = entry
     r, alpha = config.get("r"), config.get("lora_alpha")
     if type(r) is not int or r < 1 or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{folder}/adapter_config.json: got r={r!r} and lora_alpha={alpha!r}, want a rank and a number")
+        raise ValueError(f"{folder}/adapter_config.json: got r={r!r}, lora_alpha={alpha!r}, want a rank and a number")
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
             raise ValueError(f"{file}: layer {name} has only {', '.join(pair)}, want lora_A and lora_B")

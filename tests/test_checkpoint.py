@@ -341,7 +341,7 @@ def rename(tensors):
 
 NORM = "model.layers.2.self_attn.q_norm.weight"
 BAD_TENSORS = {
-    "renamed": (rename, "2 tensors do not fit a qwen3 model: missing layers.1.mlp.up_proj.weight; unexpected model.lay"),
+    "renamed": (rename, "2 tensors do not fit a qwen3 model: missing layers.1.mlp.up_proj.weight; unexpected model.la"),
     "wrong shape": (
         lambda t: t.update({NORM: torch.ones(31)}),
         r"layers.2.self_attn.q_norm.weight has shape \[31\], config.json wants \[32\]",
@@ -613,7 +613,7 @@ def test_says_what_is_wrong_with_an_adapter(tmp_path):
         ("init_lora_weights", "pissa"),
     ]:  # fmt: skip
         attempt(f"got {{'{key}': .*want a plain LoRA adapter", {key: value})
-    attempt("got r=None .*want", {"r": "gone"})
+    attempt("got r=None, .*want", {"r": "gone"})
     attempt("lora_alpha='x'.*want", {"lora_alpha": "x"})
     attempt("got no adapter_model.safetensors", tensors=None)
     attempt("only lora_., want lora_A and lora_B", tensors={k: v for k, v in tensors.items() if k != some})

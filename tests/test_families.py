@@ -232,7 +232,7 @@ def test_real_models_have_the_published_tensors(name):
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_models_have_the_settings_transformers_reads(name):
-    """What shapes cannot show: windows, scales, caps, bases. Gemma's 27B sizes say head_dim 128 and scale by another."""
+    """What shapes cannot show: windows, scales, caps, bases. Gemma's 27B sizes have head_dim 128 but another scale."""
     config, _ = REAL[name]
     ours, theirs = model_config(config), transformers_config(config)
     assert ours.norm_eps == theirs.rms_norm_eps and ours.tied == theirs.tie_word_embeddings
@@ -359,7 +359,7 @@ QWEN3, GEMMA3 = REAL["Qwen3-0.6B"][0], REAL["gemma-3-1b"][0]
         ({**QWEN3, "hidden_act": "relu"}, "hidden_act 'relu', want 'silu' for Qwen3ForCausalLM"),
         ({**QWEN3, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic', want one of: default, linear, l"),
         ({**QWEN3, "rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs factor"),
-        ({**QWEN3, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor, o"),
+        ({**QWEN3, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_fac"),
         ({**QWEN3, "layer_types": ["full_attention"] * 27}, "layer_types with 27 entries .*want 28 of full_attention"),
         ({**QWEN3, "layer_types": ["linear_attention"] * 28}, r"28 entries \['linear_attention'\]"),
         ({**QWEN3, "layer_types": ["sliding_attention"] * 28}, "sliding_attention layers without sliding_window"),

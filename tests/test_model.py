@@ -175,7 +175,7 @@ def test_what_stands_behind_a_row_cannot_reach_it(name, length, junk):
 
 @given(W=st.integers(1, 6), at=st.integers(0, 11), layers=st.integers(1, 2))
 def test_a_sliding_layer_reaches_window_minus_one_back(W, at, layers):
-    """The window counts the query itself: a token moves exactly the positions from its own to layers * (W - 1) later."""
+    """The window counts the query itself: a token moves positions from its own to layers * (W - 1) later, no other."""
     config = small(layer_types=("sliding",) * layers, num_layers=layers, sliding_window=W)
     model, tokens = perturbed(config), references.tokens(1, 12) % 11
     other = tokens.clone()
@@ -259,7 +259,7 @@ def small(**changes) -> ModelConfig:
 
 
 def perturbed(config: ModelConfig) -> Transformer:
-    """Random weights that depend on a parameter's name alone, so that two configs differ in one flag and nothing else."""
+    """Random weights that depend on a parameter's name alone, so that two configs differ in one flag only."""
     model = Transformer(config)
     for name, p in model.named_parameters():
         g = torch.Generator().manual_seed(sum(name.encode()) * 31 + len(name))

@@ -1,0 +1,285 @@
+"""The wrong edits that tools/mutate.py makes, one at a time: what a reader of the code would get wrong.
+
+    (file, the test file that must turn red, [(right, wrong, why), ...])      right occurs exactly once in the file
+
+A change that adds code adds its mutants here.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    file: str
+    right: str  # occurs exactly once in the file
+    wrong: str
+    test: str  # the test file that must fail
+    why: str  # what a reader of the code would get wrong
+
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+GROUPS = [
+    (
+        "nanogspo/tasks/__init__.py",
+        "tests/test_tasks.py",
+        [
+            (
+                "zlib.crc32(key.encode()) % 10 == 0",
+                "hash(key) % 10 == 0",
+                "a split that is salted anew in every process",
+            ),
+            (
+                "    random.Random(stream).shuffle(order)",
+                "    random.Random(0).shuffle(order)",
+                "every seed and every epoch in the same order",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/tasks/addition.py",
+        "tests/test_tasks.py",
+        [
+            ('f"{min(a, b)}+{max(a, b)}"', 'f"{a}+{b}"', "38+47 in the exam, 47+38 in training"),
+            ("            if a != b:\n", "            if True:\n", "44+44 twice an epoch"),
+            (
+                "zip(reversed(answer), reversed(reference), strict=False)",
+                "zip(answer, reference, strict=False)",
+                "digits compared from the left, where a longer number shifts them all",
+            ),
+            ("max(len(answer), len(reference))", "len(reference)", "digits too many cost nothing"),
+            (
+                'self._draw(f"{seed}/{n}", held_out=False)',
+                'self._draw(f"{seed}/{n}", held_out=n % 2 == 1)',
+                "training on the exam, only where pairs are not listed",
+            ),
+            (
+                "answer_text.strip() == problem.answer",
+                "answer_text == problem.answer",
+                "a space in front of the number makes it wrong",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/tasks/reverse.py",
+        "tests/test_tasks.py",
+        [
+            (
+                "is_held_out(min(word, word[::-1]))",
+                "is_held_out(word)",
+                "the exam asks for a word whose answer was a training prompt",
+            ),
+            ("diagonal + 1 if x == y else", "row[j + 1] + 1 if x == y else", "one letter matched many times"),
+            (
+                "/ max(len(answer), len(problem.answer))",
+                "/ len(problem.answer)",
+                "an answer that holds every letter sequence scores 1",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/tasks/jsonl.py",
+        "tests/test_tasks.py",
+        [
+            (
+                "start=1):\n        if not raw",
+                "start=0):\n        if not raw",
+                "an error that names the line above the bad one",
+            ),
+            (
+                "if len(tokens) <= max_length]",
+                "if len(tokens) < max_length]",
+                "a row of exactly the maximal length is left out",
+            ),
+            ("            too_long.append(line)", "            pass", "rows left out in silence"),
+            (
+                "written = [*tokenizer.encode_plain(completion), min(tokenizer.eos_ids)]",
+                "written = tokenizer.encode_plain(completion)",
+                "a model that never learns to stop",
+            ),
+            ("[False] * len(given)", "[True] * len(given)", "loss on the prompt"),
+            (
+                "return [_last_answer_only(*sequences[-1])]",
+                "return sequences",
+                "loss on what the prompt's assistant said",
+            ),
+            ('message["role"] == "assistant" or not', "not", "empty answers are learned"),
+        ],
+    ),
+    (
+        "nanogspo/runlog.py",
+        "tests/test_runlog.py",
+        [
+            ("centre = (share + z2 / 2) / (1 + z2)", "centre = share", "the textbook interval, which leaves [0, 1]"),
+            (
+                "None if isinstance(value, float) and not math.isfinite(value) else value",
+                "None if value != value else value",
+                "infinities are not JSON either",
+            ),
+            ("    file.flush()", "    pass", "a killed run loses its last rows"),
+            (
+                'row.get("step", 0) <= step]',
+                'row.get("step", 0) < step]',
+                "a resumed run forgets the step it was saved at",
+            ),
+            (
+                "math.nan if any(map(math.isnan, ends)) else max(ends)",
+                "max(ends)",
+                "a ratio of NaN printed as a perfect one",
+            ),
+            (
+                "number('clip_low_frac') + number('clip_high_frac')",
+                "number('clip_high_frac')",
+                "half of the clipping is not shown",
+            ),
+            (
+                'if row.get("phase") == "sft"][-1:] + control',
+                'if row.get("phase") == "sft"][-1:]',
+                "the control's line is not drawn",
+            ),
+        ],
+    ),
+    (
+        "kernels/seq_logprob.py",
+        "tests/test_seq_logprob.py",
+        [
+            ("_put(z, column, inside, z.new_full((), -math.inf))", "pass", "target counted among the others"),
+            ("torch.maximum(m[rows], z.amax(1))", "torch.maximum(m[rows], 0 * z.amax(1))", "no running maximum"),
+            ("s[rows] = s[rows] * down.exp() + e.sum(1)", "s[rows] = s[rows] + e.sum(1)", "old sum not rescaled"),
+            (
+                "(a[rows] + s[rows] * down) * down.exp()",
+                "a[rows] * down.exp()",
+                "entropy sum not shifted to the new maximum",
+            ),
+            ("info.min / 2, dtype=dtype", "-math.inf, dtype=dtype", "start from -inf"),
+            ("torch.full_like(m, info.tiny)", "torch.zeros_like(m)", "V = 1 has log 0"),
+            (".clamp_min_(UNDERFLOW)", "", "-inf * 0 in the entropy"),
+            (
+                "logp = logsigmoid(margin)",
+                "logp = z_y - torch.logaddexp(m + log_s, z_y)",
+                "equation (1): logp of -1e-8 rounds to 0",
+            ),
+            ("logp.expm1() * (logp_m", "(logp.exp() - 1) * (logp_m", "1 - p_y cancels in the entropy"),
+            ("logp.clamp_min(info.min)", "logp", "0 * -inf for a banned target"),
+            ("z_y >= m", "z_y > m", "ties are not top"),
+            (
+                "sums = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32",
+                "sums = hidden.dtype",
+                "logits in bf16",
+            ),
+            ("torch.mm(a, b, out=out)", "torch.mm(a, b)", "autocast takes the logits to bf16"),
+            ("z.div_(temperature)", "z.mul_(temperature)", "temperature the wrong way"),
+            (".tanh_().mul_(softcap)", ".tanh_()", "soft-cap does not scale back"),
+            ("(column >= 0) & (column < width)", "column >= 0", "a target of a later tile is found in this one"),
+            (
+                "slice(v, min(v + width, V))",
+                "slice(v, min(v + width, V - 1))",
+                "last token of the vocabulary forgotten",
+            ),
+            ("dz_y = -logp.expm1() * dlogp", "dz_y = (1 - logp.exp()) * dlogp", "1 - p_y cancels in the gradient"),
+            (
+                "dz_y = dz_y - logp.exp() * dentropy * (logp + entropy)",
+                "dz_y = dz_y + logp.exp() * dentropy * (logp + entropy)",
+                "sign of the entropy at the target",
+            ),
+            ("dlogp = dlogp / temperature", "dlogp = dlogp * 1", "no 1 / T in the gradient"),
+            ("dentropy = dentropy / temperature", "dentropy = dentropy * 1", "no 1 / T in the entropy's gradient"),
+            ("(x / softcap).cosh_().pow_(-2)", "1 - (x / softcap).tanh_().square_()", "1 - tanh^2 cancels"),
+            ("dx.mul_(slope)", "dx.mul_(1)", "no slope of the soft-cap"),
+            (
+                ".sub_(m[rows, None]).add_(logp_m[rows, None])",
+                ".sub_((m - logp_m)[rows, None])",
+                "one large number instead of two small",
+            ),
+            ("exp_().mul_(pull).neg_()", "exp_().mul_(pull)", "sign of the gradient"),
+            ("_put(dx, *_find(targets[rows], vocab), dz_y[rows, None])", "pass", "target's own gradient forgotten"),
+            (
+                "dw = m.new_zeros(w.shape) if",
+                "dw = w.new_zeros(w.shape, dtype=weight.dtype) if",
+                "dweight summed in 16 bits",
+            ),
+            (
+                "_addmm(dhidden[rows], dx, w)",
+                "torch.mm(dx, w, out=dhidden[rows])",
+                "only the last tile of the vocabulary",
+            ),
+            (
+                "wrong = scored & ((targets < 0) | (targets >= V))",
+                "wrong = scored & (targets >= V)",
+                "-1 is let through",
+            ),
+            (
+                "wrong = scored & ((targets < 0) | (targets >= V))",
+                "wrong = scored & ((targets < 0) | (targets > V))",
+                "V is let through",
+            ),
+            ("targets != IGNORE", "targets != -1", "IGNORE is not ignored"),
+            ("values.double()", "values", "sums of answers in fp32"),
+            (
+                'sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)',
+                "sums = torch.cat([values.new_zeros(1), values.cumsum(0)])[cu_seqlens.long()].diff()",
+                "cumulative sum: bits depend on neighbours",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/objectives.py",
+        "tests/test_objectives.py",
+        [
+            (
+                "rewards.mean(dim=1, keepdim=True)",
+                "rewards.mean(dim=0, keepdim=True)",
+                "centred down the columns: groups leak",
+            ),
+            ("rewards.std(dim=1, keepdim=True)", "rewards.std()", "one std for the batch"),
+            (
+                "rewards.std(dim=1, keepdim=True)",
+                "rewards.std(dim=1, correction=0, keepdim=True)",
+                "std over G, not over G - 1",
+            ),
+            ("keepdim=True) + 1e-4)", "keepdim=True) + 1e-8)", "another epsilon than TRL's"),
+            (
+                "centred = centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)",
+                "pass",
+                "float noise of equal rewards",
+            ),
+            ("rewards.shape[1] < 2", "rewards.shape[1] < 1", "G = 1 is let through"),
+            (
+                "- old_seq_logp.detach()) / lengths",
+                "- old_seq_logp.detach()) / lengths.max()",
+                "padded length in the ratio",
+            ),
+            ("- old_seq_logp.detach()) / lengths", "- old_seq_logp.detach())", "ratio of the whole sequence"),
+            ("- old_seq_logp.detach()) / lengths", "- old_seq_logp) / lengths", "gradient into the old policy"),
+            ("torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages", "max for min"),
+            ("ratio.clamp(low, high) * advantages", "ratio.clamp(low, low) * advantages", "high bound lost"),
+            (
+                "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+                "ratio.clamp(low, high) * advantages",
+                "clipped whatever the sign of A",
+            ),
+            ("return -objective.mean(), metrics", "return objective.mean(), metrics", "sign of the loss"),
+            (
+                "return -objective.mean(), metrics",
+                "return -(objective * lengths).sum() / lengths.sum(), metrics",
+                "mean over tokens, not sequences",
+            ),
+            (
+                "-(sequence_sums(objective, cu_seqlens) / lengths).mean()",
+                "-objective.mean()",
+                "long answers count more",
+            ),
+            ("((ratio < low) & (advantages < 0))", "(ratio < low)", "clip_low_frac counts answers that still learn"),
+            (
+                "((ratio > high) & (advantages > 0))",
+                "((ratio > high) & (advantages < 0))",
+                "clip_high_frac of the wrong sign",
+            ),
+            ("ratio.std(correction=0)", "ratio.std()", "nan for one answer"),
+            ("torch.promote_types(x.dtype, torch.float32)", "x.dtype", "ratios in bf16"),
+            ("(lengths < 1).any()", "(lengths < 0).any()", "an empty answer is let through"),
+            ("or any(t.shape != first.shape for t in others.values())", "", "shapes broadcast in silence"),
+            ("loss = -_at_least_float32(logp).mean()", "loss = -_at_least_float32(logp).sum()", "sum for mean in SFT"),
+        ],
+    ),
+]
+
+MUTANTS = [Mutant(file, right, wrong, test, why) for file, test, rows in GROUPS for right, wrong, why in rows]
