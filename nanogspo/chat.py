@@ -27,6 +27,10 @@ class Chat:
         if self.tokenizer.has_chat_template:
             turns = [*problem.messages, {"role": "assistant", "content": problem.answer}]
             return Example(*conversation_examples(self.tokenizer, turns, **self.template_kwargs)[-1])
+        if not self.tokenizer.eos_ids:
+            raise ValueError(
+                "the tokenizer names no stop token, so answers would have no end; add eos_token_id to config.json"
+            )
         prompt = self.tokenizer.encode(problem.text)
         answer = self.tokenizer.encode_plain(problem.answer) + [min(self.tokenizer.eos_ids)]
         return Example.answered(prompt, answer)

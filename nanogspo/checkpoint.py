@@ -3,12 +3,12 @@
 A safetensors file is
 
     8 bytes      length n of the header, little-endian
-    n bytes      JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [start, end]}, ..., "__metadata__": {..}}
+    n bytes      JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [start, end]}, ..., "__metadata__": ..}
     the rest     the tensors' bytes, row-major, back to back
 
-We read and write it ourselves, in 60 lines, for two reasons. Loading reads each tensor straight into the memory where it
-will live, so the peak is the model plus one tensor (mapping the file instead shows up as the model twice). Saving can
-merge LoRA one tensor at a time. Nothing is ever unpickled and no code comes from a checkpoint.
+We read and write it ourselves for two reasons. Loading reads each tensor straight into the memory where it will live,
+so the peak is the model plus one tensor (mapping the file instead shows up as the model twice). Saving can merge LoRA
+one tensor at a time. Nothing is ever unpickled and no code comes from a checkpoint.
 
 Reading order: resolve (where the files are) -> read_header, read_tensor -> load -> save -> adapters.
 Everything is checked from the headers before the first byte of data is read; every missing, unexpected or misshapen
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from nanogspo.families import export_config, model_config
 from nanogspo.lora import LoRALinear, add_lora, lora_layers
 from nanogspo.model import Transformer
+from nanogspo.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 DTYPES = {
     "F64": torch.float64,
@@ -44,11 +45,12 @@ DTYPES = {
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 1000**3  # the hub's habit; one file larger than this uploads badly
 
-# Names on the way in: the first prefix that matches is stripped. Wrappers of multimodal models put the text part deeper.
+# Names on the way in: the first prefix that matches is stripped. Multimodal wrappers put the text part deeper.
 PREFIXES = ("thinker.model.", "model.language_model.", "language_model.model.", "model.")
 # Parts of multimodal checkpoints that a text model does not use, and buffers that old files carry
 SKIP = re.compile(
-    r"(^|\.)(visual|vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio|mtp|talker|code2wav)\.|rotary_emb\.inv_freq$"
+    r"(^|\.)(visual|vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio|mtp|talker|code2wav)\."
+    r"|rotary_emb\.inv_freq$"
 )
 
 
@@ -77,8 +79,7 @@ def resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
     return _fetch(name)
 
 
-SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "adapter_config.json")  # fmt: skip
+SMALL_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
 
 
 def _fetch(repo: str) -> pathlib.Path:
@@ -148,7 +149,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str]]:
-    """Tensors of a safetensors file: name -> {"dtype", "shape", "start", "end"} with offsets from the file's first byte.
+    """Tensors of a safetensors file: name -> {"dtype", "shape", "start", "end"} from the file's first byte.
 
     returns  the tensors, in file order, and the free-form metadata
     Raises ValueError for anything the format does not allow, before any tensor is read: a truncated file, offsets that
@@ -184,7 +185,8 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str
         bytes_ = math.prod(t["shape"]) * DTYPES[t["dtype"]].itemsize
         if t["start"] != expected or t["end"] - t["start"] != bytes_:
             raise ValueError(
-                f"{path}: tensor {name} claims bytes {t['start']}..{t['end']}, want {expected}..{expected + bytes_}; {again}"
+                f"{path}: tensor {name} claims bytes {t['start']}..{t['end']}, "
+                f"want {expected}..{expected + bytes_}; {again}"
             )
         expected = t["end"]
         if 8 + length + t["end"] > size:
@@ -339,7 +341,9 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
                 f"{folder}: got {', '.join(pickles)}, pickles that can run code when opened; want safetensors "
                 f"(convert with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR))"
             )
-        raise ValueError(f"{folder}: missing weight files {', '.join(missing)}; fetch them again")
+        raise ValueError(
+            f"{folder}: missing weight files {', '.join(missing)}; fetch them again (a repository of pickles has none)"
+        )
     return files
 
 
@@ -396,8 +400,6 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
     if source is not None and (source / "generation_config.json").exists():
         atomic_write(path / "generation_config.json", (source / "generation_config.json").read_bytes())
     if tokenizer is None and source is not None and (source / "tokenizer.json").exists():
-        from nanogspo.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(source)
     if tokenizer is not None:
         tokenizer.save(path)
@@ -426,7 +428,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "") -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as PEFT does (names base_model.model.model.layers...)."""
+    """Write adapter_config.json and adapter_model.safetensors, as PEFT does (base_model.model.model.layers...)."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA adapter to save; save the model itself instead")
@@ -489,11 +491,7 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
         )
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise ValueError(f"{folder}: got peft_type {config['peft_type']!r}, want LORA")
-    extras = {
-        key: config.get(key)
-        for key in UNREAD_KEYS
-        if config.get(key)
-    }
+    extras = {key: config[key] for key in UNREAD_KEYS if config.get(key)}
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva", "orthogonal"):
         extras["init_lora_weights"] = config["init_lora_weights"]  # PiSSA, OLoRA and LoftQ subtract from the base
     if config.get("bias", "none") != "none":

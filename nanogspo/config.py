@@ -319,8 +319,6 @@ def check(config: TrainConfig) -> None:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
     if not rl:
         return
-    if config.control and not config.warm_steps:
-        raise ValueError("got --control without --warm-steps: it continues the SFT warm-up; want both or neither")
     if config.group_size < 2:
         raise ValueError(
             f"got --group-size {config.group_size} with {config.algo}: "

@@ -462,13 +462,16 @@ def sparse_checkpoint(folder: Path, C: int, L: int, V: int, dtype: torch.dtype) 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc, which is Linux's")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 def test_peak_memory_is_the_model_and_one_tensor(stored, tmp_path):
-    """117 MB of bf16 weights, from a bf16 file and from an fp32 one of 235 MB."""
+    """117 MB of bf16 weights, from a bf16 file, which needs no copy at all, and from an fp32 one of 235 MB.
+
+    Measured: 0.2 MB above the law. Fresh memory for every tensor that is converted was 13 MB above it.
+    """
     sparse_checkpoint(tmp_path / "small", 64, 1, 128, stored)
     largest = sparse_checkpoint(tmp_path / "large", 1024, 3, 8192, stored)
     command = [sys.executable, "-c", MEASURED, str(ROOT), str(tmp_path)]
     growth, size = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert size > 110e6
-    assert growth <= size + largest + 0.1 * size
+    assert growth <= size + (largest if stored != torch.bfloat16 else 0) + 0.05 * size
     assert growth > 0.9 * size, "the measurement misses the model itself"
 
 

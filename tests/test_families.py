@@ -301,9 +301,9 @@ def test_the_outer_tie_flag_wins():
 
 
 def test_a_window_counts_only_where_the_flag_says_so():
-    config = dict(REAL["Qwen2.5-7B"][0])
-    assert model_config(config).sliding_window == 0
-    config.update(use_sliding_window=True, max_window_layers=20)
+    config = {**REAL["Qwen2.5-7B"][0], "max_window_layers": 20}
+    assert model_config(config).layer_types == ("full",) * 28 and model_config(config).sliding_window == 0
+    config["use_sliding_window"] = True
     sliding = model_config(config)
     assert sliding.layer_types == ("full",) * 20 + ("sliding",) * 8 and sliding.sliding_window == 131072
 

@@ -177,7 +177,11 @@ def test_touches_leaves_in_model_order_and_full_names_one_by_one():
 
 def test_a_target_that_matches_nothing_is_an_error_that_names_the_layers_there_are():
     model = tiny()
-    for targets, unmatched in ((["q_proj", "query", "proj"], "'query', 'proj'"), ([], "none"), (["lm_head"], "lm_head")):
+    for targets, unmatched in (
+        (["q_proj", "query", "proj"], "'query', 'proj'"),
+        ([], "none"),
+        (["lm_head"], "lm_head"),
+    ):
         with pytest.raises(ValueError, match="down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj") as error:
             add_lora(model, r=2, alpha=2, targets=targets)
         assert unmatched in str(error.value) and "\n" not in str(error.value)

@@ -139,15 +139,16 @@ def test_a_cache_may_be_fed_in_chunks(chunks):
 def test_cache_rows_can_be_repeated_and_dropped():
     """One prefilled prompt becomes a group, and a row that has finished leaves: both are an index."""
     model, tokens = ours("qwen2_sliding"), references.tokens(3, 12)
+    lengths, index = torch.tensor([11, 7, 4]), torch.tensor([2, 0, 2])
     with torch.no_grad():
         cache = KVCache(model.config, 3, 13, device="cpu", dtype=torch.float32)
         model(tokens[:, :11], cache=cache)
-        index = torch.tensor([2, 0, 2])
+        cache.lengths = lengths
         kept = cache.rows(index)
-        last = model(tokens[index, 11:], cache=kept)  # (3, 1, C)
-        assert (last - model(tokens)[index, 11:]).abs().max() <= 1e-5
-        assert kept.lengths.tolist() == [12] * 3 and cache.lengths.tolist() == [11] * 3  # the source is untouched
-        assert cache.k[0][:, 11:].abs().max() == 0
+        last = model(tokens[index, lengths[index]][:, None], cache=kept)[:, 0]  # (3, C)
+        assert (last - model(tokens)[index, lengths[index]]).abs().max() <= 1e-5
+        assert kept.lengths.tolist() == [5, 12, 5]
+        assert cache.lengths.tolist() == [11, 7, 4] and cache.k[0][:, 11:].abs().max() == 0  # the source is untouched
 
 
 def test_a_full_cache_says_so():

@@ -68,7 +68,9 @@ def test_every_scored_token_is_there_exactly_once(rows, budget, pad_id):
             length = len(rows[i].tokens)
             assert batch.tokens[n].tolist() == rows[i].tokens + [pad_id] * (T - length)
             piece = slice(cuts[n], cuts[n + 1])
-            assert list(zip(batch.columns[piece].tolist(), batch.targets[piece].tolist(), strict=True)) == scored(rows[i])
+            assert list(zip(batch.columns[piece].tolist(), batch.targets[piece].tolist(), strict=True)) == scored(
+                rows[i]
+            )
             assert batch.rows[piece].tolist() == [n] * len(scored(rows[i]))
             assert batch.lengths[n] == len(scored(rows[i]))
         assert batch.real_tokens == sum(len(rows[i].tokens) for i in batch.index)
@@ -194,7 +196,9 @@ def test_no_examples_are_no_batches():
 def test_moving_keeps_everything():
     [batch] = pack([Example([1, 2, 3], [False, True, True])], max_tokens=10)
     moved = batch.to("meta")
-    devices = {name: getattr(moved, name).device.type for name in ("tokens", "rows", "columns", "targets", "cu_seqlens")}
+    devices = {
+        name: getattr(moved, name).device.type for name in ("tokens", "rows", "columns", "targets", "cu_seqlens")
+    }
     assert set(devices.values()) == {"meta"}
     assert moved.index.device.type == "cpu" and moved.real_tokens == 3
     assert batch.tokens.device.type == "cpu"

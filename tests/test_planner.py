@@ -121,7 +121,14 @@ def test_the_plan_says_what_is_trained_and_adds_up():
     model = tiny(lora_r=4)
     text = plan(config, model, 10)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for words in ("qwen3, 3 layers, width 64", "4 heads on 2", "vocabulary 50", "fp32 on cpu", "seed 7", f"{trained:,}"):
+    for words in (
+        "qwen3, 3 layers, width 64",
+        "4 heads on 2",
+        "vocabulary 50",
+        "fp32 on cpu",
+        "seed 7",
+        f"{trained:,}",
+    ):
         assert words in text
     assert "clip -3e-04 / +4e-04, lr 1.0e-05" in text
     parts = memory_parts(config, model, 10)

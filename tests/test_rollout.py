@@ -38,8 +38,8 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
     "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0},
-    "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
-}  # fmt: skip
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 3, "rope_theta": 1e6},
+}
 PROMPTS = [[5], [7, 7, 2, 19, 4, 11, 3], [1, 2, 3], [22, 0, 22, 0, 22]]  # widths 1, above every window, and between
 # fp32 log-probs of a 3-layer model, sums in another order in the cache: 100 roundings of numbers up to 10
 CACHE_NOISE = 100 * 10 * 2**-24
@@ -90,7 +90,9 @@ def test_greedy_is_the_argmax_of_a_full_forward_at_every_step(family):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_kept_logp_is_the_log_softmax_of_a_full_forward(family, temperature):
     model = tiny(family)
-    answers = generate(model, PROMPTS, group_size=3, max_new_tokens=8, temperature=temperature, eos_ids=range(9), seed=1)
+    answers = generate(
+        model, PROMPTS, group_size=3, max_new_tokens=8, temperature=temperature, eos_ids=range(9), seed=1
+    )
     lengths = {len(a.tokens) for a in answers}
     assert len(lengths) > 1  # rows did end at different steps
     for answer in answers:
@@ -337,7 +339,14 @@ def test_top_k_keeps_exactly_k_also_when_tokens_tie():
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass():
     halves = [math.log(x) for x in (0.125, 0.5, 0.25, 0.0625, 0.0625)]
-    for top_p, want in [(0.01, {1}), (0.49, {1}), (0.51, {1, 2}), (0.74, {1, 2}), (0.76, {0, 1, 2}), (0.9, {0, 1, 2, 3})]:
+    for top_p, want in [
+        (0.01, {1}),
+        (0.49, {1}),
+        (0.51, {1, 2}),
+        (0.74, {1, 2}),
+        (0.76, {0, 1, 2}),
+        (0.9, {0, 1, 2, 3}),
+    ]:
         got = kept(halves, top_p=top_p)
         assert set(got) == want
         mass = sum(math.exp(halves[t]) for t in want)

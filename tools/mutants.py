@@ -280,6 +280,161 @@ GROUPS = [
             ("loss = -_at_least_float32(logp).mean()", "loss = -_at_least_float32(logp).sum()", "sum for mean in SFT"),
         ],
     ),
+    (
+        "nanogspo/families.py",
+        "tests/test_families.py",
+        [
+            (
+                '"full" if layer % 2 else "sliding"',
+                '"sliding" if layer % 2 else "full"',
+                "Gemma 2 starts with a full layer",
+            ),
+            (
+                '"sliding" if (layer + 1) % n else "full"',
+                '"sliding" if layer % n else "full"',
+                "Gemma 3 starts with a full layer",
+            ),
+            (
+                '"sliding" if layer >= first else "full"',
+                '"sliding" if layer > first else "full"',
+                "max_window_layers off by one",
+            ),
+            (
+                'text["query_pre_attn_scalar"] if row.attn_scalar else D',
+                "D",
+                "attention scale from head_dim where the file says otherwise",
+            ),
+            (
+                'config.get("tie_word_embeddings", text.get("tie_word_embeddings", row.tied))',
+                'text.get("tie_word_embeddings", config.get("tie_word_embeddings", row.tied))',
+                "text_config wins over the wrapper about tying",
+            ),
+            (
+                "if value is not None or key in NULL_MEANS}",
+                "if value is not None}",
+                "a soft-cap switched off by null comes back",
+            ),
+            (
+                'text.get("use_sliding_window") and text.get("sliding_window")',
+                'text.get("sliding_window")',
+                "a window where use_sliding_window is false",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/model.py",
+        "tests/test_model.py",
+        [
+            (
+                "return (h * (1.0 + self.weight.float())).to(x.dtype) if self.plus_one",
+                "return (1.0 + self.weight) * h.to(x.dtype) if self.plus_one",
+                "Gemma norm rounded before it is multiplied",
+            ),
+            (
+                "torch.cat((-second, first), dim=-1) * sin",
+                "torch.cat((second, -first), dim=-1) * sin",
+                "RoPE turns the other way",
+            ),
+            (
+                "allowed &= key > query - window",
+                "allowed &= key >= query - window",
+                "a sliding window one key too wide",
+            ),
+            (
+                "if not window or T <= window:",
+                "if not window or T <= window + 1:",
+                "the shortcut skips a window that already bites",
+            ),
+            (
+                "x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)",
+                "x = x * config.hidden_size**0.5",
+                "embedding scale not rounded to the weight dtype",
+            ),
+            (
+                "scores = torch.tanh(scores / softcap) * softcap",
+                "scores = torch.tanh(scores / softcap)",
+                "soft-cap does not scale back",
+            ),
+            (
+                "k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)",
+                "k, v = k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)",
+                "query heads paired with the wrong kv heads",
+            ),
+            (
+                "keep = ((turns - low) / (high - low)).clamp(0, 1)",
+                "keep = ((turns - low) / (high - low)).clamp(0, 1).round()",
+                "llama3 RoPE without its ramp",
+            ),
+            (
+                "first, last = math.floor(first), math.ceil(last)",
+                "first, last = math.ceil(first), math.floor(last)",
+                "yarn ramp rounded inwards",
+            ),
+            (
+                "if cache is None or cache.extent == T:",
+                "if cache is None or T > 1:",
+                "a second chunk of a prompt attends as if the cache were empty",
+            ),
+            (
+                "if self.gradient_checkpointing and torch.is_grad_enabled():",
+                "if False:",
+                "gradient checkpointing does nothing",
+            ),
+            (
+                "return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))",
+                "return x + self.mlp(self.pre_feedforward_layernorm(x))",
+                "the last sandwich norm left out",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/cache.py",
+        "tests/test_model.py",
+        [
+            (
+                "if self.extent + T > self.capacity:",
+                "if self.extent + T >= self.capacity:",
+                "the last slot cannot be used",
+            ),
+            (
+                "new.lengths, new.extent = self.lengths[index], self.extent",
+                "new.lengths, new.extent = self.lengths, self.extent",
+                "rows keep the lengths of other rows",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/checkpoint.py",
+        "tests/test_checkpoint.py",
+        [
+            (
+                'if t["start"] != expected or t["end"] - t["start"] != bytes_:',
+                'if t["end"] - t["start"] != bytes_:',
+                "overlapping tensors are read",
+            ),
+            ('text += b" " * (-len(text) % 8)', 'text += b""', "data not aligned"),
+            (
+                'if SKIP.search(name) or (config.tied and ours == "lm_head.weight"):',
+                "if SKIP.search(name):",
+                "a tied lm_head in the file is an error",
+            ),
+            (
+                "get = layer.merged_weight if merge_lora else lambda layer=layer: base_weight(layer)",
+                "get = lambda layer=layer: base_weight(layer)",
+                "the export forgets the adapter",
+            ),
+            ('(math.sqrt(r) if config.get("use_rslora") else r)', "r", "rank-stabilised adapters scaled wrongly"),
+            ('"lora_alpha": first.scale * first.r,', '"lora_alpha": first.scale,', "PEFT would divide by r once more"),
+            ("        if old.name not in written:", "        if False:", "stale shards stay and win"),
+            ("if 8 + length + expected != size:", "if False:", "a truncated file is read"),
+            (
+                "except errors.GatedRepoError as e:",
+                "except errors.DisabledRepoError as e:",
+                "a gated repository looks like an unknown one",
+            ),
+            ("if any(file.parent != folder for file in files):", "if False:", "an index may point outside its folder"),
+        ],
+    ),
 ]
 
 MUTANTS = [Mutant(file, right, wrong, test, why) for file, test, rows in GROUPS for right, wrong, why in rows]

@@ -42,8 +42,8 @@ def test_counts_what_a_model_has(sizes, heads, half, flags):
     assert ex01.parameter_count(config) == sum(p.numel() for p in model.parameters())
 
 
-# model type, V, C, F, L, H, K, D, tied, published count
-PUBLISHED = {
+# model type, V, C, F, L, H, K, D, tied, parameters, a tied head counted once
+KNOWN = {
     "Qwen2.5-0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True, 494_032_768),
     "Qwen3-0.6B": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True, 596_049_920),
     "Qwen3-1.7B": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True, 1_720_574_976),
@@ -54,9 +54,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_counts(name):
-    kind, V, C, F, L, H, K, D, tied, want = PUBLISHED[name]
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_checkpoints(name):
+    kind, V, C, F, L, H, K, D, tied, want = KNOWN[name]
     file = {"model_type": kind, "vocab_size": V, "hidden_size": C, "intermediate_size": F, "num_hidden_layers": L}
     file |= {"num_attention_heads": H, "num_key_value_heads": K, "head_dim": D, "tie_word_embeddings": tied}
     assert ex01.parameter_count(model_config(file)) == want

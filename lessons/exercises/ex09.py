@@ -1,0 +1,18 @@
+"""Exercise 9. Two adapters of one layer as one: what A1, B1, scale1 and A2, B2, scale2 add to W, in a single A, B, scale.
+
+    scale * B A  =  scale1 * B1 A1  +  scale2 * B2 A2
+
+Make this pass:  python -m pytest lessons/exercises/test_ex09.py        (about 4 lines)
+
+The ranks may differ. Do not form the (out, in) products: for Qwen3-0.6B they are 48 times as large as the adapters.
+Hint: a matrix product is a sum over the inner index, and nothing says that all of its terms come from one adapter.
+"""
+
+from torch import Tensor
+
+Adapter = tuple[Tensor, Tensor, float]  # A (r, in) float32, B (out, r) float32, scale = alpha / r
+
+
+def stack(first: Adapter, second: Adapter) -> Adapter:
+    """One adapter of rank r1 + r2. Its scale is 1.0: the two scales have to go somewhere else."""
+    raise NotImplementedError("exercise 9: lessons/exercises/ex09.py")

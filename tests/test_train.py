@@ -1,0 +1,632 @@
+"""train.py from the outside: the files a run leaves, ratios, resuming to the last byte, being stopped, and bad input.
+
+Most runs happen in this process (`train` below is the command line without the three seconds of start-up); signals and
+exit codes are also tried on real processes.
+
+Run: python -m pytest tests/test_train.py
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nanogspo import checkpoint
+from nanogspo.config import ROOT, TrainConfig
+from nanogspo.families import model_config
+from nanogspo.model import Transformer
+from nanogspo.runlog import RunLog, read_rows
+from nanogspo.tokenizer import load_tokenizer
+
+TIMES = {"tokens_per_s", "step_s", "peak_mem_bytes"}  # all that two equal runs may differ in
+ROW_KEYS = TIMES | {"step", "algo", "loss", "entropy", "grad_norm", "lr"}
+RL_KEYS = ROW_KEYS | {
+    "reward", "reward_std", "ratio_mean", "ratio_min", "ratio_max", "clip_low_frac", "clip_high_frac",
+    "zero_spread_frac", "truncated_frac", "answer_len",
+}  # fmt: skip
+# Sums: even a random model of 14 tokens gets some digits right, so groups have something to compare
+TINY = "--threads 1 --task addition --task-size 2 --max-new-tokens 4 --no-control --warm-steps 0 --eval-size 0".split()
+TINY += "--prompts-per-rollout 4 --group-size 4 --updates-per-rollout 4 --batch-size 4 --save-every 1000".split()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """No picture: matplotlib would take longer than the training. And signal handlers are put back."""
+    monkeypatch.setattr("nanogspo.runlog.draw_curves", lambda *args, **kwargs: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def script(name, *argv, stdin=""):
+    """`python NAME ...` in this process: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    arguments = [name, *map(str, argv)]
+    with patch.object(sys, "argv", arguments), patch.object(sys, "stdin", io.StringIO(stdin)):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code or 0
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def train(folder, *argv):
+    done = script("train.py", "--out", folder, *argv)
+    assert done.code == 0, done.err
+    return done
+
+
+def resume(folder, *argv):
+    done = script("train.py", "--resume", folder, *argv)
+    assert done.code == 0, done.err
+    return done
+
+
+@contextlib.contextmanager
+def interrupted_at(step):
+    """Ctrl-C while update `step` is being logged."""
+    log = RunLog.step
+
+    def step_and_signal(self, row):
+        log(self, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with patch.object(RunLog, "step", step_and_signal):
+        yield
+
+
+def process(name, *argv, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, name, *map(str, argv)],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def steps_of(folder):
+    """The rows of updates, without what the clock decides."""
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "algo" in row]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def weights_of(folder):
+    [file] = [*folder.glob("model/*.safetensors"), *folder.glob("adapter/*.safetensors")]
+    return file.read_bytes()
+
+
+# ----------------------------------------------------------------------------
+# a real checkpoint, small
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def write_checkpoint(folder, seed=0):
+    """Qwen3's architecture at width 32, and a byte-level BPE that knows the words of the addition task."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    texts = ["user assistant What is + ? Reply with the number only."] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=310, initial_alphabet=alphabet))
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**named, "chat_template": CHATML}))
+    tokenizer = load_tokenizer(folder)
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": tokenizer.vocab_size + 3,  # as in real ones, rows of the head that no token has
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_ids[0],
+    }
+    checkpoint.save(Transformer(model_config(config)).init_weights(seed), folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint that has seen some sums: its answers are mostly digits. Made by train.py itself."""
+    root = tmp_path_factory.mktemp("checkpoint")
+    random = write_checkpoint(root / "random")
+    with patch("nanogspo.runlog.draw_curves"):
+        done = train(
+            root / "run", "--model", random, *CHECKPOINT, *"--algo sft --lora-r 0 --steps 40 --lr 1e-2".split()
+        )
+    losses = [row["loss"] for row in steps_of(root / "run")]
+    assert losses[-1] < 0.6 * losses[0] and "all " in done.out
+    return root / "run" / "model"
+
+
+CHECKPOINT = "--threads 1 --task addition --task-size 2 --max-new-tokens 4 --eval-size 0 --dtype fp32".split()
+CHECKPOINT += "--prompts-per-rollout 4 --group-size 4 --batch-size 8 --save-every 1000 --warmup-updates 0".split()
+
+
+# ----------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_a_whole_run_in_a_process_of_its_own(tmp_path):
+    """Warm-up, GSPO, control, evaluations, curves, summary; nothing on stderr."""
+    flags = [*TINY, *"--warm-steps 10 --warm-until 2 --steps 8 --eval-size 20 --control --lr 1e-3".split()]
+    child = process("train.py", "--out", tmp_path / "run", *flags)
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (0, ""), err
+    folder = tmp_path / "run"
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    want = "config.yaml metrics.jsonl samples.jsonl curves.png state/state.safetensors model/model.safetensors"
+    assert {*want.split(), "model/config.json", "model/tokenizer.json"} <= present
+    assert not [name for name in present if ".tmp" in name]
+
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert set(saved) == set(TrainConfig.__dataclass_fields__)
+    assert (saved["steps"], saved["dtype"], saved["clip_low"], saved["clip_high"]) == (8, "fp32", 3e-4, 4e-4)
+
+    rows = read_rows(folder / "metrics.jsonl")
+    updates = [row for row in rows if "algo" in row]
+    rl = [row for row in updates if row["algo"] == "gspo"]
+    assert [row["step"] for row in updates] == list(range(1, len(updates) + 1))
+    assert [row["phase"] for row in updates[:18]] == ["sft"] * 10 + ["gspo"] * 8
+    assert {row["phase"] for row in updates[18:]} == {
+        "control"
+    }  # as long as RL took, so how many is the clock's choice
+    assert all(ROW_KEYS | {"token_accuracy"} <= set(row) for row in updates if row["algo"] == "sft")
+    assert all(RL_KEYS <= set(row) for row in rl)
+    assert all(value is not None for row in rows for value in row.values())  # null is what JSON has for NaN
+    evals = [row for row in rows if "eval_exact" in row]
+    assert [row["phase"] for row in evals] == ["start", "sft", "gspo", "control"]
+    assert all(row["eval_low"] <= row["eval_exact"] <= row["eval_high"] and row["eval_count"] == 20 for row in evals)
+    check_ratios(rl)
+
+    samples = read_rows(folder / "samples.jsonl")
+    assert len(samples) == 2 * 16 and {*samples[0]} == {"step", "prompt", "answer", "reward"}
+    assert [row["step"] for row in samples] == [11] * 16 + [15] * 16
+    for first in (rl[0], rl[4]):
+        rewards = [row["reward"] for row in samples if row["step"] == first["step"]]
+        assert first["reward"] == pytest.approx(sum(rewards) / 16, abs=1e-6)
+
+    for words in (
+        "all 445,",
+        "together",
+        "before",
+        "after SFT",
+        "after GSPO",
+        "control",
+        "95 % interval",
+        "curves.png",
+    ):
+        assert words in out
+    # the folder of weights holds what the state holds: the GSPO result, not the control's
+    model = checkpoint.load(folder / "model", dtype=torch.float32)
+    header, metadata = checkpoint.read_header(folder / "state" / "state.safetensors")
+    assert json.loads(metadata["state"])["progress"]["step"] == 18
+    with open(folder / "state" / "state.safetensors", "rb", buffering=0) as f:
+        for name, p in model.named_parameters():
+            assert torch.equal(p, checkpoint.read_tensor(f, header["model." + name]))
+    # and the command that the summary ends with works
+    command = out.strip().splitlines()[-1].removeprefix("try it: python ")
+    done = script(*shlex.split(command), "--max-new-tokens", "4")
+    assert command.startswith("sample.py --model ") and done.code == 0
+    assert re.fullmatch(r"[0-9+=]{0,4}\n", done.out)
+
+
+def check_ratios(rl, updates=4):
+    """Exactly 1 for the first minibatch of a rollout; afterwards moved, unless no group had anything to teach."""
+    moved = 0
+    for i, row in enumerate(rl):
+        if i % updates == 0:
+            assert row["ratio_min"] == row["ratio_max"] == row["ratio_mean"] == 1.0
+            assert row["clip_low_frac"] == row["clip_high_frac"] == 0
+        else:
+            moved += row["ratio_min"] != 1.0 or row["ratio_max"] != 1.0
+            assert row["ratio_min"] <= row["ratio_mean"] <= row["ratio_max"]
+    assert moved >= (len(rl) - len(rl) // updates) / 2
+
+
+# ----------------------------------------------------------------------------
+# resuming
+
+RUNS = {
+    "gspo": [*TINY, "--steps", 10, "--lr", 1e-3],
+    "grpo": [*TINY, "--algo", "grpo", "--steps", 10, "--lr", 1e-3],
+    "sft": [*TINY, "--algo", "sft", "--steps", 10, "--lr", 1e-3],
+    "masters": [*TINY, "--steps", 10, "--lr", 1e-3, "--dtype", "bf16", "--weight-decay", 0.1],
+    "cosine": [*TINY, "--steps", 10, "--lr", 1e-3, "--lr-schedule", "cosine", "--rollout-rows", 4],
+    "warm": [*TINY, *"--warm-steps 5 --warm-until 2 --steps 5 --lr 1e-3".split()],
+    "lora": [*CHECKPOINT, *"--lora-r 4 --steps 10 --lr 1e-2".split()],
+    "lora-sft": [*CHECKPOINT, *"--lora-r 4 --steps 10 --lr 1e-2 --algo sft --lora-dropout 0.1 --dtype bf16".split()],
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, base):
+    """name -> folder of the run that nothing interrupted; each is made once."""
+
+    @functools.cache
+    def make(name):
+        folder = tmp_path_factory.mktemp(name) / "run"
+        train(folder, *flags_of(name, base))
+        return folder
+
+    return make
+
+
+def flags_of(name, base):
+    return RUNS[name] + (["--model", base] if name.startswith("lora") else [])
+
+
+# N on both sides of the rollout's end at 4, in the middle, at the last update, and on both sides of the warm-up's end
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        ("gspo", [1]), ("gspo", [4]), ("gspo", [2, 3, 7, 9]), ("grpo", [5]), ("sft", [3]), ("masters", [4, 6]),
+        ("cosine", [5]), ("warm", [3]), ("warm", [5, 6]), ("lora", [6]), ("lora-sft", [3]),
+    ],
+)  # fmt: skip
+def test_stopped_and_resumed_equals_the_whole_run_to_the_last_byte(tmp_path, whole, base, name, stops):
+    """Weights, optimiser, schedule, random states, data cursor, the rollout at hand: or bytes would differ."""
+    flags, folder = flags_of(name, base), tmp_path / "run"
+    for i, stop in enumerate(stops):
+        with interrupted_at(stop):
+            done = resume(folder) if i else train(folder, *flags)
+        assert f"stopped after update {stop}; continue with: python train.py --resume {folder}" in done.out
+        assert steps_of(folder)[-1]["step"] == stop
+    assert f"resumed {folder} after update {stops[-1]}" in resume(folder).out
+    assert weights_of(folder) == weights_of(whole(name))
+    state = "state/state.safetensors"
+    assert (folder / state).read_bytes() == (whole(name) / state).read_bytes()
+    assert steps_of(folder) == steps_of(whole(name))
+    assert read_rows(folder / "samples.jsonl") == read_rows(whole(name) / "samples.jsonl")
+
+
+def test_the_runs_compared_above_are_not_all_alike(whole):
+    """Each must have learned something, or byte-equality says nothing; and ratios hold in bf16, GRPO and LoRA too."""
+    weights = {name: weights_of(whole(name)) for name in RUNS}
+    assert len(set(weights.values())) == len(RUNS)
+    for name in ("gspo", "grpo", "masters", "cosine", "lora"):
+        rows = steps_of(whole(name))
+        check_ratios(rows)
+        assert any(row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path, whole):
+    """N steps, then --steps 2N: with the constant schedule the same as 2N at once."""
+    folder = tmp_path / "run"
+    train(folder, *RUNS["gspo"], "--steps", 6)
+    resume(folder, "--steps", 10)
+    assert weights_of(folder) == weights_of(whole("gspo"))
+    assert steps_of(folder) == steps_of(whole("gspo"))
+
+
+def test_stopping_at_the_update_that_ends_the_warm_up(tmp_path):
+    """The warm-up ends early because enough is right; Ctrl-C in that very update must not start it again."""
+    flags = [*TINY, *"--warm-steps 20 --warm-until 0.5 --steps 3 --lr 1e-3".split()]
+    with patch("nanogspo.tasks.addition.Addition.exact", lambda *_: True):
+        train(tmp_path / "whole", *flags)
+        first = next(row["step"] for row in steps_of(tmp_path / "whole") if row["phase"] == "gspo")
+        assert 1 < first < 20
+        with interrupted_at(first - 1):
+            train(tmp_path / "run", *flags)
+        resume(tmp_path / "run")
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_the_control_can_be_interrupted_and_the_run_resumed(tmp_path):
+    """The control is timed, so its length differs; what is kept, and where RL goes on, must not."""
+    flags = [*TINY, *"--warm-steps 4 --warm-until 2 --steps 4 --lr 1e-3 --control".split()]
+    log = RunLog.step
+
+    def bounded(self, row):
+        log(self, row)
+        assert row["step"] < 2000, "the control does not end"
+
+    with patch.object(RunLog, "step", bounded):
+        train(tmp_path / "whole", *flags)
+        with interrupted_at(9):
+            train(tmp_path / "run", *flags)
+        assert steps_of(tmp_path / "run")[-1]["phase"] == "control"
+        resume(tmp_path / "run")
+        assert steps_of(tmp_path / "run")[:8] == steps_of(tmp_path / "whole")[:8]
+        assert steps_of(tmp_path / "run")[8] == steps_of(tmp_path / "whole")[8]  # both continue the same warm-up
+        assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+        resume(tmp_path / "run", "--steps", 6)
+        train(tmp_path / "longer", *flags, "--steps", 6)
+    rl = [[row for row in steps_of(tmp_path / name) if row["phase"] == "gspo"] for name in ("run", "longer")]
+    assert rl[0] == rl[1] and len(rl[0]) == 6
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "longer")
+
+
+def test_seeds_decide_everything(tmp_path, whole):
+    train(tmp_path / "other", *RUNS["gspo"], "--seed", 1)
+    assert weights_of(tmp_path / "other") != weights_of(whole("gspo"))
+    assert read_rows(tmp_path / "other" / "samples.jsonl") != read_rows(whole("gspo") / "samples.jsonl")
+
+
+def wait_for_update(child, folder, step):
+    deadline = time.monotonic() + 60
+    while not any(row.get("step", 0) >= step for row in read_rows(folder / "metrics.jsonl")):
+        assert child.poll() is None and time.monotonic() < deadline, child.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+def test_a_signal_at_any_moment_costs_at_most_what_was_not_saved(tmp_path, number):
+    """Ctrl-C finishes its update, saves and exits; after kill -9 the last whole state is there. Both go on from it."""
+    folder, flags = tmp_path / "run", [*RUNS["gspo"], "--save-every", 3]
+    child = process("train.py", "--out", folder, *flags, "--steps", 100_000)
+    try:
+        wait_for_update(child, folder, 8)
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    _, metadata = checkpoint.read_header(folder / "state" / "state.safetensors")
+    saved = json.loads(metadata["state"])["progress"]["step"]
+    if number == signal.SIGINT:
+        assert child.returncode == 0 and f"stopped after update {saved};" in out and "Traceback" not in err
+        assert steps_of(folder)[-1]["step"] == saved
+    else:
+        assert child.returncode == -signal.SIGKILL and saved % 3 == 0 and saved >= 6
+    resume(folder, "--steps", saved + 2)
+    train(tmp_path / "whole", *flags, "--steps", saved + 2)
+    assert weights_of(folder) == weights_of(tmp_path / "whole")
+    assert steps_of(folder) == steps_of(tmp_path / "whole")
+    assert read_rows(folder / "samples.jsonl") == read_rows(tmp_path / "whole" / "samples.jsonl")
+
+
+# ----------------------------------------------------------------------------
+# settings that must not matter, or not break
+
+
+def test_memory_savers_change_rounding_only(tmp_path, whole):
+    """Recomputing gives the same bits. Other micro-batches sum in another order: fp32 rounding in the gradient."""
+    for name in ("gspo", "sft"):
+        train(tmp_path / name, *RUNS[name], "--gradient-checkpointing")
+        assert weights_of(tmp_path / name) == weights_of(whole(name))
+        small = tmp_path / f"{name}-small"
+        train(small, *RUNS[name], "--micro-batch-tokens", 9)  # one row at a time
+        one, other = steps_of(whole(name)), steps_of(small)
+        # the loss of the first update before AdamW, which divides by the gradient's size, has blown rounding up
+        assert one[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5, abs=1e-6)
+        assert one[0]["grad_norm"] == pytest.approx(other[0]["grad_norm"], rel=1e-4)
+        assert one[0]["entropy"] == pytest.approx(other[0]["entropy"], rel=1e-5)
+        for a, b in zip(one, other, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=0.02)
+    check_ratios(steps_of(tmp_path / "gspo-small"))
+
+
+def test_groups_without_spread_teach_nothing_and_break_nothing(tmp_path):
+    """Sampled at temperature 0.001 all answers of a group are alike: advantages 0, gradient 0, weights as they were."""
+    train(tmp_path / "run", *TINY, *"--steps 5 --lr 1e-3 --temperature 1e-3 --task-size 1".split())
+    rows = steps_of(tmp_path / "run")
+    assert all(row["zero_spread_frac"] == 1 and row["reward_std"] == 0 for row in rows)
+    assert all(row["grad_norm"] == 0 and row["loss"] == 0 and row["ratio_max"] == 1 for row in rows)
+    assert all(value is not None for row in rows for value in row.values())
+    train(tmp_path / "less", *TINY, *"--steps 1 --lr 1e-3 --temperature 1e-3 --task-size 1".split())
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "less")
+
+
+def test_sft_from_a_file_then_rl_from_its_adapter(tmp_path, base):
+    """JSONL in, adapter out; the adapter is where the next run starts, and --save-merged writes both."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} {i}"}]}
+        for i in range(6)
+    ]
+    long = {"prompt": "a long one " * 30, "completion": "yes"}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows[:3], long, *rows[3:]])))
+    flags = ["--model", base, *CHECKPOINT, "--lora-r", 4, "--lr", 1e-2]
+    done = train(
+        tmp_path / "sft", *flags, "--algo", "sft", "--task", "jsonl", "--data", tmp_path / "rows.jsonl",
+        *"--steps 12 --max-length 64 --save-merged".split(),
+    )  # fmt: skip
+    assert "left out 1 rows longer than 64 tokens: lines 4" in done.out
+    table = steps_of(tmp_path / "sft")
+    assert table[-1]["loss"] < 0.8 * table[0]["loss"]
+    merged = checkpoint.load(tmp_path / "sft" / "model", dtype=torch.float32)
+    model = checkpoint.load(base, dtype=torch.float32)
+    checkpoint.load_adapter(model, tmp_path / "sft" / "adapter")
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    # fp32 logits up to 10, each weight rounded once more by the merge
+    torch.testing.assert_close(merged.logits(merged(tokens)), model.logits(model(tokens)), rtol=0, atol=1e-4)
+    train(tmp_path / "rl", *flags, "--steps", 4, "--adapter", tmp_path / "sft" / "adapter")
+    fresh = checkpoint.read_header(tmp_path / "rl" / "adapter" / "adapter_model.safetensors")[0]
+    assert fresh.keys() == checkpoint.read_header(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")[0].keys()
+    [first] = [row for row in read_rows(tmp_path / "rl" / "samples.jsonl")][:1]
+    assert re.search(r"\d+\+\d+", first["prompt"])
+
+
+# ----------------------------------------------------------------------------
+# bad input
+
+
+def refusal(*argv):
+    """The one line on stderr of a run that ends with exit code 2."""
+    done = script("train.py", *argv)
+    assert done.code == 2, (done.code, done.out, done.err)
+    assert done.err.startswith("train.py: ") and done.err.count("\n") == 1 and "Traceback" not in done.err
+    return done.err
+
+
+def rewrite(folder, change):
+    """The checkpoint with its tensors renamed, reshaped or left out."""
+    file = folder / "model.safetensors"
+    header, _ = checkpoint.read_header(file)
+    with open(file, "rb", buffering=0) as f:
+        tensors = {name: checkpoint.read_tensor(f, entry) for name, entry in header.items()}
+    tensors = change(tensors)
+    entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+    checkpoint.write_safetensors(file, entries, {})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit_json(folder, name, **values):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def to_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+DAMAGES = {
+    "unknown family": (lambda f: edit_json(f, "config.json", model_type="mamba"), "got model_type 'mamba'"),
+    "missing tensor": (
+        lambda f: rewrite(f, lambda t: {n: x for n, x in t.items() if n != NORM}),
+        f"missing {NORM[6:]}",
+    ),
+    "renamed tensor": (
+        lambda f: rewrite(f, lambda t: {n.replace("up_", "upp_"): x for n, x in t.items()}),
+        "unexpected",
+    ),
+    "wrong shape": (
+        lambda f: rewrite(f, lambda t: {**t, NORM: t[NORM][:-1]}),
+        "has shape [31], config.json wants [32]",
+    ),
+    "truncated": (truncate, "ends at byte"),
+    "pickle": (to_pickle, "pickles that can run code"),
+    "renamed pickle": (lambda f: torch.save({}, f / "model.safetensors"), "got a pickle"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "missing weight files model.safetensors"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "want a tokenizer.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, base, damage):
+    shutil.copytree(base, tmp_path / "model")
+    change, message = DAMAGES[damage]
+    change(tmp_path / "model")
+    assert message in refusal("--model", tmp_path / "model", "--out", tmp_path / "run", *CHECKPOINT)
+
+
+def test_data_that_does_not_fit_is_refused_in_one_line(tmp_path, base):
+    shutil.copytree(base, tmp_path / "plain")
+    edit_json(tmp_path / "plain", "tokenizer_config.json", chat_template=None)
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    flags = ["--out", out, *CHECKPOINT, "--algo", "sft", "--task", "jsonl", "--data", data]
+    turns = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert "want a JSONL file" in refusal("--model", base, *flags)
+    for text, message in (
+        ("", "got an empty file"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": ', f"{data}:2: got broken JSON"),
+        ('{"text": "a"}', f"{data}:1: got a row with 'text'"),
+    ):
+        data.write_text(text)
+        assert message in refusal("--model", base, *flags)
+    data.write_text(json.dumps(turns))
+    assert "without a chat template" in refusal("--model", tmp_path / "plain", *flags)
+    assert "want a real --model" in refusal("--model", "tiny", *flags)
+    assert refusal("--model", base, *flags, "--algo", "gspo")
+
+
+def test_flags_that_cannot_work_are_refused_in_one_line(tmp_path, base):
+    model, out = ["--model", base], ["--out", tmp_path / "run"]
+    assert "did you mean --steps?" in refusal("--stepz", 3)
+    assert "--group-size 1 with gspo" in refusal(*model, *out, "--group-size", 1)
+    assert "--group-size 1 with grpo" in refusal(*model, *out, "--group-size", 1, "--algo", "grpo")
+    assert "want some of: down_proj, gate_proj" in refusal(*model, *out, *CHECKPOINT, "--lora-targets", "query")
+    assert "want one of addition, reverse" in refusal(*model, *out, "--task", "chess")
+    assert "no folder here" in refusal("--model", tmp_path / "absent", *out)
+    assert "adapter_config.json" in refusal(*model, *out, *CHECKPOINT, "--adapter", base)
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in refusal(*model, *out, *CHECKPOINT, "--device", "cuda")
+    # the model is there, the prompt and its answer are longer than it can see
+    assert "max_position_embeddings" in refusal(*model, *out, *CHECKPOINT, "--max-new-tokens", 1000)
+    # after each of these the folder is still free
+    assert "held-out problems, want 1 to" in refusal(*out, *TINY, "--eval-size", 10**6)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+    (tmp_path / "file").write_text("")
+    assert "cannot make the folder" in refusal("--out", tmp_path / "file" / "run", *TINY)
+
+
+def test_sft_warms_nothing_up_and_has_no_control(tmp_path, base):
+    """Warm-up and control belong to RL: plain SFT is --steps updates, whatever the configuration says about them."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    extra = "--algo sft --steps 3 --warm-steps 5 --control".split()
+    train(tmp_path / "task", *TINY, *extra)
+    train(tmp_path / "data", *CHECKPOINT, *extra, "--model", base, "--task", "jsonl", "--data", tmp_path / "rows.jsonl")
+    for name in ("task", "data"):
+        assert [row["phase"] for row in steps_of(tmp_path / name)] == ["sft"] * 3
+
+
+def test_a_folder_that_holds_another_run_is_not_written_over(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("sft"), folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    message = refusal("--out", folder, *RUNS["sft"])
+    assert "holds another run" in message and f"--resume {folder}" in message
+    assert "which is a file" in refusal("--out", folder / "config.yaml", *RUNS["sft"])
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path, whole):
+    assert "want the folder of an earlier run" in refusal("--resume", tmp_path / "absent")
+    folder = tmp_path / "run"
+    shutil.copytree(whole("sft"), folder)
+    state = folder / "state" / "state.safetensors"
+    assert "the saved run trained other parameters" in refusal("--resume", folder, "--dtype", "bf16")
+    whole_state = state.read_bytes()
+    state.write_bytes(whole_state[:-10])
+    assert "ends at byte" in refusal("--resume", folder)
+    state.unlink()
+    assert "no state to resume from" in refusal("--resume", folder)
+    state.write_bytes(whole_state)
+    resume(folder)
+    # a rollout in progress was cut into minibatches, and 2 of the 4 are done
+    with interrupted_at(2):
+        train(tmp_path / "gspo", *RUNS["gspo"])
+    assert "--updates-per-rollout" in refusal("--resume", tmp_path / "gspo", "--updates-per-rollout", 2)
+    resume(tmp_path / "gspo", "--micro-batch-tokens", 9)  # which is only about memory
+
+
+def test_exit_code_and_stderr_of_a_real_process(tmp_path, base):
+    """Once without torch (a wrong flag) and once with (a checkpoint that is none)."""
+    (tmp_path / "empty").mkdir()
+    for argv, words in (
+        (["--stepz", 3], "--steps"),
+        (["--model", tmp_path / "empty", "--out", tmp_path / "r"], "empty"),
+    ):
+        child = process("train.py", *argv)
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 2 and out == ""
+        assert err.startswith("train.py: ") and words in err and err.count("\n") == 1
