@@ -31,7 +31,7 @@ class TrainConfig:
         "tiny", "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot"
     )
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft"))
-    task: str = flag("addition", "where prompts and rewards come from: addition, reverse, or jsonl (with --data)")
+    task: str = flag("reverse", "where prompts and rewards come from: reverse, addition, or jsonl (with --data)")
     task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default")
     data: str = flag("", "JSONL file for --algo sft: rows with messages, prompt + completion, or title ... solution")
     adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one")
@@ -63,7 +63,10 @@ class TrainConfig:
     temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained")
     top_k: int = flag(0, "must stay 0 in RL: truncated sampling is not the distribution that is scored")
     top_p: float = flag(1.0, "must stay 1 in RL, likewise")
-    thinking: str = flag("auto", "passed to the chat template as enable_thinking", ("auto", "on", "off"))
+    # off: Qwen3 would otherwise think past any max_new_tokens that suits these tasks, and no answer would be finished
+    thinking: str = flag(
+        "off", "the chat template's enable_thinking; auto leaves it to the template", ("auto", "on", "off")
+    )
     # objective
     clip_low: float = flag(
         0.0, "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo (per sequence), 0.2 for grpo (per token)"
@@ -178,7 +181,6 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
             base = load_yaml(
                 pathlib.Path(given["resume"]) / "config.yaml", TrainConfig, "want the folder of an earlier run"
             )
-            base.pop("resume", None)
             base["out"] = given["resume"]
         elif args.config:
             base = load_yaml(pathlib.Path(args.config), TrainConfig, "want a YAML file of flag names and values")
@@ -230,14 +232,14 @@ def dump(config: Any) -> str:
 def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
     """Fill the fields that say "auto" or "by size". parameters: of the base model; 0 leaves the learning rate open.
 
-    Learning rates: full fine-tuning falls with the square root of size from 1e-5 at 0.6 B; LoRA takes ten times that
-    ("LoRA without regret": the optimum is about 10 x that of full fine-tuning at every rank and size). SFT takes twice
-    the RL rate: its gradient is not a difference of noisy rewards.
+    Learning rates: RL with full fine-tuning takes 5e-6 at 0.6 B and falls with the square root of size. LoRA takes ten
+    times that ("LoRA without regret": the optimum is about 10 x that of full fine-tuning at every rank and size). SFT
+    takes four times the RL rate: its gradient is not a difference of noisy rewards.
     """
     values: dict[str, Any] = {}
     if not config.lr and parameters:
-        full = 1e-5 * min(1.0, (0.6e9 / parameters) ** 0.5)
-        values["lr"] = full * (10 if config.lora_r else 1) * (2 if config.algo == "sft" else 1)
+        full = 5e-6 * min(1.0, (0.6e9 / parameters) ** 0.5)
+        values["lr"] = full * (10 if config.lora_r else 1) * (4 if config.algo == "sft" else 1)
     if not config.clip_low:
         values["clip_low"] = 3e-4 if config.algo == "gspo" else 0.2
     if not config.clip_high:

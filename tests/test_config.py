@@ -244,7 +244,7 @@ REFUSALS = [
     ({"algo": "sft", "lora_dropout": -0.1}, "--lora-dropout -0.1"),
     ({"resume": "a", "out": "b"}, "--out b with --resume a"),
     ({"task": "jsonl"}, "--task jsonl without --data"),
-    ({"data": "f.jsonl"}, "--data with --task addition, want --task jsonl"),
+    ({"data": "f.jsonl", "task": "addition"}, "--data with --task addition, want --task jsonl"),
     ({"data": "f.jsonl", "task": "jsonl"}, "--data with --algo gspo: a JSONL file holds answers, not rewards"),
     ({"adapter": "a", "lora_r": 0}, "--adapter with --lora-r 0"),
     ({"group_size": 1}, "--group-size 1 with gspo: an answer alone in its group has advantage 0"),

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanogspo import rollout
@@ -288,6 +288,8 @@ def probabilities(row, temperature=1.0):
 
 
 @given(row=LOGITS, uniform=UNIFORMS, temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]), truncation=TRUNCATION)
+@example(row=[-math.inf, 0.0, 1.0], uniform=0.0, temperature=1.0, truncation=(0, 1.0))
+@example(row=[-math.inf, 0.0, 1.0], uniform=LAST_UNIFORM, temperature=1.0, truncation=(0, 1.0))
 def test_never_draws_what_has_no_probability(row, uniform, temperature, truncation):
     z = torch.tensor([row, row[::-1]])  # (2, V) ruled-out tokens at either end
     token, logp = sample(z, torch.tensor([uniform, uniform], dtype=torch.float64), temperature, *truncation)

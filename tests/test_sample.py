@@ -25,7 +25,9 @@ module = importlib.import_module("sample")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("sample") / "model", seed=1)
+    return write_checkpoint(
+        tmp_path_factory.mktemp("sample") / "model", seed=1, std=0.3
+    )  # answers depend on every word
 
 
 def sample(*argv, stdin=""):
@@ -85,6 +87,7 @@ def test_chat_keeps_the_conversation(base):
     first = greedy(base, tokenizer.chat(user("one")), 5)
     turns = [*user("one"), {"role": "assistant", "content": first}, *user("What is 3?")]
     second = greedy(base, tokenizer.chat(turns), 5)
+    assert second != greedy(base, tokenizer.chat(user("What is 3?")), 5)  # the first turn has a say in it
     want = f"you> {first}\nyou> {second}\nyou> "
     for ending in ("\n", "", "   \nnever read\n"):  # an empty line, Ctrl-D, blanks
         assert sample(*flags, stdin="one\nWhat is 3?\n" + ending).split("\n", 1)[1] == want

@@ -27,12 +27,17 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanogspo import checkpoint
+from nanogspo import checkpoint, tiny
 from nanogspo.config import ROOT, TrainConfig
+from nanogspo.experience import experience, from_state
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
+from nanogspo.packing import Example, score
+from nanogspo.rollout import generate
 from nanogspo.runlog import RunLog, read_rows
+from nanogspo.tasks import get_task
 from nanogspo.tokenizer import load_tokenizer
+from tests import oracles
 
 TIMES = {"tokens_per_s", "step_s", "peak_mem_bytes"}  # all that two equal runs may differ in
 ROW_KEYS = TIMES | {"step", "algo", "loss", "entropy", "grad_norm", "lr"}
@@ -124,7 +129,7 @@ CHATML = (
 )
 
 
-def write_checkpoint(folder, seed=0):
+def write_checkpoint(folder, seed=0, std=0.02):
     """Qwen3's architecture at width 32, and a byte-level BPE that knows the words of the addition task."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
@@ -150,7 +155,7 @@ def write_checkpoint(folder, seed=0):
         "tie_word_embeddings": True,
         "eos_token_id": tokenizer.eos_ids[0],
     }
-    checkpoint.save(Transformer(model_config(config)).init_weights(seed), folder, tokenizer=tokenizer)
+    checkpoint.save(Transformer(model_config(config)).init_weights(seed, std), folder, tokenizer=tokenizer)
     return folder
 
 
@@ -251,6 +256,72 @@ def check_ratios(rl, updates=4):
             moved += row["ratio_min"] != 1.0 or row["ratio_max"] != 1.0
             assert row["ratio_min"] <= row["ratio_mean"] <= row["ratio_max"]
     assert moved >= (len(rl) - len(rl) // updates) / 2
+
+
+@pytest.mark.parametrize("algo", ["gspo", "grpo"])
+def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
+    """One rollout and its four updates again, the slow way: no packing, no micro-batches, torch's own AdamW."""
+    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 25".split()]
+    train(tmp_path / "run", *flags, "--temperature", 0.8)
+    task = get_task("addition", 2)
+    tokenizer, model = tiny.build(task.characters, seed=0)
+    problems = [task.train_problem(n, 0) for n in range(4)]
+    prompts = [tokenizer.encode(problem.text) for problem in problems]
+    answers = generate(
+        model, prompts, group_size=4, max_new_tokens=4, temperature=0.8, eos_ids=tokenizer.eos_ids, seed=0
+    )
+    samples = read_rows(tmp_path / "run" / "samples.jsonl")
+    assert [tokenizer.decode(answer.tokens) for answer in answers] == [row["answer"] for row in samples]
+    rewards = [task.reward(problems[a.prompt_index], tokenizer.decode(a.tokens)) for a in answers]
+    advantages = sum(oracles.group_advantages([rewards[i : i + 4] for i in range(0, 16, 4)]), [])
+
+    def logp(answer):
+        row, start = prompts[answer.prompt_index] + answer.tokens, len(prompts[answer.prompt_index])
+        z = model.logits(model(torch.tensor([row])))[0, start - 1 : -1] / 0.8  # (length, V)
+        return z.log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None]).squeeze(1)  # (length,)
+
+    with torch.no_grad():
+        old = [logp(answer) for answer in answers]
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    low, high = (3e-4, 4e-4) if algo == "gspo" else (0.2, 0.27)
+    for update, row in enumerate(steps_of(tmp_path / "run")):
+        losses, ratios = [], []
+        for i in range(4 * update, 4 * update + 4):
+            log_ratio = logp(answers[i]) - old[i]  # (length,)
+            ratio = (log_ratio.mean(0, keepdim=True) if algo == "gspo" else log_ratio).exp()  # (1,) or (length,)
+            A = advantages[i]
+            losses.append(-torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A).mean())
+            ratios.append(ratio.detach())
+        loss, ratios = torch.stack(losses).mean(), torch.cat(ratios)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+        # fp32 sums in another order, and AdamW's first steps, which are lr * sign(gradient): where a gradient is as
+        # small as its rounding, a weight may differ by 1e-3. There are few of those, and the sums below do not see them
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-2, abs=1e-5)
+        assert row["ratio_max"] == pytest.approx(ratios.max().item(), rel=1e-3)
+        assert row["ratio_min"] == pytest.approx(ratios.min().item(), rel=1e-3)
+
+
+def test_a_saved_rollout_is_cut_and_scored_as_before():
+    """Every answer in one minibatch, in order; index counts over the rollout, which is how advantages are found."""
+    _, model = tiny.build("0123456789+=", seed=0)
+    g = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(2, 14, (n,), generator=g).tolist() for n in (3, 1, 4, 2, 2, 5, 1, 3)]
+    examples = [Example.answered([5, 6, 7][: 1 + i % 3], answer) for i, answer in enumerate(drawn)]
+    how = {"updates": 4, "max_tokens": 8, "pad_id": 0}
+    one = experience(model, examples, torch.arange(8.0), **how, temperature=1.0, device="cpu")
+    for update, batches in enumerate(one.minibatches):
+        assert sorted(i for b in batches for i in b.index.tolist()) == [2 * update, 2 * update + 1]
+        for batch, old_logp in zip(batches, one.old_logp[update], strict=True):
+            assert batch.targets.tolist() == [t for i in batch.index.tolist() for t in drawn[i]]
+            assert torch.equal(old_logp, score(model, batch)[0].detach())
+    again = from_state(one.state(), **how)
+    assert again.examples == one.examples and torch.equal(again.advantages, one.advantages)
+    for a, b in zip(one.old_logp, again.old_logp, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # ----------------------------------------------------------------------------
