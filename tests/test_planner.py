@@ -35,7 +35,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def tiny(family="qwen3", dtype=torch.float32, lora_r=0):
-    model = Transformer(model_config({**SHAPE, "model_type": family})).to(dtype)
+    model = Transformer(model_config({**SHAPE, "model_type": family})).init_weights(0).to(dtype)
     if lora_r:
         add_lora(model, r=lora_r, alpha=32)
     return model.train()

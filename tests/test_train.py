@@ -216,6 +216,10 @@ def test_a_whole_run_in_a_process_of_its_own(tmp_path):
     samples = read_rows(folder / "samples.jsonl")
     assert len(samples) == 2 * 16 and {*samples[0]} == {"step", "prompt", "answer", "reward"}
     assert [row["step"] for row in samples] == [11] * 16 + [15] * 16
+    asked = [get_task("addition", 2).train_problem(n, 0).text for n in range(8)]  # each problem once, in order
+    assert [asked[i // 4] in row["prompt"] for i, row in enumerate(samples)] == [True] * 32
+    # every phase warms its learning rate up anew
+    assert [row["lr"] for row in rl] == pytest.approx([1e-3 * min(i, 6) / 6 for i in range(1, 9)])
     for first in (rl[0], rl[4]):
         rewards = [row["reward"] for row in samples if row["step"] == first["step"]]
         assert first["reward"] == pytest.approx(sum(rewards) / 16, abs=1e-6)
@@ -261,7 +265,7 @@ def check_ratios(rl, updates=4):
 @pytest.mark.parametrize("algo", ["gspo", "grpo"])
 def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
     """One rollout and its four updates again, the slow way: no packing, no micro-batches, torch's own AdamW."""
-    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 25".split()]
+    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 33".split()]
     train(tmp_path / "run", *flags, "--temperature", 0.8)
     task = get_task("addition", 2)
     tokenizer, model = tiny.build(task.characters, seed=0)
@@ -495,6 +499,12 @@ def test_memory_savers_change_rounding_only(tmp_path, whole):
         for a, b in zip(one, other, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=0.02)
     check_ratios(steps_of(tmp_path / "gspo-small"))
+
+
+def test_every_sft_update_sees_new_examples(tmp_path):
+    """At a learning rate of 1e-12 the model stays as it is, so equal batches would give equal losses."""
+    train(tmp_path / "run", *TINY, *"--algo sft --steps 6 --lr 1e-12 --batch-size 2".split())
+    assert len({round(row["loss"], 5) for row in steps_of(tmp_path / "run")}) == 6
 
 
 def test_groups_without_spread_teach_nothing_and_break_nothing(tmp_path):

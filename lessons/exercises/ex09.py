@@ -1,4 +1,4 @@
-"""Exercise 9. Two adapters of one layer as one: what A1, B1, scale1 and A2, B2, scale2 add to W, in a single A, B, scale.
+"""Exercise 9. Two adapters of one layer as one: what both add to W, in a single A, B and scale.
 
     scale * B A  =  scale1 * B1 A1  +  scale2 * B2 A2
 
