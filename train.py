@@ -24,7 +24,7 @@ import pathlib
 import sys
 import time
 
-from nanogspo.config import TrainConfig, check, dump, parse, resolve
+from nanogspo.config import TrainConfig, check, dump, load_yaml, parse, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. configuration
@@ -71,6 +71,7 @@ class Progress:
 
     phase: int = 0
     phase_step: int = 0  # updates done in this phase
+    phase_done: bool = False  # the warm-up has reached its share of right answers
     step: int = 0  # updates done in all
     update: int = 0  # minibatches of the rollout at hand that are done
     sft_cursor: int = 0  # SFT examples drawn so far
@@ -143,17 +144,22 @@ def run(config: TrainConfig) -> None:
         def sft_example(n: int) -> Example:
             return chat.demonstration(task.train_problem(n, config.seed + SFT_STREAM))
 
-        longest_prompt = max(len(chat.prompt(p)) for p in task.held_out(min(config.eval_size or 50, 50)))
+        longest_prompt = max(len(chat.prompt(task.train_problem(n, config.seed))) for n in range(50))
+        if longest_prompt + config.max_new_tokens > model.config.max_positions:
+            raise ValueError(
+                f"got prompts of {longest_prompt} tokens + --max-new-tokens {config.max_new_tokens}, "
+                f"want at most {model.config.max_positions} together (max_position_embeddings)"
+            )
+    exam = task.held_out(config.eval_size) if task and config.eval_size else []
     print(planner.plan(config, model, longest_prompt))
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5. optimiser and schedule
 
-    phases = (
-        [Phase("sft", "sft", config.warm_steps, config.warm_lr, until=config.warm_until)] if config.warm_steps else []
-    )
+    warm_steps = 0 if config.algo == "sft" else config.warm_steps
+    phases = [Phase("sft", "sft", warm_steps, config.warm_lr, until=config.warm_until)] if warm_steps else []
     phases.append(Phase(config.algo, config.algo, config.steps, config.lr))
-    if config.control and config.warm_steps:  # SFT instead of RL, for as long as RL took (known when RL has ended)
+    if config.control and warm_steps:  # SFT instead of RL, for as long as RL took (known when RL has ended)
         phases.append(Phase("control", "sft", sys.maxsize, config.warm_lr))
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
 
@@ -165,6 +171,12 @@ def run(config: TrainConfig) -> None:
     if config.resume:
         saved, rollout = runstate.load_state(state, model, optimizer)
         progress = Progress(**saved)
+        cut = load_yaml(folder / "config.yaml", TrainConfig, "it belongs to the run")["updates_per_rollout"]
+        if progress.update and config.updates_per_rollout != cut:
+            raise ValueError(
+                f"got --updates-per-rollout {config.updates_per_rollout} with --resume in the middle of a rollout "
+                f"that was cut into {cut}; want {cut}"
+            )
         rollout = rollout and from_state(
             rollout, updates=config.updates_per_rollout, max_tokens=config.micro_batch_tokens, pad_id=tokenizer.pad_id
         )
@@ -173,7 +185,7 @@ def run(config: TrainConfig) -> None:
     resume_step = progress.step if config.resume else None
     log = RunLog(
         folder,
-        steps=config.warm_steps + config.steps,
+        steps=warm_steps + config.steps,
         resume_step=resume_step,
         clip_range=(config.clip_low, config.clip_high),
     )
@@ -182,8 +194,8 @@ def run(config: TrainConfig) -> None:
         runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), rollout and rollout.state())
 
     def evaluate(name: str) -> None:
-        if task is not None and config.eval_size:
-            right = count_exact(model, chat, task, task.held_out(config.eval_size), config)
+        if exam:
+            right = count_exact(model, chat, task, exam, config)
             log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -195,7 +207,9 @@ def run(config: TrainConfig) -> None:
         evaluate("start")
     while progress.phase < len(phases) and not stop:
         phase, phase_started = phases[progress.phase], time.perf_counter()
-        while progress.phase_step < phase.steps and time.perf_counter() - phase_started < phase.seconds and not stop:
+        while progress.phase_step < phase.steps and not progress.phase_done and not stop:
+            if time.perf_counter() - phase_started >= phase.seconds:
+                break
             began = time.perf_counter()
             lr = learning_rate(
                 progress.phase_step,
@@ -265,8 +279,10 @@ def run(config: TrainConfig) -> None:
             log.step(row | {"tokens_per_s": sum(batch.real_tokens for batch in batches) / seconds})
             if phase.until <= 1 and progress.phase_step % PROBE_EVERY == 0:
                 problems = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
-                if count_exact(model, chat, task, problems, config) >= phase.until * config.warm_probe:
-                    break  # right and wrong answers in one group from here on: RL can start
+                right = count_exact(model, chat, task, problems, config)
+                progress.phase_done = (
+                    right >= phase.until * config.warm_probe
+                )  # groups are mixed enough for RL to start
             if config.eval_every and progress.phase_step % config.eval_every == 0 and progress.phase_step < phase.steps:
                 evaluate(phase.name)
             if phase.name != "control" and progress.step % config.save_every == 0:
@@ -277,18 +293,18 @@ def run(config: TrainConfig) -> None:
         evaluate(phase.name)
         if phase is phases[-1]:
             break
-        progress.phase, progress.phase_step = progress.phase + 1, 0
-        if phases[progress.phase].name != "control":
+        if phases[progress.phase + 1].name != "control":
             runstate.save_state(warm, model, optimizer, dataclasses.asdict(progress), None)
             optimizer = Optimizer(model, weight_decay=config.weight_decay)
         else:  # the RL result is kept; then back to the end of the warm-up, its optimiser included
-            save_state()
+            save_state()  # before the phase moves on: a resumed run comes back to this line
             save_weights(model, tokenizer, config, folder)
             optimizer = Optimizer(model, weight_decay=config.weight_decay)
             saved, _ = runstate.load_state(warm, model, optimizer)
             progress.sft_cursor = saved["sft_cursor"]
             spent = sum(row["step_s"] for row in read_rows(folder / "metrics.jsonl") if row.get("algo") == config.algo)
             phases[-1] = dataclasses.replace(phases[-1], seconds=spent)
+        progress.phase, progress.phase_step, progress.phase_done = progress.phase + 1, 0, False
 
     if phases[progress.phase].name != "control":
         save_state()

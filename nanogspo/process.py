@@ -27,7 +27,10 @@ def run_folder(config: TrainConfig) -> pathlib.Path:
         name += "" if name == "tiny" and config.algo == "gspo" else f"-{config.algo}"
         tries = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         folder = next(f for f in (pathlib.Path("runs", t) for t in tries) if not f.exists())
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder} ({error.strerror}); want another --out") from error
     return folder
 
 

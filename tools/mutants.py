@@ -435,6 +435,218 @@ GROUPS = [
             ("if any(file.parent != folder for file in files):", "if False:", "an index may point outside its folder"),
         ],
     ),
+    (
+        "nanogspo/lora.py",
+        "tests/test_lora.py",
+        [
+            (
+                "F.dropout(x, self.dropout, self.training)",
+                "F.dropout(x, self.dropout, True)",
+                "dropout while sampling and scoring",
+            ),
+            ("self.lora_A(h.float())", "self.lora_A(h)", "a bf16 input to an fp32 adapter"),
+            (
+                "bound = 1 / math.sqrt(base.in_features)",
+                "bound = 1 / math.sqrt(base.out_features)",
+                "A drawn for another width",
+            ),
+            ("    model.requires_grad_(False)\n", "", "the base is trained as well"),
+            (
+                "nn.init.zeros_(self.lora_B.weight)",
+                "nn.init.normal_(self.lora_B.weight, std=1e-3)",
+                "a fresh adapter that changes the model",
+            ),
+            (
+                "device=device, dtype=torch.float32)\n        self.lora_B",
+                "device=device, dtype=base.weight.dtype)\n        self.lora_B",
+                "bf16 adapters, which round GSPO's updates away",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/rollout.py",
+        "tests/test_rollout.py",
+        [
+            (
+                "[torch.arange(len(prompts), device=device), lengths - 1]",
+                "[:, -1]",
+                "the first token of a short prompt is read off its padding",
+            ),
+            ("        cache.lengths = lengths  #", "        #", "short prompts go on behind their padding"),
+            ("right=True)", "right=False)", "a token of probability 0 is drawn at uniform 0"),
+            ("uniforms[step, rows]", "uniforms[step, : len(rows)]", "draws that depend on who has finished"),
+            (
+                "cache, rows, drawn = cache.rows(keep), rows[keep], drawn[keep]",
+                "cache, rows, drawn = cache.rows(keep), rows, drawn[keep]",
+                "answers mixed up once the batch shrinks",
+            ),
+            ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
+            ("seed=seed + first,", "seed=seed,", "equal draws in every slice"),
+        ],
+    ),
+    (
+        "nanogspo/cache.py",
+        "tests/test_rollout.py",
+        [
+            ("new.v = [v[index] for v in self.v]", "new.v = list(self.v)", "values stay with their old rows"),
+        ],
+    ),
+    (
+        "nanogspo/packing.py",
+        "tests/test_packing.py",
+        [
+            ("tokens[rows, columns + 1]", "tokens[rows, columns]", "a token is asked to predict itself"),
+            (
+                "* (len(batch) + 1) > max_tokens",
+                "* len(batch) > max_tokens",
+                "a row more than the memory was planned for",
+            ),
+            ("temperature=temperature, softcap=cap,", "softcap=cap,", "sampled at one temperature, scored at another"),
+            (
+                "not any(e.loss_mask[1:])",
+                "not any(e.loss_mask)",
+                "an example whose only scored token has nothing before it",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/optimizer.py",
+        "tests/test_optimizer.py",
+        [
+            (
+                "nn.Parameter(p.detach().float())",
+                "nn.Parameter(p.detach().clone())",
+                "masters in bf16: a policy that never moves",
+            ),
+            (
+                "master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)",
+                "master.grad = p.grad.float()",
+                "only the last micro-batch counts",
+            ),
+            ("                p.copy_(master)", "                pass", "the model never sees its masters"),
+            ("if not torch.isfinite(norm):", "if torch.isnan(norm):", "an infinite gradient is stepped on"),
+            (
+                'for key in ("step", "exp_avg", "exp_avg_sq")',
+                'for key in ("step", "exp_avg")',
+                "the second moment is lost on resume",
+            ),
+            ("peak * (step + 1) / (warmup + 1)", "peak * step / (warmup + 1)", "a first update of learning rate 0"),
+        ],
+    ),
+    (
+        "nanogspo/runstate.py",
+        "tests/test_runstate.py",
+        [
+            ('    torch.set_rng_state(tensors["rng.cpu"])\n', "", "dropout goes on with other numbers"),
+            ("[i >= start for i in", "[i > start for i in", "the first token of a saved answer is not scored"),
+            (
+                "kind != (wanted[name].dtype, tuple(wanted[name].shape))",
+                "kind[1] != tuple(wanted[name].shape)",
+                "fp32 weights resumed in bf16 without a word",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/config.py",
+        "tests/test_config.py",
+        [
+            ("{**base, **given}", "{**given, **base}", "the file wins over the flags"),
+            (
+                "if config.updates_per_rollout == 1:",
+                "if config.updates_per_rollout == 0:",
+                "REINFORCE under another name",
+            ),
+            (
+                "if config.top_k or config.top_p != 1:",
+                "if config.top_k and config.top_p != 1:",
+                "truncated sampling in RL",
+            ),
+            ("math.isfinite(getattr(config, f.name))", "True", "nan passes every comparison"),
+            ("if kind is float and isinstance(value, str):", "if False:", "3e-4 in YAML is a string"),
+            ("allow_abbrev=False", "allow_abbrev=True", "--step is taken for --steps"),
+        ],
+    ),
+    (
+        "nanogspo/planner.py",
+        "tests/test_planner.py",
+        [
+            (
+                '"gradients": numbers * 4',
+                '"gradients": numbers * element',
+                "gradients are summed in fp32 whatever the weights are",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/experience.py",
+        "tests/test_train.py",
+        [
+            ("b.index + first", "b.index", "every minibatch gets the advantages of the first"),
+        ],
+    ),
+    (
+        "train.py",
+        "tests/test_train.py",
+        [
+            (
+                "progress.rl_cursor += config.prompts_per_rollout",
+                "progress.rl_cursor += 1",
+                "problems asked again and again",
+            ),
+            (
+                "weight = len(batch.index) / total",
+                "weight = 1 / len(batches)",
+                "an answer weighs more in a small micro-batch",
+            ),
+            ("weight = len(logp) / total", "weight = 1 / len(batches)", "a token weighs more in a small micro-batch"),
+            ("                progress.sft_cursor += config.batch_size\n", "", "the same examples for ever"),
+            ("rollout and rollout.state()", "None", "a rollout in progress is lost"),
+            (
+                "                progress.phase_step,\n                peak",
+                "                progress.step,\n                peak",
+                "RL starts without a warm-up of its learning rate",
+            ),
+            (
+                "score(model, batch, temperature=config.temperature)",
+                "score(model, batch)",
+                "new and old log-probs at different temperatures",
+            ),
+        ],
+    ),
+    (
+        "sample.py",
+        "tests/test_sample.py",
+        [
+            ('if not text.endswith("\\ufffd"):', "if True:", "half a character on the screen"),
+            (
+                '        messages.append({"role": "assistant", "content": answer})',
+                "        messages.clear()",
+                "a chat that forgets",
+            ),
+        ],
+    ),
+    (
+        "train.py",
+        "tests/test_train.py",
+        [
+            (
+                "        temperature=config.temperature,\n        device=config.device,",
+                "        temperature=1.0,\n        device=config.device,",
+                "old log-probs scored at another temperature",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/checkpoint.py",
+        "tests/test_checkpoint.py",
+        [
+            (
+                't["start"] + 8 + length, t["end"] + 8 + length',
+                't["start"] + length, t["end"] + length',
+                "every tensor read 8 bytes early",
+            ),
+        ],
+    ),
 ]
 
 MUTANTS = [Mutant(file, right, wrong, test, why) for file, test, rows in GROUPS for right, wrong, why in rows]
