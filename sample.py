@@ -29,6 +29,8 @@ def run(config: SampleConfig) -> None:
         raise ValueError("got no --model, want a checkpoint folder or a hub id owner/name")
     if sum(modes) != 1:
         raise ValueError(f"got {sum(modes)} of --prompt, --prompts and --chat, want exactly one")
+    if config.chat and config.raw:
+        raise ValueError("got --chat with --raw, which has no turns; want one of them")
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -39,6 +41,8 @@ def run(config: SampleConfig) -> None:
     model = checkpoint.load(folder, device=device, dtype=dtype)
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter)
+    if config.chat and not tokenizer.has_chat_template:
+        raise ValueError(f"got --chat, but {config.model} has no chat template; want --prompt")
     if config.chat:
         chat(model, tokenizer, config)
         return
@@ -57,6 +61,7 @@ def run(config: SampleConfig) -> None:
         top_p=config.top_p,
         eos_ids=tokenizer.eos_ids,
         seed=config.seed,
+        max_rows=32,  # bounds the KV cache: a thousand prompts at once would take 34 GB with Qwen3-0.6B
     )
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"> {prompt}\n{tokenizer.decode(answer.tokens)}\n")

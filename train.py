@@ -20,6 +20,7 @@ Sections: 1 configuration · 2 device, seeds, run folder · 3 model, tokenizer, 
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -108,7 +109,7 @@ def run(config: TrainConfig) -> None:
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
     elif config.lora_r:
-        targets = [t for t in config.lora_targets.split(",") if t]
+        targets = [t.strip() for t in config.lora_targets.split(",") if t.strip()]
         lora.add_lora(
             model,
             r=config.lora_r,
@@ -119,6 +120,7 @@ def run(config: TrainConfig) -> None:
         )
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
+    tokenizer.pad_id = min(tokenizer.pad_id, model.config.vocab_size - 1)  # an added <pad> may lie beyond the embedding
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -133,6 +135,11 @@ def run(config: TrainConfig) -> None:
                 f"left out {len(too_long)} rows longer than {config.max_length} tokens: "
                 f"lines {', '.join(map(str, too_long))}"
             )
+
+        beyond = [row.line for row in rows if max(row.tokens) >= model.config.vocab_size]
+        if beyond:
+            V = model.config.vocab_size
+            raise ValueError(f"{config.data}:{beyond[0]}: got token ids beyond the model's {V}; want its own tokenizer")
 
         def sft_example(n: int) -> Example:
             epoch, i = divmod(n, len(rows))
@@ -149,6 +156,12 @@ def run(config: TrainConfig) -> None:
             raise ValueError(
                 f"got prompts of {longest_prompt} tokens + --max-new-tokens {config.max_new_tokens}, "
                 f"want at most {model.config.max_positions} together (max_position_embeddings)"
+            )
+        longest_answer = max(sum(sft_example(n).loss_mask) for n in range(50))
+        if longest_answer > config.max_new_tokens:
+            raise ValueError(
+                f"got --max-new-tokens {config.max_new_tokens} for answers of up to {longest_answer} tokens; "
+                f"want at least {longest_answer}"
             )
     exam = task.held_out(config.eval_size) if task and config.eval_size else []
     print(planner.plan(config, model, longest_prompt))
@@ -314,7 +327,9 @@ def run(config: TrainConfig) -> None:
     if stop:
         print(f"stopped after update {progress.step}; continue with: python train.py --resume {folder}")
     else:
-        example = task.held_out(1)[0].text if task else "..."
+        example = task and (exam or [task.train_problem(0, config.seed)])[0]
+        if example:
+            example = example.messages[-1]["content"] if tokenizer.has_chat_template else example.text
         print(summary(config, folder, picture, example, time.perf_counter() - started))
 
 
@@ -382,6 +397,11 @@ def combine(metrics: list[tuple[float, dict]]) -> dict[str, float]:
             out[key] = (min if key.endswith("_min") else max)(v for _, v in values)
         else:
             out[key] = sum(w * v for w, v in values)
+    if "ratio_std" in out:  # of the whole update: mean square minus squared mean
+        squares = (w * (float(facts["ratio_std"]) ** 2 + float(facts["ratio_mean"]) ** 2) for w, facts in metrics)
+        out["ratio_std"] = max(0.0, sum(squares) - out["ratio_mean"] ** 2) ** 0.5
+    if "perplexity" in out:
+        out["perplexity"] = math.exp(min(out["loss"], 700.0))
     return out
 
 
@@ -393,7 +413,7 @@ def count_exact(model, chat: Chat, task, problems: list[Problem], config: TrainC
         max_new_tokens=config.max_new_tokens,
         temperature=0.0,
         eos_ids=chat.tokenizer.eos_ids,
-        max_rows=config.rollout_rows,
+        max_rows=config.rollout_rows or config.prompts_per_rollout * config.group_size,  # no more memory than a rollout
     )
     return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
 
@@ -413,3 +433,12 @@ if __name__ == "__main__":
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except FloatingPointError as error:
         sys.exit(print(f"train.py: {error}; try a lower --lr; the last saved state is intact", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError:
+        hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing"
+        sys.exit(
+            print(f"train.py: the GPU is out of memory; {hint}; the last saved state is intact", file=sys.stderr) or 2
+        )
+    except OSError as error:
+        sys.exit(print(f"train.py: {error}; the last saved state is intact", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("train.py: stopped at once; the last saved state is intact", file=sys.stderr) or 130)

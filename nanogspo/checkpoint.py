@@ -74,7 +74,7 @@ def resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise ValueError(
-            f"got model {name!r}, which is no folder here; want a checkpoint folder, a hub id owner/name, or tiny"
+            f"got model {name!r}, which is no folder here; want a checkpoint folder or a hub id owner/name"
         )
     return _fetch(name)
 
@@ -397,7 +397,9 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
         )
     _drop_stale_weights(path, set(weight_map.values()))
     source = getattr(model, "folder", None)
-    if source is not None and (source / "generation_config.json").exists():
+    if source is None:
+        atomic_write(path / "generation_config.json", json.dumps({"eos_token_id": list(model.config.eos_ids)}))
+    elif (source / "generation_config.json").exists():
         atomic_write(path / "generation_config.json", (source / "generation_config.json").read_bytes())
     if tokenizer is None and source is not None and (source / "tokenizer.json").exists():
         tokenizer = load_tokenizer(source)

@@ -48,7 +48,7 @@ class TrainConfig:
         0.3, "end the warm-up once this share of warm_probe fresh training problems is answered right"
     )
     warm_probe: int = flag(300, "training problems answered greedily every 5 warm-up updates, to see whether to stop")
-    warm_lr: float = flag(1e-3, "learning rate of the warm-up")
+    warm_lr: float = flag(0.0, "learning rate of the warm-up; 0: what --algo sft would take")
     control: bool = flag(
         False, "after RL, also continue SFT from the end of the warm-up for as long as RL took, to compare"
     )
@@ -186,7 +186,24 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
             base = load_yaml(pathlib.Path(args.config), TrainConfig, "want a YAML file of flag names and values")
         elif given.get("model", "tiny") == "tiny":
             base = load_yaml(ROOT / "configs" / "tiny.yaml", TrainConfig, "it belongs to the repository")
+    if base.get("resume") or base.get("out") != given.get("resume", base.get("out")):
+        raise ValueError("got resume in a --config file, want --resume DIR on the command line")
+    if given.get("data") and "task" not in given:
+        given["task"] = "jsonl"  # nothing else it could mean
+    if given.get("resume"):
+        changed = [name for name in given if name in base and given[name] != base[name]]
+        kept = {name: base[name] for name in changed if name not in MAY_CHANGE}
+        if kept:
+            flags = ", ".join(f"--{name.replace('_', '-')} (was {value})" for name, value in kept.items())
+            raise ValueError(f"got --resume with another {flags}; want the run's own, or a new run")
     return config_class(**{**base, **given}), set(base) | set(given)
+
+
+# what a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
+MAY_CHANGE = {
+    "resume", "out", "steps", "eval_every", "eval_size", "save_every", "save_merged", "control", "device", "threads",
+    "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
+}  # fmt: skip
 
 
 def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
@@ -223,10 +240,11 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
 
 
 def dump(config: Any) -> str:
-    """YAML of every field, in declaration order: what config.yaml holds."""
+    """YAML of every field but the run's own folder, in declaration order: what config.yaml holds and --config reads."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "resume")}
+    return yaml.safe_dump(fields, sort_keys=False)
 
 
 def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
@@ -237,9 +255,11 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
     takes four times the RL rate: its gradient is not a difference of noisy rewards.
     """
     values: dict[str, Any] = {}
+    rate = 5e-6 * min(1.0, (0.6e9 / max(parameters, 1)) ** 0.5) * (10 if config.lora_r else 1)
     if not config.lr and parameters:
-        full = 5e-6 * min(1.0, (0.6e9 / parameters) ** 0.5)
-        values["lr"] = full * (10 if config.lora_r else 1) * (4 if config.algo == "sft" else 1)
+        values["lr"] = rate * (4 if config.algo == "sft" else 1)
+    if not config.warm_lr and parameters:
+        values["warm_lr"] = rate * 4
     if not config.clip_low:
         values["clip_low"] = 3e-4 if config.algo == "gspo" else 0.2
     if not config.clip_high:
@@ -321,6 +341,11 @@ def check(config: TrainConfig) -> None:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
     if not rl:
         return
+    if config.algo == "grpo" and 0 < config.clip_high < 0.01:
+        raise ValueError(
+            f"got --clip-high {config.clip_high} with grpo: that is GSPO's range, for ratios averaged over an answer; "
+            "per token nearly everything would be clipped; want about 0.2, or 0 for the default"
+        )
     if config.group_size < 2:
         raise ValueError(
             f"got --group-size {config.group_size} with {config.algo}: "

@@ -26,7 +26,7 @@ def run_folder(config: TrainConfig) -> pathlib.Path:
         name = "tiny" if config.model == "tiny" else pathlib.Path(config.model).name
         name += "" if name == "tiny" and config.algo == "gspo" else f"-{config.algo}"
         tries = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        folder = next(f for f in (pathlib.Path("runs", t) for t in tries) if not f.exists())
+        folder = next(f for f in (pathlib.Path("runs", t) for t in tries) if not f.exists() or not any(f.iterdir()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,7 +63,7 @@ class StopRequest:
         return self.asked
 
 
-def summary(config: TrainConfig, folder: pathlib.Path, picture, example: str, seconds: float) -> str:
+def summary(config: TrainConfig, folder: pathlib.Path, picture, example: str | None, seconds: float) -> str:
     """What a run prints last: held-out exact match before and after each phase, and where things are."""
     names = {"start": "before", "sft": "after SFT", "gspo": "after GSPO", "grpo": "after GRPO", "control": "control"}
     lines = []
@@ -76,6 +76,8 @@ def summary(config: TrainConfig, folder: pathlib.Path, picture, example: str, se
         lines.insert(0, f"held-out exact match, {config.eval_size} problems never trained on:")
     weights = folder / ("adapter" if config.lora_r else "model")
     lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
-    tail = f"--model {config.model} --adapter {weights}" if config.lora_r else f"--model {weights}"
-    lines.append(f'try it: python sample.py {tail} --temperature 0 "{example}"')
+    if example:
+        tail = f"--model {config.model} --adapter {weights}" if config.lora_r else f"--model {weights}"
+        tail += "" if config.model == "tiny" else f" --thinking {config.thinking}"
+        lines.append(f'try it: python sample.py {tail} --temperature 0 "{example}"')
     return "\n".join(lines)

@@ -189,9 +189,11 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer files into folder, byte for byte as loaded."""
+        from nanogspo.checkpoint import atomic_write  # not on top, as in load_tokenizer
+
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in self.files.keys() & {*TOKENIZER_FILES}:
-            (Path(folder) / name).write_bytes(self.files[name])
+            atomic_write(Path(folder) / name, self.files[name])
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:

@@ -66,6 +66,8 @@ def test_yaml_wins_over_defaults_and_flags_win_over_yaml(tmp_path_factory, value
     path.write_text(yaml.safe_dump({"model": REAL, **values}), encoding="utf-8")
     assert train("--config", str(path))[0] == TrainConfig(**{"model": REAL, **values})
     config, given_names = train("--config", str(path), *argv_of(over))
+    if over.get("data") and "task" not in over:
+        over = {**over, "task": "jsonl"}  # nothing else --data could mean
     assert config == TrainConfig(**{"model": REAL, **values, **over})
     assert given_names == {"model", *values, *over}
 
@@ -75,8 +77,10 @@ def test_a_saved_record_is_read_back_as_it_was(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     config = TrainConfig(**values)
     path.write_text(dump(config), encoding="utf-8")
-    assert TrainConfig(**load_yaml(path, TrainConfig, "")) == config
-    assert list(yaml.safe_load(dump(config))) == list(FIELDS)  # in the order they are declared: a file to read
+    # without its own folder: a copy given to --config must not go on with the run it came from
+    assert TrainConfig(**load_yaml(path, TrainConfig, "")) == dataclasses.replace(config, out="", resume="")
+    fields = [name for name in FIELDS if name not in ("out", "resume")]
+    assert list(yaml.safe_load(dump(config))) == fields  # in the order they are declared: a file to read
 
 
 def test_help_names_every_flag_with_what_it_does(monkeypatch):
@@ -296,11 +300,12 @@ def test_resolve_fills_what_is_open_and_nothing_else(algo, model, lora_r, parame
     assert config.dtype == ("fp32" if model == "tiny" else "bf16") and config.device in ("cpu", "cuda")
     if algo != "sft":
         assert (config.clip_low, config.clip_high) == ((3e-4, 4e-4) if algo == "gspo" else (0.2, 0.27))
-    assert 0 < config.lr <= 1e-5 * (10 if lora_r else 1) * (2 if algo == "sft" else 1) * (1 + 1e-9)
+    most = 5e-6 * (10 if lora_r else 1) * (1 + 1e-9)
+    assert 0 < config.lr <= most * (4 if algo == "sft" else 1) and 0 < config.warm_lr <= most * 4
     larger = resolve(open_, parameters * 4)
     if parameters >= 0.6e9:
         assert larger.lr == pytest.approx(config.lr / 2)  # the square root of the size
     changed = {n for n in FIELDS if getattr(config, n) != getattr(open_, n)}
-    assert changed == {"dtype", "device", "lr", "clip_low", "clip_high"}
-    mine = dataclasses.replace(open_, lr=0.5, clip_low=0.1, clip_high=0.3, dtype="bf16", device="cpu")
+    assert changed == {"dtype", "device", "lr", "warm_lr", "clip_low", "clip_high"}
+    mine = dataclasses.replace(open_, lr=0.5, warm_lr=0.5, clip_low=0.1, clip_high=0.3, dtype="bf16", device="cpu")
     assert resolve(mine, parameters) == mine

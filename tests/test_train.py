@@ -194,7 +194,7 @@ def test_a_whole_run_in_a_process_of_its_own(tmp_path):
     assert not [name for name in present if ".tmp" in name]
 
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert set(saved) == set(TrainConfig.__dataclass_fields__)
+    assert set(saved) == set(TrainConfig.__dataclass_fields__) - {"out", "resume"}
     assert (saved["steps"], saved["dtype"], saved["clip_low"], saved["clip_high"]) == (8, "fp32", 3e-4, 4e-4)
 
     rows = read_rows(folder / "metrics.jsonl")
@@ -685,7 +685,8 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole("sft"), folder)
     state = folder / "state" / "state.safetensors"
-    assert "the saved run trained other parameters" in refusal("--resume", folder, "--dtype", "bf16")
+    assert "--dtype (was fp32)" in refusal("--resume", folder, "--dtype", "bf16")
+    assert "--seed (was 0)" in refusal("--resume", folder, "--seed", 3)
     whole_state = state.read_bytes()
     state.write_bytes(whole_state[:-10])
     assert "ends at byte" in refusal("--resume", folder)

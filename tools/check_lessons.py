@@ -17,7 +17,7 @@ The links of README.md, CONTRIBUTING.md and the other pages are resolved too. Ea
 of its own: the folder looks like the repository, but every entry is a symbolic link and runs/ is empty, so `python
 train.py --out runs/x` leaves nothing in the tree. 60 seconds, two lessons at a time, one thread each.
 
-Run: python tools/check_lessons.py [lessons/04_sampling.md ...]
+Run: python tools/check_lessons.py [lessons/04_sampling_and_cache.md ...]
 """
 
 import ast

@@ -4,7 +4,7 @@
     s[i, t] = sg[s[i]] * exp(logp[t] - sg[logp[t]])                         its value is s[i], its gradient is token t's
     loss    = -mean_i mean_{t in i} min(s[i, t] A[t], clip(s[i, t], 1 - clip_low, 1 + clip_high) A[t])
 
-sg is "stop gradient", detach() in torch. With one advantage for all of an answer's tokens, loss and gradient are GSPO's.
+sg is "stop gradient", detach() in torch. With one advantage for a whole answer, loss and gradient are GSPO's.
 
 Make this pass:  python -m pytest lessons/exercises/test_ex10.py        (about 6 lines)
 
@@ -12,7 +12,7 @@ Hints: sequence_sums(values, cu_seqlens) adds up each answer, tensor.repeat_inte
 to each of its tokens, and cu_seqlens.diff() are the lengths. torch.where(ratio > high, high, ratio) is not a clip that
 min() can use: use clamp, whose gradient is 0 outside.
 
-Source: GSPO, arXiv:2507.18071, equations 13 and 14; verl core_algos.py compute_policy_loss_gspo.
+Source: GSPO, arXiv:2507.18071, section 4.3; verl core_algos.py compute_policy_loss_gspo.
 """
 
 from torch import Tensor
