@@ -5,8 +5,8 @@
 so a wrapped model starts out exactly equal to its base. Only A and B get gradients and optimiser state: 10.1 M numbers
 instead of 596 M for Qwen3-0.6B at r = 16 on every linear layer.
 
-A and B stay in fp32 under a bf16 base and are multiplied in fp32. GSPO's first updates move the length-normalised
-log-prob by about 1e-4; an adapter held in bf16 (8 bits of mantissa) rounds changes of that size away.
+A and B stay in fp32 under a bf16 base and are multiplied in fp32. With 8 bits of mantissa an entry of 1/32 cannot move
+by less than 6e-5: AdamW steps of 1e-5, usual in RL, would be rounded away.
 
 Reading order: LoRALinear, add_lora, merge_lora, unmerge_lora, describe.
 Lesson: lessons/09_lora_and_sft.md       Tests: tests/test_lora.py

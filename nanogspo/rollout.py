@@ -6,7 +6,8 @@
 
 Token ids are kept as drawn (the stop token too: the model has to learn to produce it) and are never re-tokenised.
 The log-probs kept here are a *measurement*. "Old" log-probs for the ratio come from the training forward
-(packing.score): cached decoding and a full forward differ by up to 1e-3 a token in bf16, more than GSPO's clip range.
+(packing.score): averaged over an answer, cached decoding and a full forward differ by 1e-3 and more in bf16, beyond
+GSPO's clip range.
 
 Sampling inverts the cumulative distribution with one uniform number per row and step, all drawn up front. A row's
 randomness therefore does not depend on which other rows are still alive.

@@ -397,7 +397,7 @@ def test_says_what_is_wrong_with_a_folder(qwen3, tmp_path):
     with refused("missing weight files model.safetensors; fetch them again"):
         load(qwen3)
     for name in ("no/such/folder", str(tmp_path / "gone"), "./gone", "gone", "~/gone/gone"):
-        with refused("is no folder here; want a checkpoint folder, a hub id owner/name, or tiny"):
+        with refused("is no folder here; want a checkpoint folder or a hub id owner/name"):
             load(name)
 
 

@@ -202,3 +202,14 @@ def test_moving_keeps_everything():
     assert set(devices.values()) == {"meta"}
     assert moved.index.device.type == "cpu" and moved.real_tokens == 3
     assert batch.tokens.device.type == "cpu"
+
+
+@given(
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    answer=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+)
+def test_an_answer_is_scored_to_its_last_token(prompt, answer):
+    """The stop token too: a model that is never scored on it never learns to stop."""
+    example = Example.answered(prompt, answer)
+    assert example.tokens == prompt + answer
+    assert example.loss_mask == [False] * len(prompt) + [True] * len(answer)

@@ -4,7 +4,7 @@ For each seed, in a folder that is removed afterwards, without any flag but --se
 
     wall time     <= 120 s, from the command line to the last line      peak memory   <= 1.5 GB, by the kernel's count
     after SFT     15 to 50 % of the held-out problems exactly right     after GSPO    >= 90 %
-    control       SFT continued for as long as GSPO ran: measured and printed, with no bar; so is the untrained start
+    start         the untrained model: measured and printed, with no bar
 
 Run: python tools/check_default_run.py [SEED ...]      default 0; the numbers come from metrics.jsonl
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS, BYTES = 120, 1.5e9
-PHASES = ("start", "sft", "gspo", "control")
+PHASES = ("start", "sft", "gspo")
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes there, in KiB on Linux
 
 

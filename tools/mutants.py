@@ -647,6 +647,55 @@ GROUPS = [
             ),
         ],
     ),
+    (
+        "nanogspo/lora.py",
+        "tests/test_lora.py",
+        [
+            (
+                "draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound",
+                "draw = torch.zeros(layer.lora_A.weight.shape)",
+                "A and B both zero: no gradient ever",
+            ),
+            (
+                "return (self.base.weight.detach().float() + update * self.scale).to(self.base.weight.dtype)",
+                "return self.base.weight.detach() + (update * self.scale).to(self.base.weight.dtype)",
+                "merging rounds twice",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/rollout.py",
+        "tests/test_rollout.py",
+        [
+            (
+                "return token.squeeze(1), logp.gather(1, token).squeeze(1)",
+                "return token.squeeze(1), logits.log_softmax(-1).gather(1, token).squeeze(1)",
+                "log-prob kept at another temperature than it was drawn with",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/packing.py",
+        "tests/test_packing.py",
+        [
+            (
+                "[False] * len(prompt) + [True] * len(answer)",
+                "[False] * len(prompt) + [True] * (len(answer) - 1) + [False]",
+                "the stop token is not scored",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/tokenizer.py",
+        "tests/test_tokenizer.py",
+        [
+            (
+                "loss_mask += [True] * produced + [False] * (len(answer) - produced)",
+                "loss_mask += [True] * (produced - 1) + [False] * (len(answer) - produced + 1)",
+                "the turn end is not learnt",
+            ),
+        ],
+    ),
 ]
 
 MUTANTS = [Mutant(file, right, wrong, test, why) for file, test, rows in GROUPS for right, wrong, why in rows]
