@@ -1,12 +1,19 @@
 """Runs before any test module is imported: what holds for every test."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, at the first @triton.jit of a process
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at every @triton.jit: before any kernel is imported
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+from interpreter import exact_bf16  # noqa: E402
+
+exact_bf16()
 
 torch.set_num_threads(1)  # test tensors are tiny: threads only cost, and sums over them may differ in the last bit
 

@@ -1,0 +1,46 @@
+"""Which body of a kernel runs: plain torch, or Triton. And a stand-in that lets kernel files load without Triton.
+
+    backend=None        Triton where the tensors live on a GPU and Triton is installed, torch elsewhere
+    backend="torch"     the reference of the file, on any device
+    backend="triton"    the Triton kernels; on a CPU only under Triton's interpreter
+
+Kernel files write `from kernels.backend import choose, tl, triton`, and decorate with @triton.jit as everybody does.
+Triton has no builds for macOS and Windows: there the decorator gives back the function, which nothing then calls.
+
+Tests: tests/test_backend.py
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    from types import SimpleNamespace
+
+    triton = SimpleNamespace(jit=lambda kernel: kernel, cdiv=lambda a, b: -(-a // b))
+    tl = SimpleNamespace(constexpr=None)  # annotations are evaluated when a kernel is defined
+
+HAVE_TRITON = hasattr(triton, "__version__")
+# Triton itself reads this when a kernel is defined, so a later change has no effect there either.
+INTERPRETED = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+def choose(backend: str | None, x: torch.Tensor) -> str:
+    """ "torch" or "triton" for tensors that live where x lives.
+
+    Raises ValueError for another word, and for Triton where it cannot run.
+    """
+    if backend is None:
+        return "triton" if x.is_cuda and HAVE_TRITON and not INTERPRETED else "torch"
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"got backend {backend!r}, want 'torch', 'triton' or None, which chooses; leave it out")
+    if backend == "triton" and not HAVE_TRITON:
+        raise ValueError("got backend 'triton' without Triton, want it installed (pip install triton); or use 'torch'")
+    if backend == "triton" and not (x.is_cuda or INTERPRETED):
+        raise ValueError(
+            "got backend 'triton' and tensors on the CPU, want a GPU, or TRITON_INTERPRET=1 set before Python starts"
+        )
+    return backend

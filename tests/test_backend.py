@@ -1,0 +1,89 @@
+"""kernels/backend.py and tools/interpreter.py: the right body runs, and the interpreter computes what a GPU would."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.backend import INTERPRETED, choose, tl, triton
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.zeros(1)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def test_none_is_torch_on_a_cpu():
+    assert choose(None, CPU) == "torch"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_none_is_triton_on_a_gpu():
+    assert choose(None, CPU.cuda()) == "triton"
+
+
+def test_another_word_is_refused():
+    with pytest.raises(ValueError, match=r"got backend 'cuda', want 'torch', 'triton' or None"):
+        choose("cuda", CPU)
+
+
+def run(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_triton_on_a_cpu_wants_the_interpreter():
+    code = """
+import torch
+from kernels.backend import choose
+try: choose("triton", torch.zeros(1))
+except ValueError as e: print(e)
+"""
+    assert "TRITON_INTERPRET=1 set before Python starts" in run(code)
+    assert run(code, TRITON_INTERPRET="1") == ""
+
+
+def test_every_kernel_file_loads_without_triton():
+    """A name of tl used outside a kernel body, or triton.something at import, would break macOS and Windows."""
+    names = [f"kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py")]
+    code = f"""
+import sys
+sys.modules["triton"] = None
+import importlib, torch
+for name in {names!r}: importlib.import_module(name)
+from kernels.backend import HAVE_TRITON, choose
+print(HAVE_TRITON)
+try: choose("triton", torch.zeros(1))
+except ValueError as e: print(e)
+"""
+    first, second = run(code).splitlines()
+    assert first == "False"
+    assert second.startswith("got backend 'triton' without Triton, want it installed")
+
+
+@triton.jit
+def _bf16_kernel(x_ptr, y_ptr, sum_ptr, dot_ptr, down_ptr, N: tl.constexpr):
+    n = tl.arange(0, N)
+    square = n[:, None] * N + n[None, :]
+    x, y = tl.load(x_ptr + square), tl.load(y_ptr + square)
+    tl.store(sum_ptr + square, x + y)
+    tl.store(dot_ptr + square, tl.dot(x, y))
+    tl.store(down_ptr + square, (x.to(tl.float32) * 1.7 + y.to(tl.float32)).to(tl.bfloat16))
+
+
+@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-3, 1.0, 1e4]))
+def test_bf16_in_a_kernel_rounds_as_torch_does(seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(2, 16, 16, generator=generator) * scale).bfloat16().to(DEVICE)
+    total, down = torch.empty_like(x), torch.empty_like(x)
+    dot = torch.empty(16, 16, device=DEVICE)
+    _bf16_kernel[(1,)](x, y, total, dot, down, N=16, enable_fp_fusion=False)
+    assert torch.equal(total, x + y)
+    assert torch.equal(down, (x.float() * 1.7 + y.float()).bfloat16())
+    # products of bf16 are exact in fp32; 16 additions round at most 16 times
+    truth = x.double() @ y.double()
+    bound = 16 * torch.finfo(torch.float32).eps * (x.double().abs() @ y.double().abs())
+    assert ((dot.double() - truth).abs() <= bound).all()
