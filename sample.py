@@ -38,7 +38,7 @@ def run(config: SampleConfig) -> None:
     folder = checkpoint.resolve(config.model)
     tokenizer = load_tokenizer(folder)
     dtype = checkpoint.stored_dtype(folder) if config.dtype == "auto" and device == "cpu" else DTYPES[config.dtype]
-    model = checkpoint.load(folder, device=device, dtype=dtype)
+    model = checkpoint.load(folder, device=device, dtype=dtype, quant=None if config.quant == "none" else config.quant)
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter)
     if config.chat and not tokenizer.has_chat_template:

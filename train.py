@@ -47,6 +47,7 @@ from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, sft_loss
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import Example, pack, score  # noqa: E402
 from nanogspo.process import StopRequest, peak_memory, run_folder, summary  # noqa: E402
+from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
 from nanogspo.rollout import generate  # noqa: E402
 from nanogspo.runlog import RunLog, read_rows  # noqa: E402
 from nanogspo.tasks import Problem, get_task, shuffled  # noqa: E402
@@ -97,15 +98,20 @@ def run(config: TrainConfig) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 3. model, tokenizer, adapter
 
+    quant = None if config.quant == "none" else config.quant
     if config.model == "tiny":
         if task is None:
             raise ValueError("got --model tiny with --data: its vocabulary is one task's alphabet; want a real --model")
         tokenizer, model = tiny.build(task.characters, seed=config.seed)
         model.to(config.device, DTYPES[config.dtype])
+        if quant:
+            pack_model(model, quant)
     else:
         tokenizer = load_tokenizer(checkpoint.resolve(config.model))
-        model = checkpoint.load(config.model, device=config.device, dtype=DTYPES[config.dtype])
-    config = resolve(config, sum(p.numel() for p in model.parameters()))
+        model = checkpoint.load(config.model, device=config.device, dtype=DTYPES[config.dtype], quant=quant)
+    if packed_layers(model) and not config.lora_r:
+        raise ValueError(f"got --lora-r 0 with {config.model}, whose weights are packed in 4 bits; want --lora-r 16")
+    config = resolve(config, weight_count(model))
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
     elif config.lora_r:
@@ -422,6 +428,8 @@ def save_weights(model, tokenizer: Tokenizer, config: TrainConfig, folder: pathl
     """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
     if config.lora_r:
         checkpoint.save_adapter(model, folder / "adapter", base=config.model)
+    if config.save_merged and packed_layers(model):
+        print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
     if config.save_merged or not config.lora_r:
         checkpoint.save(model, folder / "model", tokenizer=tokenizer)
 

@@ -17,6 +17,8 @@ tensor is named.
 Lesson: lessons/03_checkpoints.md       Tests: tests/test_checkpoint.py
 """
 
+import collections
+import contextlib
 import json
 import math
 import os
@@ -32,6 +34,19 @@ from torch import Tensor, nn
 from nanogspo.families import export_config, model_config
 from nanogspo.lora import LoRALinear, add_lora, lora_layers
 from nanogspo.model import Transformer
+from nanogspo.quant import (
+    COMPANION,
+    KINDS,
+    LINEAR,
+    RECORD,
+    NF4Linear,
+    bitsandbytes_config,
+    nf4_from_file,
+    nf4_tensors,
+    pack,
+    packed_layers,
+    put,
+)
 from nanogspo.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 DTYPES = {
@@ -40,6 +55,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
+    "I8": torch.int8,
     "U8": torch.uint8,
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -248,36 +264,61 @@ def write_safetensors(
 # in
 
 
-def load(path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = torch.bfloat16) -> Transformer:
+def load(
+    path_or_repo: str | os.PathLike,
+    *,
+    device="cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    quant: str | None = None,
+) -> Transformer:
     """A Transformer with the weights of a Hugging Face checkpoint.
 
     path_or_repo  a folder, or a hub id owner/name
     dtype         torch.bfloat16, float16 or float32; converted tensor by tensor when the file holds another
-    returns       the model, in eval mode; `model.folder` is where its files are
+    quant         "nf4" or "int8": pack the linear layers inside the blocks, each as soon as it is read
+                  None: as the checkpoint is. bitsandbytes' 4-bit folders keep their packed weights, bit for bit, and
+                  whatever layers they left in 16 bits; with "nf4" they do the same
+    returns       the model, in eval mode, frozen if weights are packed; `model.folder` is where its files are
 
-    Peak memory: the model's bytes plus the largest tensor. Raises ValueError for an unknown family, for missing,
-    unexpected or misshapen tensors (all of them named), a damaged file, or weights that exist only as a pickle.
+    Peak memory: the model's bytes, packed where it is packed, plus the largest tensor that is converted or packed, plus
+    some 30 MB while it is. Raises ValueError for an unknown family, for missing, unexpected or misshapen tensors (all
+    of them named), a damaged file, packed weights with a part missing, or weights that exist only as a pickle.
     Tensors that a text model rightly leaves aside (vision towers, a tied lm_head) are reported on stderr.
     """
+    if quant not in (None, *KINDS):
+        raise ValueError(f"got quant {quant!r}, want 'nf4', 'int8' or None")
     folder = resolve(path_or_repo)
     config = model_config(_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    linear = {f"{n}.weight" for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)}
     found: dict[str, tuple[pathlib.Path, dict]] = {}
+    companions: dict[str, dict[str, tuple]] = collections.defaultdict(dict)  # of packed weights: name -> part -> where
     skipped, unexpected = [], []
     for file in weight_files(folder):
         for name, entry in read_header(file)[0].items():
             ours = our_name(name)
             if SKIP.search(name) or (config.tied and ours == "lm_head.weight"):
                 skipped.append(name)
+            elif (match := COMPANION.fullmatch(ours)) and match[1] in linear and match[2] not in companions[match[1]]:
+                companions[match[1]][match[2]] = (file, entry)
             elif ours in wanted and ours not in found:
                 found[ours] = (file, entry)
             else:  # a second tensor for the same place counts too
                 unexpected.append(name)
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in unexpected]
+    if any(name.endswith(".SCB") for name in unexpected):
+        raise ValueError(
+            f"{folder} holds bitsandbytes' 8-bit weights, want its 4-bit ones, or plain ones with quant 'int8'"
+        )
+    if companions and quant == "int8":
+        raise ValueError(f"got quant 'int8' for {folder}, whose weights are packed as NF4 already; want 'nf4' or None")
     for name, (_, entry) in found.items():
+        if name in companions:
+            problems += _packed_problems(name, wanted[name], entry, companions[name])
+            continue
         if entry["shape"] != wanted[name]:
             problems.append(f"{name} has shape {list(entry['shape'])}, config.json wants {list(wanted[name])}")
         if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
@@ -289,27 +330,64 @@ def load(path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = 
     # What changes its dtype or device passes through one buffer: fresh memory for each tensor would cost page faults,
     # and malloc keeps up to 64 MB of what is freed between tensors that stay.
     on_cpu = torch.device(device).type == "cpu"
-    as_stored = {name for name, (_, entry) in found.items() if on_cpu and DTYPES[entry["dtype"]] == dtype}
+    packs = {name for name in linear & found.keys() if quant and not companions}  # each rounded to dtype, then packed
+    as_stored = {
+        name
+        for name, (_, entry) in found.items()
+        if name in companions or on_cpu and DTYPES[entry["dtype"]] == dtype and name not in packs
+    }
     sizes = [entry["end"] - entry["start"] for name, (_, entry) in found.items() if name not in as_stored]
     buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)  # (bytes of the largest such tensor,)
-    for file in dict.fromkeys(file for file, _ in found.values()):
-        with open(file, "rb", buffering=0) as f:
-            for name, (_, entry) in sorted(
-                ((n, e) for n, e in found.items() if e[0] == file), key=lambda x: x[1][1]["start"]
-            ):
-                parent, leaf = name.rsplit(".", 1)
-                into = None
-                if name not in as_stored:
-                    into = buffer[: entry["end"] - entry["start"]].view(DTYPES[entry["dtype"]]).view(entry["shape"])
-                tensor = read_tensor(f, entry, into).to(device=device, dtype=dtype)
-                model.get_submodule(parent).register_parameter(leaf, nn.Parameter(tensor))
+    rounded = torch.empty(max((math.prod(wanted[name]) for name in packs), default=0), dtype=dtype)  # (the largest,)
+    with contextlib.ExitStack() as stack:
+        places = [*found.values(), *(place for parts in companions.values() for place in parts.values())]
+        files = {
+            file: stack.enter_context(open(file, "rb", buffering=0)) for file in dict.fromkeys(f for f, _ in places)
+        }
+        for name, (file, entry) in sorted(found.items(), key=lambda item: (str(item[1][0]), item[1][1]["start"])):
+            parent, leaf = name.rsplit(".", 1)
+            module, into = model.get_submodule(parent), None
+            if name in companions:
+                tensors = {part: read_tensor(files[f], e) for part, (f, e) in companions[name].items()}
+                q = nf4_from_file(name, {"weight": read_tensor(files[file], entry), **tensors}).to(device)
+                put(model, parent, NF4Linear(q, module.bias, record=bytes(tensors[RECORD].tolist())))
+                continue
+            if name not in as_stored:
+                into = buffer[: entry["end"] - entry["start"]].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+            tensor = read_tensor(files[file], entry, into)
+            if name in packs:
+                if tensor.dtype != dtype:
+                    tensor = rounded[: tensor.numel()].view(tensor.shape).copy_(tensor)
+                try:
+                    put(model, parent, pack(tensor.to(device), module.bias, quant))
+                except ValueError as e:
+                    raise ValueError(f"{file}: {name}: {e}") from e
+            else:
+                module.register_parameter(leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+    if packed_layers(model):
+        model.requires_grad_(False)  # packed weights cannot be trained; an adapter over them can
     model.folder = folder
     return model.eval()
+
+
+def _packed_problems(name: str, shape: tuple, entry: dict, parts: dict[str, tuple[pathlib.Path, dict]]) -> list[str]:
+    """What does not fit about a packed weight, by its record (150 bytes) and the headers of its other parts."""
+    entries = {"weight": entry, **{part: e for part, (_, e) in parts.items()}}
+    tensors = {n: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]], device="meta") for n, e in entries.items()}
+    if RECORD in parts:
+        with open(parts[RECORD][0], "rb", buffering=0) as f:
+            tensors[RECORD] = read_tensor(f, entries[RECORD])
+    try:
+        q = nf4_from_file(name, tensors)
+    except ValueError as e:
+        return [str(e)]
+    return [] if q.shape == shape else [f"{name} has shape {list(q.shape)}, config.json wants {list(shape)}"]
 
 
 def stored_dtype(folder: pathlib.Path) -> torch.dtype:
     """The dtype of a checkpoint's largest tensor: what it was saved in."""
     entries = [entry for file in weight_files(folder) for entry in read_header(file)[0].values()]
+    entries = [entry for entry in entries if DTYPES[entry["dtype"]].is_floating_point] or entries  # no packed bytes
     return DTYPES[max(entries, key=lambda entry: math.prod(entry["shape"]))["dtype"]]
 
 
@@ -356,6 +434,9 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
 
     merge_lora  True: adapters are added into the weights as they are written (the model itself is not changed);
                 False: the base weights alone, to go with an adapter saved by save_adapter
+                Packed weights: merged with adapters they are written unpacked, in the model's dtype. Without, NF4 is
+                written as bitsandbytes writes it (byte for byte what was loaded), and int8, for which there is no
+                common format, unpacked: the very weights that products see
     tokenizer   where the tokenizer files come from; default: copied from the folder the model was loaded from
 
     Shards at 5 GB. Each file is written atomically and config.json comes last, so a folder with one is complete.
@@ -363,7 +444,8 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    layers = lora_layers(model)
+    layers, packed, dtype = lora_layers(model), packed_layers(model), model.norm.weight.dtype
+    as_nf4 = not (merge_lora and layers) and any(isinstance(layer, NF4Linear) for layer in packed.values())
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner.endswith((".lora_A", ".lora_B")):
@@ -376,13 +458,23 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
                 get = layer.merged_weight if merge_lora else lambda layer=layer: base_weight(layer)
         out = f"{owner}.{leaf}"
         tensors[out if out.startswith("lm_head") else f"model.{out}"] = (p.dtype, tuple(p.shape), get)
+    for name, layer in packed.items():
+        if as_nf4:
+            for part, t in nf4_tensors(layer).items():
+                tensors[f"model.{name}.{part}"] = (t.dtype, tuple(t.shape), lambda t=t: t)
+            continue
+        merged = layers[name].merged_weight if merge_lora and name in layers else None
+        get = lambda layer=layer, merged=merged: merged(dtype) if merged else layer.unpack(dtype)  # noqa: E731
+        tensors[f"model.{name}.weight"] = (dtype, (layer.out_features, layer.in_features), get)
+    if as_nf4:  # records have odd lengths; behind them no wider number would be aligned
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
     shards, size = [{}], 0
-    for name, (dtype, shape, get) in tensors.items():
-        bytes_ = math.prod(shape) * dtype.itemsize
+    for name, (kind, shape, get) in tensors.items():
+        bytes_ = math.prod(shape) * kind.itemsize
         if size and size + bytes_ > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = (dtype, shape, get)
+        shards[-1][name] = (kind, shape, get)
         size += bytes_
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -390,7 +482,7 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
         write_safetensors(path / file, shard, {"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
-        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in tensors.values())
+        total = sum(math.prod(shape) * kind.itemsize for kind, shape, _ in tensors.values())
         atomic_write(
             path / "model.safetensors.index.json",
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2),
@@ -405,8 +497,10 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
         tokenizer = load_tokenizer(source)
     if tokenizer is not None:
         tokenizer.save(path)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    atomic_write(path / "config.json", json.dumps(export_config(model.config, dtype=dtype), indent=2))
+    config = export_config(model.config, dtype=str(dtype).removeprefix("torch."))
+    if as_nf4:
+        config["quantization_config"] = bitsandbytes_config(model, dtype)
+    atomic_write(path / "config.json", json.dumps(config, indent=2))
 
 
 def base_weight(layer: LoRALinear) -> Tensor:
@@ -464,9 +558,7 @@ def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "")
 def _short_targets(model: Transformer, names: list[str]) -> list[str]:
     """Leaf names where every layer of that leaf is wrapped, full names where only some are."""
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-    every = [
-        n for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear) and not _inside_lora(n)
-    ]
+    every = [n for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR) and not _inside_lora(n)]
     if any(name.rsplit(".", 1)[-1] in leaves for name in every):
         return sorted(names)
     return leaves

@@ -98,6 +98,11 @@ class TrainConfig:
     lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise")
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
     dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny", ("auto", "bf16", "fp32"))
+    quant: str = flag(
+        "none",
+        "pack the frozen linear layers under LoRA; none: as the checkpoint is, so bitsandbytes 4-bit ones stay packed",
+        ("none", "nf4", "int8"),
+    )
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
     threads: int = flag(0, "CPU threads; 0: torch's own choice")
 
@@ -120,6 +125,7 @@ class SampleConfig:
     thinking: str = flag("auto", "passed to the chat template as enable_thinking", ("auto", "on", "off"))
     seed: int = flag(0, "same seed, same answers")
     dtype: str = flag("auto", "auto: what the checkpoint holds on a CPU, bf16 on a GPU", ("auto", "bf16", "fp32"))
+    quant: str = flag("none", "pack the linear layers; none: as the checkpoint is", ("none", "nf4", "int8"))
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
 
 
@@ -279,7 +285,7 @@ def check(config: TrainConfig) -> None:
     The most important refusal: a run in which the importance ratio can never leave 1 is not GSPO or GRPO but REINFORCE
     under another name (TRL's defaults are such a run), and one in which it leaves 1 without an update measures noise.
     """
-    rl = config.algo != "sft"
+    rl, tiny = config.algo != "sft", config.model == "tiny"
     for f in dataclasses.fields(config):  # nan passes every comparison below, and would end in the weights
         if f.type is float and not math.isfinite(getattr(config, f.name)):
             raise ValueError(f"got --{f.name.replace('_', '-')} {getattr(config, f.name)}, want a finite number")
@@ -336,6 +342,11 @@ def check(config: TrainConfig) -> None:
     if config.data and rl:
         raise ValueError(
             f"got --data with --algo {config.algo}: a JSONL file holds answers, not rewards; want --algo sft"
+        )
+    if config.quant != "none" and not config.lora_r:
+        raise ValueError(
+            f"got --quant {config.quant} with --lora-r 0 (full fine-tuning{', as configs/tiny.yaml says' * tiny}): "
+            "packed weights cannot be trained; want an adapter over them, --lora-r 16"
         )
     if config.adapter and not config.lora_r:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")

@@ -20,17 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogspo.model import Transformer
+from nanogspo.quant import LINEAR, PackedLinear, dense_weight, weight_count
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nn.Module):
-    """A linear layer (the base, frozen) with a low-rank update beside it.
+    """A linear layer (the base, frozen, perhaps packed in four or eight bits) with a low-rank update beside it.
 
     merged  True while the update has been added into the base weight; forward then costs what the base costs
     """
 
-    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear | PackedLinear, r: int, scale: float, dropout: float = 0.0):
         super().__init__()
         device = base.weight.device
         self.base, self.r, self.scale, self.dropout = base, r, scale, dropout
@@ -47,12 +48,16 @@ class LoRALinear(nn.Module):
         update = self.lora_B(self.lora_A(h.float()))  # (..., out) fp32
         return (y + update * self.scale).to(y.dtype)
 
-    def merged_weight(self) -> Tensor:
-        """W + scale * B A, computed in fp32, rounded once to W's dtype. (out, in)"""
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W + scale * B A, computed in fp32, rounded once to W's dtype. (out, in)
+
+        dtype  into which a packed W is unpacked, the model's: it is then the W that products see
+        """
         if self.merged:
             return self.base.weight.detach()
+        weight = dense_weight(self.base, dtype)  # (out, in)
         update = self.lora_B.weight.detach() @ self.lora_A.weight.detach()  # (out, in) fp32
-        return (self.base.weight.detach().float() + update * self.scale).to(self.base.weight.dtype)
+        return (weight.float() + update * self.scale).to(weight.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -85,7 +90,7 @@ def add_lora(
         raise ValueError(f"got LoRA rank {r}, want at least 1; use --lora-r 0 on the command line for full fine-tuning")
     if lora_layers(model):
         raise ValueError("the model already has a LoRA adapter; merge it or load the base again before adding another")
-    linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
+    linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)}
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
     if unmatched or not targets:
@@ -113,8 +118,15 @@ def merge_lora(model: nn.Module) -> list[str]:
     """Add every adapter into its base weight, in place; the original weights are kept so that unmerge is exact.
 
     In bf16 the sum is rounded: updates under 2^-9 of a weight vanish. Sample from the unmerged model while training.
+    Raises ValueError for packed weights, whose sum with an adapter is not packed: save(merge_lora=True) writes it.
     """
     layers = lora_layers(model)
+    packed = next((name for name, layer in layers.items() if isinstance(layer.base, PackedLinear)), None)
+    if packed:
+        raise ValueError(
+            f"got {packed} with packed weights, want plain ones to merge in place; "
+            "checkpoint.save(model, path, merge_lora=True) writes them unpacked and merged"
+        )
     for layer in layers.values():
         if not layer.merged:
             layer.original = layer.base.weight.data
@@ -142,11 +154,12 @@ def describe(model: nn.Module) -> str:
         by_leaf.setdefault(name.rsplit(".", 1)[-1], []).append(layer)
     for leaf, group in by_leaf.items():
         size = sum(p.numel() for layer in group for p in (layer.lora_A.weight, layer.lora_B.weight))
-        w = group[0].base.weight
+        base = group[0].base
         lines.append(
-            f"  {leaf:<10} x {len(group):<3} {w.shape[1]:>6} -> {w.shape[0]:<6} r {group[0].r:<3} {size:>12,} trained"
+            f"  {leaf:<10} x {len(group):<3} {base.in_features:>6} -> {base.out_features:<6} "
+            f"r {group[0].r:<3} {size:>12,} trained"
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = weight_count(model)
     lines.append(f"  trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig
 from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Transformer
+from nanogspo.quant import NF4Linear, packed_layers, weight_count
 
 
 def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -> dict[str, int]:
@@ -19,6 +20,8 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = tensor_bytes(p for p in model.parameters() if not p.requires_grad or not lora_layers(model))
     numbers = sum(p.numel() for p in trained)
+    packed = packed_layers(model).values()
+    kind = "nf4" if any(isinstance(layer, NF4Linear) for layer in packed) else "int8"
     masters = sum(p.numel() for p in trained if p.element_size() < 4) * 4
     element = model.norm.weight.element_size()
     rl = config.algo != "sft"
@@ -30,6 +33,8 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     activations = layer + c.num_layers * kept if config.gradient_checkpointing else c.num_layers * layer
     parts = {
         "weights": weights,
+        f"{kind} weights": sum(layer.nbytes for layer in packed),
+        "one layer unpacked": max((layer.in_features * layer.out_features for layer in packed), default=0) * element,
         "adapter": tensor_bytes(trained) if lora_layers(model) else 0,
         "gradients": numbers * 4,
         "optimiser (two moments)": numbers * 8,
@@ -65,7 +70,7 @@ def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, longest: int)
 def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
     """The first thing a run prints: what is trained, with what, and what it will take."""
     c = model.config
-    total = sum(p.numel() for p in model.parameters())
+    total = weight_count(model)
     lines = [
         f"{config.algo} on {config.data or config.task} with {config.model}: "
         f"{c.family}, {c.num_layers} layers, width {c.hidden_size}, "

@@ -78,6 +78,7 @@ def summary(config: TrainConfig, folder: pathlib.Path, picture, example: str | N
     lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
     if example:
         tail = f"--model {config.model} --adapter {weights}" if config.lora_r else f"--model {weights}"
+        tail += "" if config.quant == "none" else f" --quant {config.quant}"  # what the adapter was trained over
         tail += "" if config.model == "tiny" else f" --thinking {config.thinking}"
         lines.append(f'try it: python sample.py {tail} --temperature 0 "{example}"')
     return "\n".join(lines)

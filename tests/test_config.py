@@ -56,6 +56,8 @@ def argv_of(values):
 @given(values=SOME)
 def test_every_field_is_a_flag(values):
     config, given_names = train("--model", REAL, *argv_of(values))
+    if values.get("data"):  # says what the task is
+        values = {"task": "jsonl", **values}
     assert config == TrainConfig(model=REAL, **values)
     assert given_names == {"model", *values}
 
