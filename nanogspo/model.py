@@ -5,7 +5,8 @@
     x = x + post?(mlp(norm(x)))
     hidden = norm(x);   logits = cap(hidden @ head.T)
 
-Reading order: RMSNorm, inverse_frequencies, rotate, attend, Attention, MLP, Block, Transformer.
+Reading order: RMSNorm, inverse_frequencies, attend, Attention, MLP, Block, Transformer. What norm, rotation and gate
+compute stands in kernels/ (rms_norm.py, rope.py, glu.py): plain torch on a CPU, Triton on a GPU.
 Modules carry the checkpoint's names (self_attn.q_proj, mlp.gate_proj, input_layernorm), so loading is a loop
 (checkpoint.py) and LoRA targets read like everybody else's.
 
@@ -27,8 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.glu import glu
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope
 from nanogspo.cache import KVCache
-from nanogspo.families import GELU_TANH, ModelConfig
+from nanogspo.families import ModelConfig
 
 
 class RMSNorm(nn.Module):
@@ -44,9 +48,11 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)  # (..., width) fp32
-        return (h * (1.0 + self.weight.float())).to(x.dtype) if self.plus_one else self.weight * h.to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, plus_one=self.plus_one)  # (..., width)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm: (norm, sum). On a GPU one pass over memory instead of two."""
+        return add_rms_norm(x, delta, self.weight, eps=self.eps, plus_one=self.plus_one)  # (..., width) twice
 
 
 def inverse_frequencies(rope: dict, rotary_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
@@ -102,20 +108,6 @@ def _yarn_magnitude(rope: dict, factor: float) -> float:
     return magnitude(1.0)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn channel pairs (i, i + rotary_dim / 2) by their angles. The rest of the head, if any, passes through.
-
-    x  (B, T, heads, D);  cos, sin  (B or 1, T, 1, rotary_dim), already in x's dtype, each half holding the same angles
-
-    Half-split pairs, as in every Hugging Face checkpoint; the paper's neighbouring pairs are a permutation of the rows.
-    """
-    rotary_dim = cos.shape[-1]
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """Softmax attention, grouped queries: query head h reads key/value head h // (H // K).
 
@@ -160,13 +152,18 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, config.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, config.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, config.head_dim)  # (B, T, K, D)
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rope(q, k, cos, sin, **self._head_norms())  # (B, T, H, D), (B, T, K, D)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, S, K, D)
         out = attend(q, k, v, mask, config.attn_scale, config.attn_softcap)  # (B, T, H, D)
         return self.o_proj(out.reshape(B, T, -1))  # (B, T, C)
+
+    def _head_norms(self) -> dict:
+        """Qwen 3 and Gemma 3 normalise every head before it is turned; rope does both at once."""
+        if not self.config.qk_norm:
+            return {}
+        norm = self.q_norm
+        return {"q_weight": norm.weight, "k_weight": self.k_norm.weight, "eps": norm.eps, "plus_one": norm.plus_one}
 
 
 class MLP(nn.Module):
@@ -178,12 +175,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(C, F_, bias=bias)
         self.up_proj = nn.Linear(C, F_, bias=bias)
         self.down_proj = nn.Linear(F_, C, bias=bias)
-        self.gelu = config.activation == GELU_TANH
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)  # (B, T, F)
-        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
-        return self.down_proj(gate * self.up_proj(x))  # (B, T, C)
+        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), activation=self.activation))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -203,10 +198,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *attention_arguments) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(x), *attention_arguments)  # (B, T, C)
         if not self.post_norms:
-            x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x))
-        x = x + self.post_attention_layernorm(mixed)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+            h, x = self.post_attention_layernorm.add(x, mixed)  # (B, T, C) twice
+            return x + self.mlp(h)
+        h, x = self.pre_feedforward_layernorm.add(x, self.post_attention_layernorm(mixed))  # (B, T, C) twice
+        return x + self.post_feedforward_layernorm(self.mlp(h))
 
 
 class Transformer(nn.Module):

@@ -17,11 +17,12 @@ from strategies import SEEDS
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kernels.rope import rotate
 from nanogspo import checkpoint, tiny
 from nanogspo import model as model_file
 from nanogspo.cache import KVCache
 from nanogspo.families import GELU_TANH, ModelConfig, model_config
-from nanogspo.model import RMSNorm, Transformer, attend, inverse_frequencies, rotate
+from nanogspo.model import RMSNorm, Transformer, attend, inverse_frequencies
 
 EPS = torch.finfo(torch.float32).eps
 NAMES = references.NAMES
