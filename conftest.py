@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at every @triton.jit: before any kernel is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at every @triton.jit, when kernels are imported
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 from interpreter import exact_bf16  # noqa: E402

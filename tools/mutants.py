@@ -138,89 +138,6 @@ GROUPS = [
         ],
     ),
     (
-        "kernels/seq_logprob.py",
-        "tests/test_seq_logprob.py",
-        [
-            ("_put(z, column, inside, z.new_full((), -math.inf))", "pass", "target counted among the others"),
-            ("torch.maximum(m[rows], z.amax(1))", "torch.maximum(m[rows], 0 * z.amax(1))", "no running maximum"),
-            ("s[rows] = s[rows] * down.exp() + e.sum(1)", "s[rows] = s[rows] + e.sum(1)", "old sum not rescaled"),
-            (
-                "(a[rows] + s[rows] * down) * down.exp()",
-                "a[rows] * down.exp()",
-                "entropy sum not shifted to the new maximum",
-            ),
-            ("info.min / 2, dtype=dtype", "-math.inf, dtype=dtype", "start from -inf"),
-            ("torch.full_like(m, info.tiny)", "torch.zeros_like(m)", "V = 1 has log 0"),
-            (".clamp_min_(UNDERFLOW)", "", "-inf * 0 in the entropy"),
-            (
-                "logp = logsigmoid(margin)",
-                "logp = z_y - torch.logaddexp(m + log_s, z_y)",
-                "equation (1): logp of -1e-8 rounds to 0",
-            ),
-            ("logp.expm1() * (logp_m", "(logp.exp() - 1) * (logp_m", "1 - p_y cancels in the entropy"),
-            ("logp.clamp_min(info.min)", "logp", "0 * -inf for a banned target"),
-            ("z_y >= m", "z_y > m", "ties are not top"),
-            (
-                "sums = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32",
-                "sums = hidden.dtype",
-                "logits in bf16",
-            ),
-            ("torch.mm(a, b, out=out)", "torch.mm(a, b)", "autocast takes the logits to bf16"),
-            ("z.div_(temperature)", "z.mul_(temperature)", "temperature the wrong way"),
-            (".tanh_().mul_(softcap)", ".tanh_()", "soft-cap does not scale back"),
-            ("(column >= 0) & (column < width)", "column >= 0", "a target of a later tile is found in this one"),
-            (
-                "slice(v, min(v + width, V))",
-                "slice(v, min(v + width, V - 1))",
-                "last token of the vocabulary forgotten",
-            ),
-            ("dz_y = -logp.expm1() * dlogp", "dz_y = (1 - logp.exp()) * dlogp", "1 - p_y cancels in the gradient"),
-            (
-                "dz_y = dz_y - logp.exp() * dentropy * (logp + entropy)",
-                "dz_y = dz_y + logp.exp() * dentropy * (logp + entropy)",
-                "sign of the entropy at the target",
-            ),
-            ("dlogp = dlogp / temperature", "dlogp = dlogp * 1", "no 1 / T in the gradient"),
-            ("dentropy = dentropy / temperature", "dentropy = dentropy * 1", "no 1 / T in the entropy's gradient"),
-            ("(x / softcap).cosh_().pow_(-2)", "1 - (x / softcap).tanh_().square_()", "1 - tanh^2 cancels"),
-            ("dx.mul_(slope)", "dx.mul_(1)", "no slope of the soft-cap"),
-            (
-                ".sub_(m[rows, None]).add_(logp_m[rows, None])",
-                ".sub_((m - logp_m)[rows, None])",
-                "one large number instead of two small",
-            ),
-            ("exp_().mul_(pull).neg_()", "exp_().mul_(pull)", "sign of the gradient"),
-            ("_put(dx, *_find(targets[rows], vocab), dz_y[rows, None])", "pass", "target's own gradient forgotten"),
-            (
-                "dw = m.new_zeros(w.shape) if",
-                "dw = w.new_zeros(w.shape, dtype=weight.dtype) if",
-                "dweight summed in 16 bits",
-            ),
-            (
-                "_addmm(dhidden[rows], dx, w)",
-                "torch.mm(dx, w, out=dhidden[rows])",
-                "only the last tile of the vocabulary",
-            ),
-            (
-                "wrong = scored & ((targets < 0) | (targets >= V))",
-                "wrong = scored & (targets >= V)",
-                "-1 is let through",
-            ),
-            (
-                "wrong = scored & ((targets < 0) | (targets >= V))",
-                "wrong = scored & ((targets < 0) | (targets > V))",
-                "V is let through",
-            ),
-            ("targets != IGNORE", "targets != -1", "IGNORE is not ignored"),
-            ("values.double()", "values", "sums of answers in fp32"),
-            (
-                'sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)',
-                "sums = torch.cat([values.new_zeros(1), values.cumsum(0)])[cu_seqlens.long()].diff()",
-                "cumulative sum: bits depend on neighbours",
-            ),
-        ],
-    ),
-    (
         "nanogspo/objectives.py",
         "tests/test_objectives.py",
         [
@@ -326,14 +243,14 @@ GROUPS = [
         "tests/test_model.py",
         [
             (
-                "return (h * (1.0 + self.weight.float())).to(x.dtype) if self.plus_one",
-                "return (1.0 + self.weight) * h.to(x.dtype) if self.plus_one",
-                "Gemma norm rounded before it is multiplied",
+                "        if not self.config.qk_norm:\n",
+                "        if True:\n",
+                "heads are not normalised",
             ),
             (
-                "torch.cat((-second, first), dim=-1) * sin",
-                "torch.cat((second, -first), dim=-1) * sin",
-                "RoPE turns the other way",
+                "h, x = self.post_attention_layernorm.add(x, mixed)",
+                "h, _ = self.post_attention_layernorm.add(x, mixed)",
+                "the attention's output never reaches the residual stream",
             ),
             (
                 "allowed &= key > query - window",
@@ -381,8 +298,8 @@ GROUPS = [
                 "gradient checkpointing does nothing",
             ),
             (
-                "return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))",
-                "return x + self.mlp(self.pre_feedforward_layernorm(x))",
+                "return x + self.post_feedforward_layernorm(self.mlp(h))",
+                "return x + self.mlp(h)",
                 "the last sandwich norm left out",
             ),
         ],
@@ -657,8 +574,8 @@ GROUPS = [
                 "A and B both zero: no gradient ever",
             ),
             (
-                "return (self.base.weight.detach().float() + update * self.scale).to(self.base.weight.dtype)",
-                "return self.base.weight.detach() + (update * self.scale).to(self.base.weight.dtype)",
+                "return (weight.float() + update * self.scale).to(weight.dtype)",
+                "return weight + (update * self.scale).to(weight.dtype)",
                 "merging rounds twice",
             ),
         ],
@@ -694,6 +611,872 @@ GROUPS = [
                 "loss_mask += [True] * (produced - 1) + [False] * (len(answer) - produced + 1)",
                 "the turn end is not learnt",
             ),
+        ],
+    ),
+    (
+        "nanogspo/quant.py",
+        "tests/test_quant.py",
+        [
+            (
+                "dx = dy @ ctx.layer.unpack(dy.dtype) if",
+                "dx = dy @ ctx.layer.unpack(torch.float16).to(dy.dtype) if",
+                "backward through other weights than forward",
+            ),
+            (
+                "        ctx.layer = layer\n",
+                "        ctx.layer = layer\n        ctx.save_for_backward(layer.unpack(x.dtype))\n",
+                "every layer's wide weight alive until the backward pass",
+            ),
+            (
+                "return fn(t.view(torch.int32)).view(torch.float32) if bits else fn(t)",
+                "return fn(t)",
+                "model.to(bf16) rounds the scales",
+            ),
+            (
+                "        self.q = dataclasses.replace(self.q, **moved)\n",
+                "",
+                "the kernels read the old device's tensors",
+            ),
+            ("    model.requires_grad_(False)\n", "", "norms and embeddings trained beside packed weights"),
+            (
+                "self.record = nf4_record(q) if record is None else record",
+                "self.record = nf4_record(q)",
+                "a file's own record is not written back",
+            ),
+            (
+                "    return packed + sum(p.numel()",
+                "    return sum(p.numel()",
+                "a packed model counts as a small one, and gets its learning rate",
+            ),
+            (
+                '["lm_head", *(f"model.{name}" for name in plain)]',
+                '["lm_head"]',
+                "transformers looks for packed weights where there are none",
+            ),
+            (
+                '"nested_offset": q.offset.item()',
+                '"nested_offset": round(q.offset.item(), 6)',
+                "an offset of 6 digits: other scales",
+            ),
+            ("if offset is not None and absmax.dtype != torch.uint8:", "if False:", "fp32 scales read as 8-bit codes"),
+            (
+                'if kind != "nf4" or nested != NESTED:',
+                'if kind != "nf4":',
+                "scales in blocks of 128 read as blocks of 256",
+            ),
+            (
+                'for name, t in layer._buffers.items() if name not in ("weight", "nested_offset")',
+                'for name, t in layer._buffers.items() if name != "weight"',
+                "a tensor in the file that bitsandbytes does not know",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/checkpoint.py",
+        "tests/test_quant.py",
+        [
+            (
+                "match[1] in linear and match[2] not in companions[match[1]]",
+                "match[1] in linear",
+                "of two tensors for one place the last wins",
+            ),
+            (
+                "                if tensor.dtype != dtype:\n",
+                "                if False:\n",
+                "packed from fp32 here, from bf16 by everybody else",
+            ),
+            (
+                "        model.requires_grad_(False)  # packed",
+                "        pass  # packed",
+                "norms and embeddings of a 4-bit folder are trained",
+            ),
+            ("    as_nf4 = not (merge_lora and layers) and ", "    as_nf4 = ", "a merged export without the adapter"),
+            (
+                "merged(dtype) if merged else layer.unpack(dtype)",
+                "layer.unpack(dtype)",
+                "a merged export without the adapter",
+            ),
+            ("    return [] if q.shape == shape else", "    return [] if True else", "a transposed weight is loaded"),
+            ('    if companions and quant == "int8":', "    if False:", "--quant int8 of a 4-bit folder is ignored"),
+            (
+                '    entries = [entry for entry in entries if DTYPES[entry["dtype"]].is_floating_point] or entries  # no packed bytes\n',
+                "",
+                "sample.py computes in uint8",
+            ),
+            (
+                '                    raise ValueError(f"{file}: {name}: {e}") from e',
+                "                    raise",
+                "which of 400 tensors is not finite?",
+            ),
+            (
+                "if isinstance(m, LINEAR) and not _inside_lora(n)",
+                "if isinstance(m, nn.Linear) and not _inside_lora(n)",
+                "an adapter of some layers says it is of all",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/lora.py",
+        "tests/test_quant.py",
+        [
+            (
+                "        weight = dense_weight(self.base, dtype)  # (out, in)\n",
+                "        weight = dense_weight(self.base, torch.float32)  # (out, in)\n",
+                "another base than the one that was trained over",
+            ),
+            ("    if packed:\n", "    if False:\n", "merging writes into a packed weight"),
+            (
+                "    total = weight_count(model)\n",
+                "    total = sum(p.numel() for p in model.parameters())\n",
+                "trained 30 % of all parameters",
+            ),
+        ],
+    ),
+    (
+        "nanogspo/config.py",
+        "tests/test_quant.py",
+        [
+            ('    if config.quant != "none" and not config.lora_r:', "    if False:", "full fine-tuning of nothing"),
+        ],
+    ),
+    (
+        "nanogspo/planner.py",
+        "tests/test_quant.py",
+        [
+            (
+                "sum(layer.nbytes for layer in packed)",
+                "sum(layer.weight.nbytes for layer in packed)",
+                "scales and tables not counted",
+            ),
+        ],
+    ),
+    (
+        "train.py",
+        "tests/test_quant.py",
+        [
+            (
+                "    if packed_layers(model) and not config.lora_r:",
+                "    if False:",
+                "full fine-tuning of a 4-bit folder",
+            ),
+            ("dtype=DTYPES[config.dtype], quant=quant)", "dtype=DTYPES[config.dtype])", "--quant is ignored"),
+        ],
+    ),
+    (
+        "sample.py",
+        "tests/test_quant.py",
+        [
+            (', quant=None if config.quant == "none" else config.quant)', ")", "--quant is ignored"),
+        ],
+    ),
+    (
+        "kernels/nf4.py",
+        "tests/test_nf4.py",
+        [
+            (
+                "return (code[:-1] + code[1:]) / 2",
+                "return (code[:-1].double() + code[1:].double()).mul(0.5).float().nextafter(code[1:])",
+                "thresholds that are not the fp32 midpoints",
+            ),
+            (
+                "two steps ahead is on its way: 4 KB a step for 16 rows of bf16\n        enable_fp_fusion=False,",
+                "two steps ahead is on its way: 4 KB a step for 16 rows of bf16",
+                "the product fuses the two roundings of a scale",
+            ),
+            (
+                "        BLOCKS=blocks,\n        num_warps=4,\n        enable_fp_fusion=False,",
+                "        BLOCKS=blocks,\n        num_warps=4,",
+                "decoding fuses the two roundings of a scale",
+            ),
+            (
+                "a.clamp_min(1e-38).reciprocal()[:, None]",
+                "a.reciprocal()[:, None]",
+                "a block of zeros divides by 0 and its codes are no longer 0",
+            ),
+            (
+                "scaled[-1] = x[-1] / a[-1]",
+                "pass",
+                "a short last block multiplies by the reciprocal, and one code in thousands moves",
+            ),
+            (
+                "(code[:, :1] << 4) | code[:, 1:]",
+                "(code[:, 1:] << 4) | code[:, :1]",
+                "the low half of a byte comes first",
+            ),
+            (
+                "/ 2 * 10.0 ** (e - 6)  # (2^e,)",
+                "/ 2 * 10.0 ** (e - 7)  # (2^e,)",
+                "the decades of the 8-bit map are one too low",
+            ),
+            (
+                "position = (((scaled + 1) * 0.5).double() * 65535 + 0.5).float().int()",
+                "position = ((scaled + 1) * 0.5).double() * 65535",
+                "scales go to the nearest code, and not by way of 65,536 positions",
+            ),
+            (
+                "return q.code2[stored.int()] * q.absmax2[group] + q.offset",
+                "return torch.addcmul(q.offset.double(), q.code2[stored.int()].double(), q.absmax2[group].double()).float()",
+                "the two roundings of a scale become one, as a fused multiply-add",
+            ),
+            (
+                "torch.arange(first, last, device=stored.device) // NESTED",
+                "torch.arange(last - first, device=stored.device) // NESTED",
+                "every chunk starts again at the first absmax2",
+            ),
+            ("values[whole * size :].mul_(a[-1])", "pass", "the weights of a short last block are not scaled"),
+            (
+                "tl.join(codes >> 4, codes & 15)",
+                "tl.join(codes & 15, codes >> 4)",
+                "the kernel unpacks the low half first",
+            ),
+            ("b // 256, mask=mask, other=0.0)", "b // 64, mask=mask, other=0.0)", "absmax2 of the wrong group"),
+            ("mask=i < n)", "mask=i < n + 1)", "the kernel writes one number beyond out"),
+            (
+                "mask=(k < K)[:, None] & (m < M)[None, :],",
+                "mask=(k < K + 1)[:, None] & (m < M)[None, :],",
+                "the product reads beyond a row of x",
+            ),
+            (
+                "(n[:, None] * K + piece[None, :]) // SIZE",
+                "n[:, None] * (K // SIZE) + piece[None, :] // SIZE",
+                "scales of rows that do not start with a block",
+            ),
+            (
+                ".to(x.dtype)  # (BLOCK_N, BLOCK_K) the very bits of dequantize_nf4",
+                ".to(tl.bfloat16).to(x.dtype)  # (BLOCK_N, BLOCK_K)",
+                "the product rounds its weights to bf16 whatever x is",
+            ),
+            (
+                "return dy @ dequantize_nf4(ctx.q, dy.dtype, backend=ctx.backend), None, None",
+                "return dy @ dequantize_nf4(ctx.q, torch.bfloat16, backend=ctx.backend).to(dy.dtype), None, None",
+                "backward uses other weights than forward",
+            ),
+        ],
+    ),
+    (
+        "kernels/nf4.cu",
+        "tests/test_nf4.py",
+        [
+            ("(j % 2 ? 0 : 4)", "(j % 2 ? 4 : 0)", "the low half of a byte comes first"),
+            ("word >> (q.log2_block - 3)", "word >> q.log2_block", "one scale for eight blocks"),
+            ("q.absmax2[b >> 8]", "q.absmax2[b >> 7]", "absmax2 of the wrong group"),
+            (
+                "if (first + j < q.n) out[first + j]",
+                "if (first + j <= q.n) out[first + j]",
+                "writes one number beyond out",
+            ),
+            ("<< (8 * (i - first))", "<< (4 * (i - first))", "bytes of a last, short word overlap"),
+            ("constexpr int PER_WORD = 8;", "constexpr int PER_WORD = 4;", "a word holds half as many weights"),
+        ],
+    ),
+    (
+        "kernels/int8.py",
+        "tests/test_int8.py",
+        [
+            (
+                "scale[rows] = absmax / 127",
+                "scale[rows] = absmax / 128",
+                "steps too small: the largest weight of a row is clipped",
+            ),
+            (".round_().clamp_(-127, 127)", ".add_(0.5).floor_().clamp_(-127, 127)", "ties go up and not to even"),
+            ("tiny = torch.finfo(torch.float32).tiny", "tiny = 1e-4", "rows of small weights count as rows of zeros"),
+            ("x.abs().amax(1)  # (r,)", "x.abs().amax().expand(len(x))  # (r,)", "one scale for all rows of a chunk"),
+            (
+                "tl.load(codes_ptr + i, mask=mask, other=0).to(tl.float32) * scale[:, None]",
+                "tl.load(codes_ptr + i, mask=mask, other=0).to(tl.float32)",
+                "the kernel forgets the scale",
+            ),
+            (
+                "tl.store(out_ptr + i, w.to(out_ptr.dtype.element_ty), mask=mask)",
+                "tl.store(out_ptr + i, w.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K + 1)[None, :])",
+                "the kernel writes one number beyond out",
+            ),
+            (
+                "mask=(k < K)[:, None] & (m < M)[None, :],",
+                "mask=(k < K + 1)[:, None] & (m < M)[None, :],",
+                "the product reads beyond a row of x",
+            ),
+            (
+                "w = (codes.to(tl.float32) * scale[:, None]).to(x.dtype)",
+                "w = (codes.to(tl.float32).to(x.dtype) * scale[:, None].to(x.dtype))",
+                "the product rounds scales before it multiplies",
+            ),
+            (
+                "backend=ctx.backend), None, None  # (M, K)",
+                "backend=ctx.backend) * 0.99, None, None  # (M, K)",
+                "the gradient is off by a percent",
+            ),
+        ],
+    ),
+    (
+        "kernels/rms_norm.py",
+        "tests/test_rms_norm.py",
+        [
+            (
+                "h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)",
+                "h = h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt()",
+                "the same number in other bits: a CPU run no longer gives what it gave",
+            ),
+            (
+                "rstd = tl.rsqrt(tl.sum(x * x, axis=1) / W + eps)",
+                "rstd = tl.rsqrt(tl.sum(x * x, axis=1) / BLOCK_W + eps)",
+                "the mean over the tile's padding as well",
+            ),
+            (
+                "        x = total.to(tl.float32)  # (ROWS, BLOCK_W) what is",
+                "        x = x + delta  # (ROWS, BLOCK_W) what is",
+                "the norm of the sum before it was rounded, not of what later layers read",
+            ),
+            (
+                "y = h.to(y_ptr.dtype.element_ty).to(tl.float32) * weight",
+                "y = h * weight",
+                "Llama's norm without its first rounding",
+            ),
+            (
+                "        y = h * (1.0 + weight)",
+                "        y = h.to(y_ptr.dtype.element_ty).to(tl.float32) * (1.0 + weight)",
+                "Gemma's norm rounded twice",
+            ),
+            (
+                "        scale = 1.0 + scale",
+                "        scale = scale",
+                "backward forgets that Gemma stores the weight minus 1",
+            ),
+            ("dx = rstd * (dh - h * along)", "dx = rstd * dh", "rstd taken for a constant"),
+            ("along = tl.sum(dh * h, axis=1)", "along = tl.sum(dy * h, axis=1)", "the projection before the weight"),
+            (
+                "            dweight += dy * h",
+                "            dweight = dy * h",
+                "only the last tile of a program reaches dweight",
+            ),
+            ("            dweight += dy * h", "            dweight += dh * h", "the weight in its own gradient"),
+            ("n = (p * tiles + i) * ROWS", "n = (p + tiles * i) * ROWS", "programs take each other's rows"),
+            (
+                "dx += tl.load(dsum_ptr + n[:, None] * stride_dsum",
+                "dx += tl.load(dsum_ptr + n[:, None] * stride_dy",
+                "the strides of one upstream gradient used for the other",
+            ),
+            (
+                "return dsum, dsum if want_ddelta else None, None, None, None",
+                "return None, None, None, None, None",
+                "no gradient where only the sum is used",
+            ),
+            (
+                "n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,) int64",
+                "n = tl.program_id(0).to(tl.int64) * (ROWS - ROWS // 4) + tl.arange(0, ROWS)  # (ROWS,) int64",
+                "tiles that overlap leave the last rows unwritten",
+            ),
+        ],
+    ),
+    (
+        "kernels/rope.py",
+        "tests/test_rope.py",
+        [
+            (
+                "torch.cat((-second, first), dim=-1)",
+                "torch.cat((second, -first), dim=-1)",
+                "the reference turns the other way",
+            ),
+            (
+                "    y_first = first * cos - second * sin",
+                "    y_first = first * cos + second * sin",
+                "a shear in place of a rotation",
+            ),
+            (
+                "square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)  # (ROWS,)\n        if R < D:",
+                "square = tl.sum(first * first, axis=1)  # (ROWS,)\n        if R < D:",
+                "the mean square of half a head",
+            ),
+            (
+                "        d_second = dy_second * cos - dy_first * sin",
+                "        d_second = dy_second * cos + dy_first * sin",
+                "backward turns one half forwards",
+            ),
+            (
+                "            d_first = rstd * (d_first - first * along)",
+                "            d_first = rstd * d_first",
+                "rstd taken for a constant in half the head",
+            ),
+            (
+                "                along += tl.sum(d_tail * tail, axis=1)",
+                "                pass",
+                "the part that is not turned is normed all the same",
+            ),
+            (
+                "                dw_second += d_second * second",
+                "                dw_second += d_second * first",
+                "dweight of the second half from the first",
+            ),
+            (
+                "                    dw_tail += d_tail * tail",
+                "                    dw_tail = d_tail * tail",
+                "only the last tile of a program reaches dweight",
+            ),
+            (
+                "(row % heads).to(tl.int64), row < rows",
+                "(row % heads).to(tl.int64), row < rows - 1",
+                "the last head is left as it was in memory",
+            ),
+            (
+                "_places(p * tiles + step, heads, T, rows, ROWS)",
+                "_places(p + tiles * step, heads, T, rows, ROWS)",
+                "programs take each other's heads",
+            ),
+            (
+                "return self.cos.shape[1] if self.cos.shape[0] > 1 else 0",
+                "return 0",
+                "every row of the batch at the positions of the first",
+            ),
+            (
+                "K, T, tokens * K, eps, NORM, PLUS, D, R, ROWS",
+                "H, T, tokens * K, eps, NORM, PLUS, D, R, ROWS",
+                "keys turned as if there were as many heads of them as of queries",
+            ),
+            ('"PLUS": float(self.plus_one)', '"PLUS": 0.0', "Gemma's qk-norm with the weight as stored"),
+            (
+                "return x if x.stride(-1) == 1 else x.contiguous()",
+                "return x",
+                "an expanded upstream gradient read as if its channels were neighbours",
+            ),
+        ],
+    ),
+    (
+        "kernels/glu.py",
+        "tests/test_glu.py",
+        [
+            (
+                "    return act * up  # (..., F)",
+                "    return (act.float() * up.float()).to(gate.dtype) + 0.0 * up  # (..., F)",
+                "the reference no longer gives the bits and gradients it gave",
+            ),
+            (
+                "1.5957691216057308 * c * (1.0 + 0.044715 * c * c)",
+                "0.7978845608028654 * c * (1.0 + 0.044715 * c * c)",
+                "the argument of tanh, not twice it",
+            ),
+            ("(1.0 + 0.134145 * c * c)", "(1.0 + 0.044715 * c * c)", "the derivative of g^3 without its 3"),
+            ("c = tl.minimum(tl.maximum(g, -12.0), 12.0)", "c = g", "inf * 0 in the gradient of a gate of 1e20"),
+            (
+                "    e = tl.exp(-tl.abs(v))",
+                "    e = tl.exp(-v)",
+                "overflow where the gate is shut, and the two sigmoids swapped",
+            ),
+            (
+                "p, q, slope = _sigmoids(g, GELU)",
+                "p, q, slope = _sigmoids(g.to(gate_ptr.dtype.element_ty).to(tl.float32) * 1.001, GELU)",
+                "a gradient a thousandth off",
+            ),
+            (
+                "near, far = 1.0 / (1.0 + e), e / (1.0 + e)",
+                "near, far = 1.0 / (1.0 + e), 1.0 - 1.0 / (1.0 + e)",
+                "1 - sigmoid as a subtraction: no digits left in the tail",
+            ),
+            ("dgate = dy * u * (p + g * p * q * slope)", "dgate = dy * u * p", "the gate's own slope forgotten"),
+            ("dup = dy * (g * p)", "dup = dy * p", "dup is the sigmoid, not the activation"),
+            (
+                "tl.store(y_ptr + n * F + f, (g * p * u)",
+                "tl.store(y_ptr + n * F + f, ((g * p).to(y_ptr.dtype.element_ty).to(tl.float32) * u)",
+                "rounded twice, as torch does",
+            ),
+            (
+                "u = tl.load(up_ptr + n * stride_up + f, mask=f < F, other=0.0).to(tl.float32)  # (BLOCK_F,)\n    p, _, _",
+                "u = tl.load(up_ptr + n * stride_gate + f, mask=f < F, other=0.0).to(tl.float32)  # (BLOCK_F,)\n    p, _, _",
+                "one stride for two tensors",
+            ),
+            (
+                "return x if x.stride(1) == 1 else x.contiguous()",
+                "return x",
+                "a transposed projection read as if it were not",
+            ),
+        ],
+    ),
+    (
+        "kernels/seq_logprob.py",
+        "tests/test_seq_logprob.py",
+        [
+            ("_put(z, column, inside, z.new_full((), -math.inf))", "pass", "target counted among the others"),
+            ("torch.maximum(m, z.amax(1))", "torch.maximum(m, 0 * z.amax(1))", "no running maximum"),
+            ("s[:] = s * scale + e.sum(1)", "s[:] = s + e.sum(1)", "old sum not rescaled"),
+            ("a[:] = (a + s * down) * scale", "a[:] = a * scale", "entropy sum not shifted to the new maximum"),
+            ("state[:, 0] = info.min / 2", "state[:, 0] = -math.inf", "start from -inf"),
+            ("torch.where(s == 0, UNDERFLOW, s.log())", "s.log()", "V = 1 has log 0"),
+            (".clamp_min_(UNDERFLOW)", "", "-inf * 0 in the entropy"),
+            (
+                "logp = logsigmoid(margin)",
+                "logp = gap - torch.logaddexp(log_s, gap)",
+                "equation (1): logp of -1e-8 rounds to 0",
+            ),
+            ("logp.expm1() * (logp_m", "(logp.exp() - 1) * (logp_m", "1 - p_y cancels in the entropy"),
+            ("logp.clamp_min(floor)", "logp", "0 * -inf for a banned target"),
+            ("z_y >= m", "z_y > m", "ties are not top"),
+            (
+                "sums = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32",
+                "sums = hidden.dtype",
+                "logits in bf16",
+            ),
+            (
+                "torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)",
+                "torch.mm(a.to(out.dtype), b.to(out.dtype))",
+                "autocast takes the logits to bf16",
+            ),
+            ("z.div_(options.temperature)", "z.mul_(options.temperature)", "temperature the wrong way"),
+            (".tanh_().mul_(options.softcap)", ".tanh_()", "soft-cap does not scale back"),
+            ("(column >= 0) & (column < width)", "column >= 0", "a target of a later tile is found in this one"),
+            (
+                "slice(v, min(v + width, V))",
+                "slice(v, min(v + width, V - 1))",
+                "last token of the vocabulary forgotten",
+            ),
+            ("dz_y = -logp.expm1() * dlogp", "dz_y = (1 - logp.exp()) * dlogp", "1 - p_y cancels in the gradient"),
+            (
+                "dz_y = dz_y - logp.exp() * dentropy * (logp + entropy)",
+                "dz_y = dz_y + logp.exp() * dentropy * (logp + entropy)",
+                "sign of the entropy at the target",
+            ),
+            ("dlogp = dlogp / options.temperature", "dlogp = dlogp * 1", "no 1 / T in the gradient"),
+            (
+                "dentropy = dentropy / options.temperature if",
+                "dentropy = dentropy * 1 if",
+                "no 1 / T in the entropy's gradient",
+            ),
+            (
+                "return (4 * t).div_((1 + t).square_())",
+                "return 1 - ((1 - t) / (1 + t)).square_()",
+                "1 - tanh^2 cancels",
+            ),
+            ("dz.mul_(slope)", "dz.mul_(1)", "no slope of the soft-cap in the gradient of the tiles"),
+            ("e.mul_(slope)", "e.mul_(1)", "no slope of the soft-cap in G"),
+            (
+                "_cap(x, options).sub_(m).add_(logp_m)",
+                "_cap(x, options).sub_(m - logp_m)",
+                "one large number instead of two small",
+            ),
+            ("exp_().mul_(pull).neg_()", "exp_().mul_(pull)", "sign of the gradient"),
+            ("_put(dz, *_find(targets, vocab), dz_y)", "pass", "target's own gradient forgotten"),
+            (
+                "dw = numbers.new_zeros(w.shape) if",
+                "dw = numbers.new_zeros(w.shape, dtype=weight.dtype) if",
+                "dweight summed in 16 bits",
+            ),
+            (
+                "_addmm(dhidden[rows], dx, w)",
+                "torch.mm(dx, w, out=dhidden[rows])",
+                "only the last tile of the vocabulary",
+            ),
+            ("g[rows].mul_(scale[:, None])", "pass", "G not rescaled to the new maximum"),
+            ("-logp.expm1() / options.temperature,", "(1 - logp.exp()) / options.temperature,", "1 - p_y cancels in G"),
+            ("g.mul_(-others[:, None])", "g.mul_(others[:, None])", "sign of the others in G"),
+            ("own = own * _slope(x_y, options.softcap)", "own = own * 1", "no slope of the target in G"),
+            (
+                "min(TILE // width, TALLEST) // ALIGN",
+                "min(N, TILE // width, TALLEST) // ALIGN",
+                "the product's shape follows N, and so do the bits",
+            ),
+            ("TALLEST) // ALIGN * ALIGN)", "TALLEST))", "blocks of 9 rows"),
+            ("if odd := -weight.shape[1] % ALIGN:", "if odd := 0:", "rows that begin anywhere in memory"),
+            ("if G and dentropy is None:", "if G:", "the entropy's gradient is dropped under a frozen head"),
+            (
+                "torch.float32 if hidden.dtype == torch.float16 else hidden.dtype",
+                "hidden.dtype",
+                "G stored in fp16: small ones are 0",
+            ),
+            ("keep = torch.is_grad_enabled() and hidden", "keep = hidden", "a scoring pass pays for G"),
+            (
+                "hidden.requires_grad and not weight.requires_grad",
+                "hidden.requires_grad",
+                "a trained head gets no gradient",
+            ),
+            (
+                "wrong = scored & ((targets < 0) | (targets >= V))",
+                "wrong = scored & (targets >= V)",
+                "-1 is let through",
+            ),
+            (
+                "wrong = scored & ((targets < 0) | (targets >= V))",
+                "wrong = scored & ((targets < 0) | (targets > V))",
+                "V is let through",
+            ),
+            ("targets != IGNORE", "targets != -1", "IGNORE is not ignored"),
+            ("values.double()", "values", "sums of answers in fp32"),
+            (
+                'sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)',
+                "sums = torch.cat([values.new_zeros(1), values.cumsum(0)])[cu_seqlens.long()].diff()",
+                "cumulative sum: bits depend on neighbours",
+            ),
+        ],
+    ),
+    (
+        "kernels/seq_logprob.py",
+        "tests/test_seq_logprob_triton.py",
+        [
+            (
+                'z = tl.where((v == y) | (v >= width), -float("inf"), z) - m',
+                'z = tl.where(v >= width, -float("inf"), z) - m',
+                "target counted among the others of a row",
+            ),
+            (
+                "z = tl.where(z < UNDERFLOW, UNDERFLOW, z)  # not",
+                "z = tl.where(z > UNDERFLOW, z, UNDERFLOW)  # not",
+                "a nan becomes a probability of 0",
+            ),
+            ("s_old * scale + s)", "s_old + s)", "old sum of a row not rescaled"),
+            ("(a_old + s_old * down) * scale + a)", "a_old * scale + a)", "entropy sum of a row not shifted"),
+            (
+                "mask=c[None, :] < C, other=0.0)  # (BLOCK_N, BLOCK_C)",
+                "mask=c[None, :] < C + BLOCK_C, other=0.0)  # (BLOCK_N, BLOCK_C)",
+                "hidden is read into the next row",
+            ),
+            (
+                "mask=(v[None, :] < width) & (c[:, None] < C)",
+                "mask=v[None, :] < width",
+                "weight is read beyond its columns",
+            ),
+            (
+                'z = tl.where(hit | (v[None, :] >= width), -float("inf"), z)',
+                'z = tl.where(hit, -float("inf"), z)',
+                "padding of the vocabulary is counted",
+            ),
+            ("_damped(e, x, softcap, SOFTCAP), mask=kept", "e, mask=kept", "no slope of the soft-cap in the epilogue"),
+            ("4.0 * r * (1.0 - r)", "1.0 - (1.0 - 2.0 * r) * (1.0 - 2.0 * r)", "1 - tanh^2 cancels"),
+            ("far = peak > FAR", "far = peak > 1e30", "exp overflows for targets far below the maximum"),
+            (
+                "_addmm(g, e[:, : len(w)], w)",
+                "_addmm(g[:N], e[:N, : len(w)], w)",
+                "the second product's shape follows N, and so do the bits",
+            ),
+            ("gap >= peak", "gap > peak", "ties are not top"),
+            ("+ first_tile + tile", "+ tile", "parts of a later slice overwrite those of the first"),
+            (
+                "dz = tl.where(v == tl.load(targets_ptr + n) - start, tl.load(numbers_ptr + 5), dz)",
+                "dz = dz * 1.0",
+                "target's own gradient forgotten",
+            ),
+            (
+                "pull = pull + tl.load(numbers_ptr + 4)",
+                "pull = pull - tl.load(numbers_ptr + 4)",
+                "sign of the entropy's gradient",
+            ),
+            ("shape[1] < EPILOGUE_BELOW", "shape[1] <= EPILOGUE_BELOW", "the wrong path at the very width"),
+            ("s += tl.sum(tl.load(part + plane", "s = tl.sum(tl.load(part + plane", "only the last step of the parts"),
+        ],
+    ),
+    (
+        "tools/compile_kernels.py",
+        "tests/test_compile_kernels.py",
+        [
+            (
+                '    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),',
+                '    "gfx942": (GPUTarget("hip", "gfx942", 64), 640 * 1024),',
+                "AMD's shared memory limit is ten times too high",
+            ),
+            (
+                'max(int(usage["STACK"]), int(usage["LOCAL"]))',
+                'int(usage["LOCAL"])',
+                "a spill is looked for where ptxas does not put it",
+            ),
+            (
+                "* (result.spills > 0 and not job.may_spill)",
+                "* (result.spills > 0 and job.may_spill)",
+                "spills fail at odd widths and nowhere else",
+            ),
+            (
+                "        new = {callee for name in new if name in kernels for callee in called_by(kernels[name])} - reached",
+                "        new = set()",
+                "functions that kernels call count as never launched",
+            ),
+            ("    return sorted(set(kernels) - reached)", "    return []", "a kernel that no case launches passes"),
+            (
+                '                errors.append(f"{current}: {type(error).__name__}: {error}")',
+                "                pass",
+                "an entry that raises is passed over",
+            ),
+            (
+                'os.environ.pop("TRITON_INTERPRET", None)',
+                'os.environ.get("TRITON_INTERPRET", None)',
+                "under CI's TRITON_INTERPRET=1 nothing is compiled",
+            ),
+            (
+                "                if job.key not in unique or unique[job.key].may_spill:",
+                "                if True:",
+                "a strict launch is forgotten after a lenient one of the same kind",
+            ),
+            (
+                "source = ASTSource(job.kernel, job.signature, job.constants, job.attributes)",
+                "source = ASTSource(job.kernel, job.signature, job.constants, {})",
+                "pointers are compiled as if nothing were known of their alignment",
+            ),
+            (
+                "    JITFunction.run, choice.INTERPRETED = caught, True\n    torch.use_deterministic_algorithms(True)",
+                "    JITFunction.run, choice.INTERPRETED = caught, True",
+                "an entry reads stale memory, another one every run",
+            ),
+            (
+                "        JITFunction.run, choice.INTERPRETED = run, interpreted",
+                "        JITFunction.run = run",
+                "after recording, kernels on CPU tensors would be launched",
+            ),
+            ("    return 1 if failures else 0", "    return 0", "failures are printed and CI stays green"),
+            (
+                '    return failures + [f"{name} for {target}: is excused and compiles; delete the excuse" for name, target in needless]',
+                "    return failures",
+                "an excuse outlives its reason",
+            ),
+        ],
+    ),
+    (
+        "benchmarks/kernels.py",
+        "tests/test_benchmarks.py",
+        [
+            (
+                'max(self.bytes / machine["bandwidth"], self.operations / machine["rate"])',
+                'min(self.bytes / machine["bandwidth"], self.operations / machine["rate"])',
+                "the floor is the faster of the two limits",
+            ),
+            (
+                '    products, kind = (2, "forward + backward") if train else (1, "no gradient")',
+                '    products, kind = (3, "forward + backward") if train else (1, "no gradient")',
+                "the floor counts the product that G saves",
+            ),
+            (
+                "    return N * K * (1 / 2 + 1 / 64 + 4 / (64 * 256))",
+                "    return N * K * (1 / 2 + 4 / 64)",
+                "NF4's floor reads fp32 scales",
+            ),
+            (
+                "        except Exception as error:  # a peer that fails",
+                "        except ImportError as error:  # a peer that fails",
+                "a peer that runs out of memory takes the table with it",
+            ),
+            (
+                'n: r["seconds"] for n, r in variants.items() if not n.startswith("ours") and',
+                'n: r["seconds"] for n, r in variants.items() if n != "ours" and',
+                "our own slower path counts as a rival",
+            ),
+            (
+                "best = min(rivals.values(), default=None)",
+                "best = max(rivals.values(), default=None)",
+                "ours has only to beat the slowest",
+            ),
+            (
+                "                finally:\n                    seq_logprob.EPILOGUE_BELOW = before",
+                "                finally:\n                    pass",
+                "a benchmark leaves its path switched on",
+            ),
+            (
+                "extra = None if held is None else held - 2 * G",
+                "extra = None if held is None else held - 3 * G",
+                "17 MB of memory are not counted",
+            ),
+            (
+                "    for compiling in (False, True)[: 1 + compiled]:",
+                "    for compiling in (True, False)[: 1 + compiled]:",
+                "torch.compile uses up the time of everything else",
+            ),
+            (
+                "            z = z if softcap is None else softcap * torch.tanh(z / softcap)",
+                "            z = z",
+                "plain torch leaves out the soft-cap: another function, and faster",
+            ),
+            (
+                "    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)",
+                "    return 0.0",
+                "variants that compute something else look equal",
+            ),
+        ],
+    ),
+    (
+        "benchmarks/gpu_suite.py",
+        "tests/test_benchmarks.py",
+        [
+            (
+                "        os.killpg(child.pid, signal.SIGKILL)",
+                "        child.kill()",
+                "what a part started holds the pipe and the GPU",
+            ),
+            (
+                '    passed = code == 0 and all(row.get("passed", True) for row in results)',
+                "    passed = code == 0",
+                "a failed check passes when the process ends well",
+            ),
+            ("    passed = code == 0 and all(", "    passed = code is not None and all(", "a part that crashed passes"),
+            (
+                "        with contextlib.nullcontext() if train else torch.no_grad():\n            logp, entropy",
+                "        with torch.no_grad():\n            logp, entropy",
+                "the check of the first ratio compares two passes without gradients",
+            ),
+            (
+                '        save(out, "suite", facts',
+                "        save(out, part, facts",
+                "a file for each part and none of the whole",
+            ),
+            (
+                '        print("gpu_suite.py: got no GPU',
+                '        print("gpu_suite.py: no',
+                "the message does not say what is missing",
+            ),
+            (
+                '    assert sure >= 3, f"only {sure} rows',
+                '    assert sure >= 300, f"only {sure} rows',
+                "a check that can never pass",
+            ),
+            (
+                '        row["passed"] = row["first_ratios_are_1"] and',
+                '        row["passed"] = not row["first_ratios_are_1"] and',
+                "the step passes when its first ratio is not 1",
+            ),
+        ],
+    ),
+    (
+        "lessons/kernels/token_logp_v1.py",
+        "tests/test_lesson_kernels_token_logp.py",
+        [
+            (
+                "    lse = m + tl.log(tl.sum(tl.exp(x - m), axis=0))",
+                "    lse = tl.log(tl.sum(tl.exp(x), axis=0))",
+                "no maximum: exp overflows",
+            ),
+            (
+                '    x = tl.load(logits_ptr + n * stride_n + v, mask=v < V, other=-float("inf")).to(tl.float32)  # (BLOCK_V,)\n    m =',
+                "    x = tl.load(logits_ptr + n * stride_n + v, mask=v < V, other=0.0).to(tl.float32)  # (BLOCK_V,)\n    m =",
+                "what lies behind the row's end counts as logits of 0",
+            ),
+            ("    if logits.shape[1] > MAX_V:", "    if False:", "rows that do not fit spill in silence"),
+            (
+                "    chosen = logits.gather(1, targets[:, None]).squeeze(1)  # (N,)",
+                "    chosen = logits.amax(1)  # (N,)",
+                "the reference scores the likeliest token",
+            ),
+        ],
+    ),
+    (
+        "lessons/kernels/token_logp_v2.py",
+        "tests/test_lesson_kernels_token_logp.py",
+        [
+            (
+                "        top = tl.maximum(top, tl.load(row + v",
+                '        top = tl.maximum(-float("inf"), tl.load(row + v',
+                "the maximum of the last tile only",
+            ),
+            ("        total += tl.exp(", "        total = tl.exp(", "the sum of the last tile only"),
+        ],
+    ),
+    (
+        "lessons/kernels/token_logp_v3.py",
+        "tests/test_lesson_kernels_token_logp.py",
+        [
+            (
+                "        s = s * tl.exp(m - m_new) + tl.sum",
+                "        s = s + tl.sum",
+                "the sum is not rescaled when the maximum rises",
+            ),
+            ("        m = m_new\n", "        m = tl.max(x, axis=0)\n", "the maximum of the last tile only"),
+            ("    m = -3.4028234663852886e38  #", '    m = -float("inf")  #', "a first tile of banned tokens is nan"),
+            (
+                "    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)  # (BLOCK_V,)",
+                "    v = tl.arange(0, BLOCK_V)  # (BLOCK_V,)",
+                "backward writes only the first tile",
+            ),
+            ("dlogp.contiguous()", "dlogp", "a gradient with stride 0 is read as if it were dense"),
         ],
     ),
 ]

@@ -1,0 +1,537 @@
+"""Everything that only a GPU can show, in one command and under nine minutes. Needs a GPU.
+
+    checks   what the interpreter cannot see: offsets beyond 2^31, the same bits twice, beside other rows and without
+             gradients, cuBLAS products of bf16 that come out as fp32, attention with a boolean mask and grouped heads
+    tests    the kernels' own tests, on silicon
+    kernels  benchmarks/kernels.py: every kernel against its floor, plain torch and its peers
+    step     one GSPO cycle of a model of Qwen3-0.6B's shape with random weights: rollout, scoring, four updates
+
+Each part is a process of its own under a time limit: one that hangs, crashes, runs out of memory or leaves the GPU
+unusable (an illegal access does) costs its own results and no others. What a part has found so far is printed as it
+comes and kept. The file in --out is rewritten after every part.
+
+Run: python benchmarks/gpu_suite.py [--parts checks,tests,kernels,step] [--seconds 530] [--out benchmarks/results]
+Exit code 0: every part passed. 1: some part failed. 2: no GPU. Tests: tests/test_benchmarks.py
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+# name -> the most seconds it may take. What the four do not use is left over: the sum is under the nine minutes.
+LIMITS = {"checks": 80, "tests": 160, "kernels": 180, "step": 100}
+STEP = {"prompts": 8, "group": 16, "prompt_tokens": 128, "tokens": 256, "updates": 4, "max_tokens": 16384}
+QWEN3_0_6B = {
+    "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------
+# checks: each takes the device and whether it is a real one, and raises what is wrong. On a CPU the kernels run in
+# Triton's interpreter and the sizes are small: that is how tests/test_benchmarks.py tries this file.
+
+
+def check_same_bits_twice(device: torch.device, big: bool) -> str:
+    """Both paths of the log-prob, forward and backward: no atomics, no race."""
+    for path in paths():
+        runs = [logprob(device, big, path) for _ in range(3)]
+        for other in runs[1:]:
+            for a, b in zip(runs[0], other, strict=True):
+                assert torch.equal(a, b), f"{path}: {(a != b).sum().item()} of {a.numel()} numbers differ between runs"
+    return "logp, entropy and gradient, three runs, both paths"
+
+
+def check_ratio_is_one(device: torch.device, big: bool) -> str:
+    """A scoring pass without gradients and the training forward: GSPO's first ratio is exp(0)."""
+    for path in paths():
+        scored, trained = logprob(device, big, path, train=False), logprob(device, big, path)
+        for a, b in zip(scored[:2], trained[:2], strict=True):
+            assert torch.equal(a, b), f"{path}: {(a != b).sum().item()} of {a.numel()} differ without gradients"
+    return "logp and entropy with and without gradients, both paths"
+
+
+def check_rows_alone(device: torch.device, big: bool) -> str:
+    """A row's bits do not depend on the rows beside it."""
+    for path in paths():
+        whole = logprob(device, big, path)
+        for rows in (slice(0, 1), slice(3, 20), slice(1, None, 2)):
+            part = logprob(device, big, path, rows=rows)
+            for a, b in zip(whole, part, strict=True):
+                assert torch.equal(a[rows], b), f"{path}: rows {rows} alone have other bits"
+    return "one row, 17 rows, every second row, both paths"
+
+
+def check_log_prob_against_float64(device: torch.device, big: bool) -> str:
+    """bf16 in: logp to 1e-4, gradient to 4e-3 a row, also where the target is nearly certain."""
+    worst = []
+    for path in paths():
+        hidden, weight, targets = inputs(device, big)
+        got = logprob(device, big, path)
+        z = hidden.double() @ weight.double().T  # (N, V)
+        p = z.softmax(1)
+        want = z.log_softmax(1).gather(1, targets[:, None]).squeeze(1)  # (N,)
+        p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
+        gradient = -(p @ weight.double())  # (N, C)
+        sure = int((want > -1e-3).sum())
+        assert sure >= 3, f"only {sure} rows with p > 0.999: the case shows nothing"
+        off = (got[0] - want).abs().max().item()
+        rows = (got[2].double() - gradient).norm(dim=1) / gradient.norm(dim=1)  # (N,)
+        assert off <= 1e-4, f"{path}: logp is off by {off:.1e}, want 1e-4"
+        assert rows.max() <= 4e-3, f"{path}: a row's gradient is off by {rows.max():.1e}, want 4e-3"
+        worst.append(f"{path}: logp {off:.0e}, gradient {rows.max():.0e}")
+    return "; ".join(worst)
+
+
+def check_offsets_beyond_31_bits(device: torch.device, big: bool) -> str:
+    """Tensors of more than 2^31 numbers: the last rows equal the same rows alone."""
+    from kernels.glu import glu
+    from kernels.rms_norm import rms_norm
+    from lessons.kernels.token_logp_v3 import token_logp
+
+    rows = {name: 2**31 // width + 70 if big else 12 for name, width in WIDTHS.items()}
+    gate = randn(rows["glu"], WIDTHS["glu"] if big else 64, device=device)
+    whole = glu(gate, gate, activation="silu", backend="triton")
+    assert torch.equal(whole[-9:], glu(gate[-9:], gate[-9:], activation="silu", backend="triton")), "glu"
+    del whole, gate
+    x = randn(rows["norm"], WIDTHS["norm"] if big else 64, device=device)
+    weight = randn(x.shape[1], device=device, seed=1)
+    whole = rms_norm(x, weight, eps=1e-6, backend="triton")
+    assert torch.equal(whole[-9:], rms_norm(x[-9:], weight, eps=1e-6, backend="triton")), "rms_norm"
+    del whole, x
+    logits = randn(rows["logits"], WIDTHS["logits"] if big else 64, device=device)
+    targets = torch.randint(0, logits.shape[1], (len(logits),), device=device)
+    whole = token_logp(logits, targets, backend="triton")
+    assert torch.equal(whole[-9:], token_logp(logits[-9:], targets[-9:], backend="triton")), "token_logp"
+    return ", ".join(f"{name} {n} x {WIDTHS[name]}" for name, n in rows.items())
+
+
+WIDTHS = {"glu": 12288, "norm": 1024, "logits": 151_936}
+
+
+def check_nf4_same_bits(device: torch.device, big: bool) -> str:
+    """Triton, CUDA C++ and torch decode to the same bits, in every dtype; offsets beyond 2^31 too."""
+    from kernels.nf4 import dequantize_nf4, quantize_nf4
+
+    q = quantize_nf4(randn(1024 if big else 16, 1000, device=device))
+    backends = ["triton", "cuda"] if device.type == "cuda" else ["triton"]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        want = dequantize_nf4(q, dtype, backend="torch")
+        for backend in backends:
+            got = dequantize_nf4(q, dtype, backend=backend)
+            assert torch.equal(got, want), f"{backend}, {dtype}: {(got != want).sum().item()} weights differ"
+    times = 2200 if big else 2
+    small = quantize_nf4(randn(1024 if big else 16, 1024, device=device), double_quant=False)
+    large = dataclasses.replace(
+        small,
+        codes=small.codes.repeat(times, *[1] * (small.codes.ndim - 1)),
+        absmax=small.absmax.repeat(times),
+        shape=(small.shape[0] * times, 1024),
+    )
+    want = dequantize_nf4(small, backend="torch")
+    for backend in backends:
+        got = dequantize_nf4(large, backend=backend)
+        assert torch.equal(got[-len(want) :], want), f"{backend}: weights beyond 2^31 differ"
+    return f"{', '.join(backends)} and torch; {large.shape[0] * 1024:.1e} weights"
+
+
+def check_small_products(device: torch.device, big: bool) -> str:
+    """NF4 and int8 products against their own dequantised weights in float64; a row's bits do not depend on M."""
+    from kernels.int8 import dequantize_int8, int8_matmul, quantize_int8
+    from kernels.nf4 import dequantize_nf4, nf4_matmul, quantize_nf4
+
+    N, K = (3072, 1024) if big else (32, 64)
+    for quantize, dequantize, multiply in (
+        (quantize_nf4, dequantize_nf4, nf4_matmul),
+        (quantize_int8, dequantize_int8, int8_matmul),
+    ):
+        q, x = quantize(randn(N, K, device=device)), randn(16, K, device=device, seed=1)
+        want = x.double() @ dequantize(q, backend="torch").double().T  # (16, N)
+        got = multiply(x, q, backend="triton")
+        off = ((got.double() - want).norm() / want.norm()).item()
+        assert off < 4e-3, f"{multiply.__name__} is off by {off:.1e}: bf16 rounding is 2e-3"
+        for M in (1, 5, 16):
+            again = multiply(x[:M], q, backend="triton")
+            assert torch.equal(again, got[:M]), f"{multiply.__name__}: {M} rows alone have other bits"
+    return f"NF4 and int8, {N} x {K}, M 1, 5, 16"
+
+
+def check_attention_with_and_without_gradients(device: torch.device, big: bool) -> str:
+    """scaled_dot_product_attention must not choose another kernel when gradients are wanted: ratios would not be 1."""
+    T = 512 if big else 16
+    q = randn(2, 16, T, 128, device=device).requires_grad_()
+    k, v = (randn(2, 8, T, 128, device=device, seed=s) for s in (1, 2))
+    with torch.no_grad():
+        scored = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    trained = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.equal(scored, trained), f"{(scored != trained).sum().item()} of {scored.numel()} numbers differ"
+    return "causal, 16 query heads on 8"
+
+
+def check_decode_attention(device: torch.device, big: bool) -> str:
+    """One query, a boolean mask, grouped heads: as rollouts call it, against float64."""
+    from nanogspo.model import attend
+
+    S = 700 if big else 20
+    q, k, v = (randn(4, T, n, 128, device=device, seed=n + T) for T, n in ((1, 16), (S, 8), (S, 8)))
+    mask = (
+        torch.arange(S, device=device)[None, None, None]
+        < torch.tensor([1, 7, S - 1, S], device=device)[:, None, None, None]
+    )  # (B, 1, 1, S)
+    got = attend(q, k, v, mask, 128**-0.5, 0.0)  # (B, 1, H, D)
+    wide = [x.double().transpose(1, 2).repeat_interleave(n, 1) for x, n in ((q, 1), (k, 2), (v, 2))]
+    scores = (wide[0] @ wide[1].transpose(2, 3) * 128**-0.5).masked_fill(~mask, -torch.inf)
+    want = (scores.softmax(-1) @ wide[2]).transpose(1, 2)
+    off = (got.double() - want).abs().max().item()
+    assert off < 3e-2, f"off by {off:.1e}; bf16 values of up to 4 are rounded by 1.6e-2"
+    return f"4 rows of up to {S} keys"
+
+
+def check_products_come_out_as_fp32(device: torch.device, big: bool) -> str:
+    """torch.mm and torch.addmm with out_dtype: what every exact logit here leans on."""
+    a, b = randn(64, 256, device=device), randn(256, 32, device=device, seed=1)
+    want = a.double() @ b.double()
+    got = torch.mm(a, b, out_dtype=torch.float32)
+    assert got.dtype == torch.float32 and (got - want).abs().max() < 1e-3, "torch.mm(..., out_dtype=torch.float32)"
+    torch.addmm(got, a, b, out=got, out_dtype=torch.float32)
+    assert (got - 2 * want).abs().max() < 1e-3, "torch.addmm(..., out=, out_dtype=torch.float32)"
+    return "bf16 x bf16 -> fp32"
+
+
+def check_model_scores_itself(device: torch.device, big: bool) -> str:
+    """A small Qwen 3 in bf16: the log-probs of a scoring pass and of the training forward, bit for bit."""
+    from nanogspo.packing import score
+
+    model, batch = small_model(device)
+    with torch.no_grad():
+        scored = score(model, batch)[0]
+    trained = score(model, batch)[0]
+    assert torch.equal(scored, trained), f"{(scored != trained).sum().item()} of {scored.numel()} log-probs differ"
+    trained.sum().backward()
+    norms = [p.grad.norm().item() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert norms and all(0 < n < float("inf") for n in norms), "a LoRA gradient is 0, inf or nan"
+    return f"{scored.numel()} tokens"
+
+
+def check_model_against_cpu(device: torch.device, big: bool) -> str:
+    """The same small model in fp32, with the fused kernels here and plain torch there."""
+    from nanogspo.packing import score
+
+    model, batch = small_model(device)
+    model = model.float()
+    here = score(model, batch)[0].detach().cpu()
+    there = score(model.cpu(), batch.to("cpu"))[0].detach()
+    off = (here - there).abs().max().item()
+    assert off < 5e-3, f"log-probs are {off:.1e} apart; tf32 would explain 1e-3"
+    return f"log-probs at most {off:.0e} apart"
+
+
+CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+NEEDS_CUDA = {"products_come_out_as_fp32"}
+
+
+def randn(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """bf16, drawn from a seed; in slices, because 2^31 numbers in fp32 would be 9 GB on the way."""
+    out = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for part in out.view(shape[0], -1).split(max(1, 2**26 // max(1, out[0].numel()))):
+        part.copy_(torch.randn(part.shape, device=device, generator=generator))
+    return out
+
+
+def paths() -> list[str]:
+    return ["rows", "epilogue"]
+
+
+def inputs(device: torch.device, big: bool) -> tuple[torch.Tensor, ...]:
+    """Hidden, head, targets. Every fifth row points at its own token: p > 0.999, as for most sampled tokens."""
+    N, C, V = (300, 1024, 151_936) if big else (11, 32, 40)
+    weight = randn(V, C, device=device, seed=1)  # (V, C)
+    targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(2)).to(device)  # (N,)
+    hidden = randn(N, C, device=device) * 2 / C**0.5  # (N, C) logits with a deviation of 2
+    hidden[::5] += weight[targets[::5]] * (24 / C if big else 1.0)
+    return hidden, weight, targets
+
+
+def logprob(device, big: bool, path: str, rows: slice = slice(None), train: bool = True) -> list[torch.Tensor]:
+    """logp, entropy and, with train, the gradient of their rows' hidden states."""
+    import kernels.seq_logprob as file
+
+    hidden, weight, targets = inputs(device, big)
+    hidden = hidden[rows].clone().requires_grad_(train)
+    before = file.EPILOGUE_BELOW
+    file.EPILOGUE_BELOW = 0 if path == "rows" else 10**9
+    try:
+        with contextlib.nullcontext() if train else torch.no_grad():
+            logp, entropy = file.token_logprob(hidden, weight, targets[rows], backend="triton")
+        if train:
+            logp.sum().backward()
+    finally:
+        file.EPILOGUE_BELOW = before
+    return [logp.detach(), entropy.detach(), *([hidden.grad] if train else [])]
+
+
+def small_model(device: torch.device):
+    """Two layers of Qwen 3 with LoRA, and a micro-batch of three answers."""
+    from nanogspo.families import model_config
+    from nanogspo.lora import add_lora
+    from nanogspo.model import Transformer
+    from nanogspo.packing import Example, pack
+
+    sizes = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    model = Transformer(model_config({**QWEN3_0_6B, **sizes})).init_weights(0, std=0.1).to(device, torch.bfloat16)
+    add_lora(model, r=4, alpha=8.0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.02)  # at 0, A would have no gradient
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 2048, (n,), generator=generator).tolist() for n in (40, 61, 64)]
+    [batch] = pack([Example.answered(text[:8], text[8:]) for text in texts], max_tokens=1024)
+    return model, batch.to(device)
+
+
+def run_checks(device: torch.device, big: bool, names: list[str] | None = None) -> list[dict]:
+    """A result each, printed as it comes: RESULT lines are what the parent reads."""
+    out = []
+    for name in names or list(CHECKS):
+        started, row = time.perf_counter(), {"check": name, "passed": True}
+        try:
+            row["said"] = CHECKS[name](device, big)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())[:300]
+            row |= {
+                "passed": False,
+                "said": f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})",
+            }
+        row["seconds"] = round(time.perf_counter() - started, 2)
+        out.append(row)
+        result(row)
+        if device.type == "cuda":
+            with contextlib.suppress(Exception):
+                torch.cuda.empty_cache()
+    return out
+
+
+# ----------------------------------------------------------------------------
+# step
+
+
+def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16, cycles: int = 2) -> list[dict]:
+    """GSPO as train.py does it, with the reward a function of the tokens. The first cycle warms up; both are shown."""
+    from kernels.seq_logprob import sequence_sums
+    from nanogspo.experience import experience
+    from nanogspo.families import model_config
+    from nanogspo.lora import add_lora
+    from nanogspo.model import Transformer
+    from nanogspo.objectives import group_advantages, gspo_loss
+    from nanogspo.optimizer import Optimizer
+    from nanogspo.packing import Example, score
+    from nanogspo.rollout import generate
+
+    config = model_config(file)
+    model = Transformer(config).init_weights(0).to(device, dtype)
+    add_lora(model, r=16, alpha=32.0)
+    optimizer, rows = Optimizer(model), []
+    generator = torch.Generator().manual_seed(0)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for cycle in range(cycles):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ids = torch.randint(0, config.vocab_size, (shape["prompts"], shape["prompt_tokens"]), generator=generator)
+        prompts, times = ids.tolist(), [now()]
+        answers = generate(
+            model, prompts, group_size=shape["group"], max_new_tokens=shape["tokens"], eos_ids=(), seed=cycle
+        )
+        times.append(now())
+        rewards = torch.tensor([(sum(a.tokens) % 97) / 97 for a in answers]).view(-1, shape["group"])  # (P, G)
+        rollout = experience(
+            model,
+            [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers],
+            group_advantages(rewards).flatten(),
+            updates=shape["updates"],
+            max_tokens=shape["max_tokens"],
+            pad_id=0,
+            temperature=1.0,
+            device=device,
+        )
+        times.append(now())
+        ratios, norms = [], []
+        for batches, old in zip(rollout.minibatches, rollout.old_logp, strict=True):
+            total = sum(len(b.index) for b in batches)
+            for batch, old_logp in zip(batches, old, strict=True):
+                batch, A = batch.to(device), rollout.advantages[batch.index].to(device)  # (N,)
+                logp, _, _ = score(model, batch)  # (S,)
+                seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
+                old_seq_logp = sequence_sums(old_logp.to(device), batch.cu_seqlens)  # (N,)
+                loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, clip_low=3e-4, clip_high=4e-4)
+                (loss * (len(batch.index) / total)).backward()
+                optimizer.accumulate()
+                ratios.append((float(facts["ratio_min"]), float(facts["ratio_max"])))
+            norms.append(optimizer.step(1e-5, 1.0).item())
+        times.append(now())
+        first = ratios[: len(rollout.minibatches[0])]
+        tokens = sum(len(a.tokens) for a in answers)
+        row = {"cycle": cycle, "rollout_s": times[1] - times[0], "score_s": times[2] - times[1]}
+        row |= {"train_s": times[3] - times[2], "cycle_s": times[3] - times[0], "sampled_tokens": tokens}
+        row |= {"tokens_per_s": tokens / row["cycle_s"], "first_ratios_are_1": all(r == (1.0, 1.0) for r in first)}
+        row |= {"grad_norms": norms, "last_ratios": ratios[-1]}
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        row["passed"] = row["first_ratios_are_1"] and all(0 < n < float("inf") for n in norms)
+        rows.append(row)
+        result(row)
+    return rows
+
+
+# ----------------------------------------------------------------------------
+# parts, each in a process of its own
+
+
+def result(row: dict) -> None:
+    print("RESULT " + json.dumps(row), flush=True)
+
+
+def command_of(part: str, seconds: float, out: Path) -> list[str]:
+    python = [sys.executable, "-u"]
+    if part == "tests":
+        spread = ["-n", "8"] if importable("xdist") else []
+        stems = sorted(f.stem for f in (ROOT / "kernels").glob("*.py") if f.stem not in ("__init__", "backend"))
+        files = [f for stem in stems for f in sorted((ROOT / "tests").glob(f"test_{stem}*.py"))]
+        files += sorted((ROOT / "tests").glob("test_lesson_kernels_*.py"))
+        return [*python, "-m", "pytest", "-q", "--durations=5", *spread, *(str(f.relative_to(ROOT)) for f in files)]
+    if part == "kernels":
+        inner = str(max(20, int(seconds) - 25))  # it stops by itself, and then writes its file and table
+        return [*python, "benchmarks/kernels.py", "--seconds", inner, "--out", str(out)]
+    return [*python, "benchmarks/gpu_suite.py", "--inside", part]
+
+
+def importable(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def run_part(command: list[str], limit: float, show: Callable[[str], None]) -> dict:
+    """Runs it, shows its lines as they come, ends it and what it started after `limit` seconds. Never raises."""
+    started, lines = time.perf_counter(), []
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    try:
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return {"passed": False, "said": f"could not start: {error}", "seconds": 0.0, "results": [], "tail": []}
+
+    def read() -> None:
+        for line in child.stdout:
+            lines.append(line.rstrip("\n"))
+            show(lines[-1])
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        code = child.wait(timeout=limit)
+        said = f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        code, said = None, f"ended after {limit:.0f} s, its limit"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # also what a finished part left behind
+    child.wait()
+    reader.join(timeout=5)
+    results = []
+    for line in list(lines):
+        if line.startswith("RESULT "):
+            with contextlib.suppress(ValueError):  # half a line, when it was ended while writing
+                results.append(json.loads(line.removeprefix("RESULT ")))
+    passed = code == 0 and all(row.get("passed", True) for row in results)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"passed": passed, "said": said, "seconds": seconds, "results": results, "tail": lines[-80:]}
+
+
+def markdown(parts: dict[str, dict], facts: dict) -> str:
+    lines = [
+        f"{facts['gpu']}, torch {facts['torch']}, triton {facts['triton']}, {facts['date']}, {facts['commit']}",
+        "",
+    ]
+    lines += ["| part | | seconds | |", "|---|---|---|---|"]
+    for name, part in parts.items():
+        lines.append(f"| {name} | {'passed' if part['passed'] else 'FAILED'} | {part['seconds']} | {part['said']} |")
+    for row in parts.get("checks", {}).get("results", []):
+        lines.append(
+            f"| checks: {row['check']} | {'passed' if row['passed'] else 'FAILED'} | {row['seconds']} | {row['said']} |"
+        )
+    for row in parts.get("step", {}).get("results", []):
+        phases = ", ".join(f"{name} {row[f'{name}_s']:.2f} s" for name in ("rollout", "score", "train"))
+        peak = f", peak {row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""
+        said = f"{phases}, {row['tokens_per_s']:.0f} sampled tokens a second{peak}"
+        verdict = "passed" if row["passed"] else "FAILED"
+        lines.append(f"| step: cycle {row['cycle']} | {verdict} | {row['cycle_s']:.1f} | {said} |")
+    return "\n".join(lines)
+
+
+def run_suite(parts: list[str], seconds: float, out: Path, facts: dict, command=command_of, limits=LIMITS) -> dict:
+    """The parts in order, each under its limit and all under `seconds`; the file is rewritten after each."""
+    from benchmarks.kernels import save
+
+    deadline, found = time.monotonic() + seconds, {}
+    for part in parts:
+        left = min(limits[part], deadline - time.monotonic())
+        print(f"\n===== {part}, at most {max(0, left):.0f} s", flush=True)
+        if left < 5:
+            found[part] = {"passed": False, "said": "not run: out of time", "seconds": 0, "results": [], "tail": []}
+        else:
+            found[part] = run_part(command(part, left, out), left, lambda line: print(line, flush=True))
+        save(out, "suite", facts, {"parts": found, "markdown": markdown(found, facts)})
+    print("\n" + markdown(found, facts), flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(LIMITS), help="some of them, in the order they should run")
+    parser.add_argument("--seconds", type=float, default=530, help="for everything")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON files")
+    parser.add_argument("--inside", choices=["checks", "step"], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if unknown := [p for p in options.parts.split(",") if p not in LIMITS]:
+        parser.error(f"got the part {unknown[0]!r}, want some of {', '.join(LIMITS)}")
+    if not torch.cuda.is_available():
+        print("gpu_suite.py: got no GPU, want one: benchmarks/kernels.py prints the floors without", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    if options.inside:
+        rows = run_checks(device, True) if options.inside == "checks" else run_step(device, QWEN3_0_6B, STEP)
+        return 0 if all(row["passed"] for row in rows) else 1
+    from benchmarks.kernels import environment
+
+    found = run_suite(options.parts.split(","), options.seconds, options.out.resolve(), environment())
+    return 0 if all(part["passed"] for part in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""Log-probability of the next token from hidden states, version 1: write down the formula.
+
+    logits = hidden @ weight.T            logp[n] = logits[n, y] - logsumexp_v logits[n, v]                     (1)
+
+Autograd does the rest. What is alive at once for N = 8192, V = 151,936: logits, their log-softmax and the gradient of
+both, 5 GB each in fp32. The model itself is 1.2 GB.
+
+Lesson: lessons/06_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
+Shapes: N rows, C model width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """hidden (N, C), weight (V, C), targets (N,) int64 -> logp (N,) float32; differentiable in hidden and weight."""
+    logits = hidden.float() @ weight.float().T  # (N, V)
+    return torch.log_softmax(logits, dim=1).gather(1, targets[:, None]).squeeze(1)  # (N,)

@@ -1,0 +1,556 @@
+"""Compiles every Triton kernel for three GPUs, on a machine that has none. Refuses spills and too much shared memory.
+
+There is no list of signatures to keep. The cases below call the public entries, as the model does; each launch an entry
+makes is caught, specialised as on a GPU (which pointers and integers are multiples of 16, which integers are 1),
+and compiled with its own num_warps and num_stages:
+
+    entry(CPU tensors, backend="triton") -> JITFunction.run, replaced here -> triton.compile, for each target
+
+The interpreter (TRITON_INTERPRET=1, all tests) checks values and forgives types; this checks types, layouts and
+resources and sees no value. What fails:
+
+    an error of the compiler, or an exception in the entry before it launches anything
+    spilled registers: a loop that is meant to run in registers then runs in memory, silently and many times slower
+    (except at widths that 16 does not divide: no model has them, there a kernel only has to run)
+    more shared memory than one block may have
+    a kernel of kernels/ or lessons/kernels/ that no case launches (functions that kernels call are found and left out)
+
+Two processes, no GPU, no cache left behind. CUDA C++ files are compiled with nvcc where there is one.
+
+Run: python tools/compile_kernels.py [--case SUBSTRING] [--only SUBSTRING] [--targets sm_90,gfx942]
+Tests: tests/test_compile_kernels.py
+"""
+
+import os
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it decides at every @triton.jit
+SCRATCH = tempfile.TemporaryDirectory()
+os.environ["TRITON_CACHE_DIR"] = SCRATCH.name  # never an old result
+
+import argparse  # noqa: E402
+import ast  # noqa: E402
+import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
+import importlib  # noqa: E402
+import inspect  # noqa: E402
+import io  # noqa: E402
+import itertools  # noqa: E402
+import multiprocessing  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+import types  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator  # noqa: E402
+from concurrent.futures import ProcessPoolExecutor  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+from kernels import backend as choice  # noqa: E402
+
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # kernels say it where bits matter
+
+# name -> what Triton calls it, and the shared memory one block may have. CUDA C++ programming guide, table of compute
+# capabilities: 163 KB of 164 (A100) and 227 KB of 228 (H100); 64 KB of LDS on MI300.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+# (kernel, target) -> why it need not compile there. Printed with every run; an entry that is not needed is an error.
+EXCUSED: dict[tuple[str, str], str] = {
+    ("kernels.seq_logprob._epilogue_kernel", "gfx942"): "its tiles are for 163 KB; a launch there is refused by Triton",
+}
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# ----------------------------------------------------------------------------
+# the cases: every dtype and every variant that an entry claims. Rows are few, widths are real: widths decide tiles.
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+def backward(*outputs: torch.Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
+
+@contextlib.contextmanager
+def odd_widths() -> Iterator[None]:
+    """Inside, launches may spill."""
+    global MAY_SPILL
+    MAY_SPILL = True
+    try:
+        yield
+    finally:
+        MAY_SPILL = False
+
+
+MAY_SPILL = False
+
+
+def token_logp() -> None:
+    """Lesson 05. A width that 16 does not divide is another kernel: without wide loads."""
+    for version, width in (("v1", 16384), ("v2", 151936), ("v3", 151936)):
+        entry = importlib.import_module(f"lessons.kernels.token_logp_{version}").token_logp
+        for dtype in FLOATS:
+            backward(entry(randn(2, width, dtype=dtype, grad=True), torch.tensor([0, 1]), backend="triton"))
+        with odd_widths():
+            backward(entry(randn(2, width - 1, grad=True), torch.tensor([0, 1]), backend="triton"))
+
+
+def rms_norm() -> None:
+    """Widths: heads of 128, Qwen3-0.6B, Gemma-2's 2304 (no power of two), and the widest there is."""
+    from kernels.rms_norm import MAX_WIDTH, add_rms_norm, rms_norm
+
+    def both(W: int, dtype: torch.dtype, plus_one: bool, frozen: bool) -> None:
+        x, delta = randn(600, W, dtype=dtype, grad=True), randn(600, W, dtype=dtype, grad=True)
+        weight = randn(W, dtype=dtype, grad=not frozen)
+        keywords = {"eps": 1e-6, "plus_one": plus_one, "backend": "triton"}
+        backward(rms_norm(x, weight, **keywords))
+        backward(*add_rms_norm(x, delta, weight, **keywords))  # with the gradient that arrives through the sum
+        backward(add_rms_norm(x, delta, weight, **keywords)[0])
+
+    for W, frozen in itertools.product((128, 1024, 2304, 4096, MAX_WIDTH), (False, True)):
+        both(W, torch.bfloat16, False, frozen)
+    for dtype in FLOATS:
+        both(1024, dtype, True, False)
+    for dtype in (torch.float16, torch.float32):
+        both(MAX_WIDTH, dtype, False, False)
+    with odd_widths():
+        both(1023, torch.bfloat16, False, False)
+
+
+def rope() -> None:
+    """Heads of Qwen 2.5 (64, no norm), Qwen 3 (128), Gemma (256), and a quarter of a head turned (Qwen3-Next)."""
+    from kernels.rope import rope
+
+    def both(dtype: torch.dtype, H: int, K: int, D: int, R: int, norm: bool, plus_one: bool, frozen: bool) -> None:
+        q, k = randn(2, 40, H, D, dtype=dtype, grad=True), randn(2, 40, K, D, dtype=dtype, grad=True)
+        cos, sin = randn(1 + plus_one, 40, 1, R, dtype=dtype), randn(1 + plus_one, 40, 1, R, dtype=dtype)
+        weights = [randn(D, dtype=dtype, grad=not frozen) for _ in "qk"] if norm else [None, None]
+        keywords = {"q_weight": weights[0], "k_weight": weights[1], "plus_one": plus_one}
+        backward(*rope(q, k, cos, sin, backend="triton", **keywords))
+
+    qwen2, qwen3, gemma, part = (14, 2, 64, 64), (16, 8, 128, 128), (8, 4, 256, 256), (16, 2, 256, 64)
+    for dtype, plus_one in itertools.product(FLOATS, (False, True)):
+        both(dtype, *qwen3, True, plus_one, False)
+    for shape, norm, plus_one in ((qwen2, False, False), (qwen3, True, False), (gemma, True, True), (part, True, True)):
+        both(torch.bfloat16, *shape, norm, plus_one, True)
+    both(torch.bfloat16, *gemma, True, True, False)
+
+
+def glu() -> None:
+    from kernels.glu import glu
+
+    for dtype, activation in itertools.product(FLOATS, ("silu", "gelu_tanh")):
+        fused = randn(4, 2 * 3072, dtype=dtype, grad=True)  # two halves of one projection
+        backward(glu(fused[:, :3072], fused[:, 3072:], activation=activation, backend="triton"))
+    with odd_widths():
+        backward(glu(randn(4, 3071, grad=True), randn(4, 3071, grad=True), activation="silu", backend="triton"))
+
+
+def seq_logprob() -> None:
+    """Both GPU paths; with and without soft-cap; head frozen, trained, and with a gradient through the entropy."""
+    import kernels.seq_logprob as file
+
+    def all_ways(C: int, V: int, dtype: torch.dtype, **keywords) -> None:
+        hidden, weight, targets = randn(48, C, dtype=dtype, grad=True), randn(V, C, dtype=dtype), torch.arange(48)
+        keywords |= {"temperature": 0.7, "backend": "triton"}
+        with torch.no_grad():
+            file.token_logprob(hidden, weight, targets, **keywords)
+        backward(file.token_logprob(hidden, weight, targets, **keywords)[0])
+        backward(*file.token_logprob(hidden, weight.requires_grad_(), targets, **keywords))
+        backward(file.token_logprob(hidden, weight, targets, **keywords)[0])
+
+    middle = file.EPILOGUE_BELOW
+    for file.EPILOGUE_BELOW, softcap in itertools.product((0, 10**9), (None, 30.0)):  # 0: "rows", 10**9: "epilogue"
+        for dtype in FLOATS:
+            all_ways(64, 512, dtype, softcap=softcap)
+        with odd_widths():
+            all_ways(33, 515, torch.bfloat16, softcap=softcap)
+    file.EPILOGUE_BELOW = middle
+
+
+def nf4() -> None:
+    """Layers of real widths (16 divides K) in every dtype; another block size in one; odd sizes."""
+    from kernels.nf4 import dequantize_nf4, nf4_matmul, quantize_nf4
+
+    for double_quant, dtype in itertools.product((True, False), FLOATS):
+        q = quantize_nf4(randn(128, 1024), double_quant=double_quant)
+        dequantize_nf4(q, dtype, backend="triton")
+        for M in (1, 16, 32, 64) if dtype == torch.bfloat16 else (16, 64):
+            nf4_matmul(randn(M, 1024, dtype=dtype), q, backend="triton")
+    q = quantize_nf4(randn(128, 1024), block_size=128)
+    dequantize_nf4(q, backend="triton")
+    nf4_matmul(randn(16, 1024), q, backend="triton")
+    with odd_widths():
+        dequantize_nf4(quantize_nf4(randn(37, 27)), backend="triton")
+        nf4_matmul(randn(3, 96)[:, ::2], quantize_nf4(randn(33, 48)), backend="triton")
+
+
+def int8() -> None:
+    from kernels.int8 import dequantize_int8, int8_matmul, quantize_int8
+
+    for dtype in FLOATS:
+        q = quantize_int8(randn(128, 1024))
+        dequantize_int8(q, dtype, backend="triton")
+        for M in (1, 16, 32, 64) if dtype == torch.bfloat16 else (16, 64):
+            int8_matmul(randn(M, 1024, dtype=dtype), q, backend="triton")
+    with odd_widths():
+        q = quantize_int8(randn(33, 1021))
+        dequantize_int8(q, backend="triton")
+        int8_matmul(randn(3, 1021), q, backend="triton")
+
+
+def lessons() -> None:
+    """The slow versions of lessons 06, 08 and 15, in bf16: what their lessons speak of."""
+    from kernels.nf4 import quantize_nf4
+    from lessons.kernels import nf4_v2, nf4_v3, rms_norm_v1, rms_norm_v2, rms_norm_v3, seq_logprob_v3
+
+    q = quantize_nf4(randn(128, 1024))
+    for version in (nf4_v2, nf4_v3):
+        version.dequantize(q)
+    for version in (rms_norm_v1, rms_norm_v2, rms_norm_v3):
+        version.rms_norm(randn(4, 4096), randn(4096), eps=1e-6)
+    seq_logprob_v3.token_logprob(randn(48, 64), randn(512, 64), torch.arange(48))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "kernels/seq_logprob.py": seq_logprob,
+    "kernels/nf4.py": nf4,
+    "kernels/int8.py": int8,
+    "kernels/rms_norm.py": rms_norm,
+    "kernels/rope.py": rope,
+    "kernels/glu.py": glu,
+    "lessons/kernels/token_logp": token_logp,
+    "lessons/kernels": lessons,
+}
+
+# ----------------------------------------------------------------------------
+# from a call to launches, from a launch to a specialisation
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointer:
+    """What a specialisation reads of a tensor, without its memory: hundreds of launches are kept."""
+
+    dtype: torch.dtype
+    address: int
+    bytes: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def ptr_range(self) -> int:  # AMD: below 2 GB offsets fit in 32 bits
+        return self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch as the entry wrote it, with pointers for tensors."""
+
+    kernel: JITFunction
+    arguments: tuple
+    keywords: dict
+    case: str
+    may_spill: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One specialisation of one kernel for one target: what Triton would compile at that launch."""
+
+    kernel: JITFunction
+    target: str
+    signature: dict
+    constants: dict
+    attributes: dict
+    options: dict
+    case: str
+    may_spill: bool
+
+    @property
+    def name(self) -> str:
+        return full_name(self.kernel)
+
+    @property
+    def key(self) -> str:
+        return str((self.name, self.target, self.signature, self.constants, self.attributes, self.options))
+
+    @property
+    def label(self) -> str:
+        """What tells two rows of a kernel apart: types of pointers, constants, how many arguments divide by 16."""
+        arguments = [t for t in self.signature.values() if t != "constexpr"]
+        pointers = dict.fromkeys(t for t in arguments if str(t).startswith("*"))
+        constants = [f"{self.kernel.arg_names[path[0]]}={value}" for path, value in self.constants.items()]
+        options = [f"{name}={self.options[name]}" for name in ("num_warps", "num_stages") if name in self.options]
+        divisible = sum(map(bool, self.attributes.values()))
+        odd = " (may spill)" * self.may_spill
+        return f"{' '.join([*pointers, *constants, *options])} /16: {divisible} of {len(arguments)}{odd}"
+
+
+def full_name(kernel: JITFunction) -> str:
+    return f"{kernel.fn.__module__}.{kernel.fn.__qualname__}"
+
+
+def record(cases: dict[str, Callable[[], None]]) -> tuple[list[Launch], list[str]]:
+    """Run the cases with launches caught instead of made. What an entry computes in torch it computes; what a kernel
+    would have written is nan."""
+    launches, errors, current = [], [], ""
+
+    def caught(self, *arguments, grid, warmup, **keywords):
+        if callable(grid):
+            constants = {name: value for name, value in keywords.items() if name in self.arg_names}
+            grid = grid(dict(inspect.signature(self.fn).bind(*arguments, **constants).arguments))
+        if not all(isinstance(n, int) and n > 0 for n in grid):
+            raise ValueError(f"{full_name(self)}: got the grid {grid}, want positive ints")
+        arguments, keywords = [light(x) for x in arguments], {name: light(x) for name, x in keywords.items()}
+        launches.append(Launch(self, tuple(arguments), keywords, current, MAY_SPILL))
+
+    run, interpreted = JITFunction.run, choice.INTERPRETED
+    # choose() lets CPU tensors through where kernels are interpreted; nan, so that nothing depends on stale memory
+    JITFunction.run, choice.INTERPRETED = caught, True
+    torch.use_deterministic_algorithms(True)
+    try:
+        for current, case in cases.items():
+            try:
+                case()
+            except Exception as error:  # an entry that fails before its last launch has kernels nobody checks
+                errors.append(f"{current}: {type(error).__name__}: {error}")
+    finally:
+        JITFunction.run, choice.INTERPRETED = run, interpreted
+        torch.use_deterministic_algorithms(False)
+    return launches, errors
+
+
+def light(x: object) -> object:
+    return Pointer(x.dtype, x.data_ptr(), x.untyped_storage().nbytes()) if isinstance(x, torch.Tensor) else x
+
+
+def specialise(launch: Launch, target: str) -> Job:
+    """What JITFunction.run does before it compiles, for a target that is not there."""
+    backend = make_backend(TARGETS[target][0])
+    kernel, keywords = launch.kernel, dict(launch.keywords)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, options = binder(*launch.arguments, **keywords)
+    _, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialisation, options)
+    options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
+    return Job(kernel, target, signature, constants, attributes, options, launch.case, launch.may_spill)
+
+
+# ----------------------------------------------------------------------------
+# compile, and read what it takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    registers: int = 0  # a thread
+    shared: int = 0  # bytes a block
+    spills: int = 0  # bytes a thread
+    error: str = ""
+    seconds: float = 0.0
+
+
+def compile_job(job: Job) -> Result:
+    started, noise = time.perf_counter(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(noise):  # on an error Triton prints the whole PTX
+            source = ASTSource(job.kernel, job.signature, job.constants, job.attributes)
+            compiled = triton.compile(source, target=TARGETS[job.target][0], options=job.options)
+        registers, spills = resources(compiled.asm)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return Result(error=f"{type(error).__name__}: {text[:400]}", seconds=time.perf_counter() - started)
+    return Result(registers, compiled.metadata.shared, spills, "", time.perf_counter() - started)
+
+
+def resources(asm: dict) -> tuple[int, int]:
+    """Registers a thread, and what did not fit into them."""
+    if "amdgcn" in asm:
+        # the private segment is memory; a vgpr may also spill to an agpr, and an sgpr to a lane, which are registers
+        found = (re.search(rf"\.{k}:\s+(\d+)", asm["amdgcn"]) for k in ("vgpr_count", "private_segment_fixed_size"))
+        return tuple(int(match[1]) for match in found)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    # "Function name: REG:40 STACK:0 SHARED:64 LOCAL:0 ...": Triton's kernels have no arrays, so a stack is a spill
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run.stdout))
+    return int(usage["REG"]), max(int(usage["STACK"]), int(usage["LOCAL"]))
+
+
+def faults(job: Job, result: Result) -> list[str]:
+    limit = TARGETS[job.target][1]
+    if result.error:
+        return [result.error]
+    found = [f"spills: {result.spills} bytes a thread"] * (result.spills > 0 and not job.may_spill)
+    if result.shared > limit:
+        found.append(f"takes {result.shared} bytes of shared memory, {job.target} has {limit}")
+    return found
+
+
+# ----------------------------------------------------------------------------
+# no kernel escapes
+
+
+def kernels_of(module: types.ModuleType) -> dict[str, JITFunction]:
+    """The @triton.jit functions that a module defines (not those it imports)."""
+    found = vars(module).values()
+    return {full_name(f): f for f in found if isinstance(f, JITFunction) and f.fn.__module__ == module.__name__}
+
+
+def called_by(kernel: JITFunction) -> set[str]:
+    """Names of the @triton.jit functions that its body mentions."""
+    tree, scope = kernel.parse(), kernel.fn.__globals__
+    mentioned = [scope.get(node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return {full_name(f) for f in mentioned if isinstance(f, JITFunction)}
+
+
+def escaped(kernels: dict[str, JITFunction], launched: Iterable[str]) -> list[str]:
+    """Kernels that are neither launched nor called by one that is, however deep."""
+    reached, new = set(), set(launched)
+    while new:
+        reached |= new
+        new = {callee for name in new if name in kernels for callee in called_by(kernels[name])} - reached
+    return sorted(set(kernels) - reached)
+
+
+def modules() -> list[types.ModuleType]:
+    files = sorted([*(ROOT / "kernels").glob("*.py"), *(ROOT / "lessons" / "kernels").glob("*.py")])
+    dotted = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files if f.stem != "__init__"]
+    return [importlib.import_module(name) for name in dotted]
+
+
+# ----------------------------------------------------------------------------
+# CUDA C++
+
+
+def compile_cuda(target: str) -> list[tuple[str, Result]]:
+    """kernels/*.cu through nvcc; (file: kernel, result) each. Only what stands outside of the binding to torch is
+    compiled, which needs neither torch's headers nor a minute."""
+    out = []
+    for file in sorted((ROOT / "kernels").glob("*.cu")):
+        started = time.perf_counter()
+        command = ["nvcc", "-cubin", "-O3", "-std=c++17", "-Xptxas", "-v", f"-arch={target}", "-o", os.devnull, file]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            out.append((file.name, Result(error=" ".join(run.stderr.split())[:400])))
+            continue
+        for name, facts in re.findall(r"Compiling entry function '(\w+)'(.*?Used [^\n]*)", run.stderr, re.DOTALL):
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill", facts)))
+            registers = int(re.search(r"Used (\d+) registers", facts)[1])
+            shared = int((re.search(r"(\d+) bytes smem", facts) or [0, 0])[1])
+            out.append((f"{file.name}: {name}", Result(registers, shared, spills, "", time.perf_counter() - started)))
+    return out
+
+
+# ----------------------------------------------------------------------------
+
+
+def gate(
+    cases: dict[str, Callable[[], None]], sources: list[types.ModuleType], targets: list[str], only: str = ""
+) -> list[str]:
+    """Record, compile, print a row each; returns what is wrong, one line each."""
+    launches, failures = record(cases)
+    kernels = {name: f for module in sources for name, f in kernels_of(module).items() if only in name}
+    launches = [launch for launch in launches if only in full_name(launch.kernel)]
+    failures += [f"{name}: no case launches it" for name in escaped(kernels, {full_name(x.kernel) for x in launches})]
+    unique = {}
+    for launch in launches:
+        for target in targets:
+            try:
+                job = specialise(launch, target)
+            except Exception as error:
+                failures.append(f"{full_name(launch.kernel)} for {target}: {type(error).__name__}: {error}")
+            else:
+                if job.key not in unique or unique[job.key].may_spill:
+                    unique[job.key] = job
+    global JOBS
+    JOBS = sorted(unique.values(), key=lambda job: (job.name, job.label, job.target))
+    print(f"{len(launches)} launches, {len(JOBS)} kernels to compile, triton {triton.__version__}", flush=True)
+    context, excused, rows = multiprocessing.get_context("fork"), set(), {}  # fork: a JITFunction cannot be pickled
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        for job, result in zip(JOBS, pool.map(_compile, range(len(JOBS))), strict=True):
+            if rows and (job.name,) != next(iter(rows))[:1]:  # the kernel before is complete
+                show(list(rows.values()), targets)
+                rows.clear()
+            row = rows.setdefault((job.name, job.label, str(job.signature)), {"job": job, "notes": []})
+            row[job.target] = result
+            wrong, excuse = faults(job, result), EXCUSED.get((job.name, job.target))
+            if wrong and excuse:
+                excused.add((job.name, job.target))
+                row["notes"].append(f"{job.target} excused: {excuse}")
+            elif wrong:
+                failures += [f"{job.name} for {job.target} [{job.label}, from {job.case}]: {w}" for w in wrong]
+                row["notes"] += [f"{job.target} {w[:100]}" for w in wrong]
+    show(list(rows.values()), targets)
+    needless = [pair for pair in EXCUSED if pair[0] in kernels and pair[1] in targets and pair not in excused]
+    return failures + [f"{name} for {target}: is excused and compiles; delete the excuse" for name, target in needless]
+
+
+def show(rows: list[dict], targets: list[str]) -> None:
+    """The table of one kernel, a row for each specialisation: registers a thread, shared bytes a block, spills."""
+    for i, row in enumerate(rows):
+        job, cells = row["job"], ""
+        if i == 0:
+            print(f"\n{job.name}\n  " + "".join(f"{t + ' regs shared spill':>26}" for t in targets))
+        for result in (row.get(t) for t in targets):
+            cell = (
+                "-" if result is None or result.error else f"{result.registers} {result.shared:>6} {result.spills:>5}"
+            )
+            cells += f"{cell:>26}"
+        print(f"  {cells}  {job.label}" + "".join(f"\n{'':6}{note}" for note in row["notes"]), flush=True)
+
+
+JOBS: list[Job] = []  # read by the forked workers
+
+
+def _compile(index: int) -> Result:
+    return compile_job(JOBS[index])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", default="", metavar="SUBSTRING", help="run only the cases whose name holds this")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="kernels whose full name holds this")
+    parser.add_argument("--targets", default=",".join(TARGETS), metavar="LIST", help=f"some of {','.join(TARGETS)}")
+    options = parser.parse_args(arguments)
+    targets = options.targets.split(",")
+    if unknown := [t for t in targets if t not in TARGETS]:
+        parser.error(f"got the target {unknown[0]!r}, want some of {', '.join(TARGETS)}")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    cases = {name: case for name, case in CASES.items() if options.case in name}
+    failures = gate(cases, modules(), targets, options.only)
+    for target in [t for t in targets if t.startswith("sm_")] * bool(list((ROOT / "kernels").glob("*.cu"))):
+        if not shutil.which("nvcc"):
+            print(f"\nCUDA C++ for {target}: not compiled, there is no nvcc on this machine")
+            continue
+        for name, result in compile_cuda(target) if not options.only or "cu" in options.only else []:
+            print(f"\n{name}\n  {target:<8}{result.registers:>9} {result.shared:>8} {result.spills:>7}")
+            wrong = [result.error] * bool(result.error) + [f"spills: {result.spills} bytes"] * (result.spills > 0)
+            failures += [f"{name} for {target}: {w}" for w in wrong]
+    print(f"\n{time.perf_counter() - started:.0f} s; " + ("all good" if not failures else f"{len(failures)} failures"))
+    for failure in failures:
+        print(f"FAIL {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
