@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at every @triton.jit, when kernels are imported
@@ -18,6 +18,9 @@ exact_bf16()
 torch.set_num_threads(1)  # test tensors are tiny: threads only cost, and sums over them may differ in the last bit
 
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)  # the same cases every run
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate]
+)  # no shrinking
 settings.register_profile("deep", max_examples=500, deadline=None)  # HYPOTHESIS_PROFILE=deep, by hand or nightly
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
