@@ -13,7 +13,7 @@ reason. Peers get the very same tensors, and how far their result is from ours i
 On a CPU it prints the floors of an H100 (3.0 TB/s, 790 TFLOP/s, assumed), and no time. What a CPU can measure is
 memory: --memory scores 8192 tokens at V = 151,936 in a process of its own and reads its peak (some minutes).
 
-Run: python benchmarks/kernels.py [--only SUBSTRING] [--seconds 240] [--no-compile] [--out FOLDER] [--memory]
+Run: python benchmarks/kernels.py [--only SUBSTRING] [--seconds 600] [--no-compile] [--out FOLDER] [--memory]
 Writes kernels_DATE_GPU.json into --out and prints a Markdown table. Tests: tests/test_benchmarks.py
 Letters as in kernels/.
 """

@@ -44,3 +44,11 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
             "got backend 'triton' and tensors on the CPU, want a GPU, or TRITON_INTERPRET=1 set before Python starts"
         )
     return backend
+
+
+def same_device(**tensors: torch.Tensor | None) -> None:
+    """Raises ValueError when tensors, given by name, live on several devices: a kernel would read foreign memory."""
+    places = {name: str(x.device) for name, x in tensors.items() if x is not None}
+    if len(set(places.values())) > 1:
+        listed = ", ".join(f"{name} on {place}" for name, place in places.items())
+        raise ValueError(f"got {listed}, want one device; move them with .to()")

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, same_device, tl, triton
 
 # 1024 numbers on 128 threads are 8 each: one load of 16 bytes in bf16. 16 such programs fill a multiprocessor's 2048
 # threads, with 64 KB in flight, three times what hides the latency of an H100's memory.
@@ -180,6 +180,7 @@ def glu(gate: Tensor, up: Tensor, *, activation: str, backend: str | None = None
         raise ValueError(f"got gate {tuple(gate.shape)} and up {tuple(up.shape)}, want one shape (..., F), F > 0")
     if gate.dtype != up.dtype or not gate.is_floating_point():
         raise ValueError(f"got gate {gate.dtype} and up {up.dtype}, want one float dtype; cast with .to(gate.dtype)")
+    same_device(gate=gate, up=up)
     chosen = choose(backend, gate)
     if chosen == "triton" and gate.dtype not in DTYPES:
         if backend is not None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, same_device, tl, triton
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 2**19  # weights handled at a time: an fp32 copy of a chunk is 2 MB, whatever the size of the tensor
@@ -55,6 +55,7 @@ class Int8Tensor:
                 f"got codes {tuple(codes.shape)} {codes.dtype} and scale {tuple(scale.shape)} {scale.dtype}, want "
                 "contiguous (N, K) int8 and (N,) float32; do both come from one matrix?"
             )
+        same_device(codes=codes, scale=scale)
 
     @property
     def shape(self) -> torch.Size:
@@ -264,7 +265,7 @@ def int8_matmul(x: Tensor, q: Int8Tensor, *, backend: str | None = None) -> Tens
     x        (M, K) bfloat16, float16 or float32; carries a gradient
     q        an Int8Tensor (N, K)
     backend  "torch" | "triton" | None = triton on a GPU, else torch
-    returns  (M, N) in x's dtype; differentiable in x
+    returns  (M, N) in x's dtype; differentiable in x. Not made for autocast, which knows the torch path alone
 
     With triton and M <= 64 weights are decoded on the fly, and a row of the result has the same bits whatever the other
     rows are and however many. Beyond, and where 16 does not divide K, they are decoded into memory first, as in torch.

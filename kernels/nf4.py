@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, same_device, tl, triton
 
 # Quantiles of N(0, 1), scaled to reach exactly -1, 0 and 1: arXiv:2305.14314, appendix E, at fp32 precision.
 NF4 = (
@@ -109,12 +109,14 @@ class NF4Tensor:
             want |= {"offset": (1, torch.float32)}
         for name, (count, dtype) in want.items():
             x = getattr(self, name)
-            if x is None or x.numel() != count or x.dtype != dtype or not x.is_contiguous():
+            flat = x is not None and (x.ndim == 1 or name in ("codes", "offset"))  # (n, 1) and () are what files hold
+            if not flat or x.numel() != count or x.dtype != dtype or not x.is_contiguous():
                 got = "nothing" if x is None else f"{tuple(x.shape)} {x.dtype}, strides {x.stride()}"
                 raise ValueError(
                     f"got {got} for {name} of {tuple(self.shape)} weights in blocks of {self.block_size}, "
                     f"want {count} contiguous numbers of {dtype}; do all parts come from one tensor?"
                 )
+        same_device(**self.tensors)
 
     @property
     def nested(self) -> bool:
@@ -372,10 +374,10 @@ def _dequantize_triton(q: NF4Tensor, out: Tensor) -> Tensor:
 @cache
 def _extension():
     """kernels/nf4.cu, compiled at its first use and then kept in torch's folder for extensions."""
-    from torch.utils.cpp_extension import CUDA_HOME, load  # here, because it looks for a compiler
+    from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available, load  # here: it looks for a compiler
 
-    if CUDA_HOME is None:
-        raise ValueError("got backend 'cuda' and no nvcc, want CUDA's compiler on the PATH; or leave backend out")
+    if CUDA_HOME is None or not is_ninja_available():
+        raise ValueError("got backend 'cuda' without nvcc or ninja, want both on the PATH; or leave backend out")
     return load("nanogspo_nf4", [str(Path(__file__).with_suffix(".cu"))], extra_cuda_cflags=["-O3"])
 
 
@@ -520,7 +522,7 @@ def nf4_matmul(x: Tensor, q: NF4Tensor, *, backend: str | None = None) -> Tensor
     x        (M, K) bfloat16, float16 or float32; carries a gradient
     q        an NF4Tensor of shape (N, K)
     backend  "torch" | "triton" | None = triton on a GPU, else torch
-    returns  (M, N) in x's dtype; differentiable in x
+    returns  (M, N) in x's dtype; differentiable in x. Not made for autocast, which knows the torch path alone
 
     With triton and M <= 64 weights are decoded on the fly, and a row of the result has the same bits whatever the other
     rows are and however many. Beyond, and where 16 does not divide K, they are decoded into memory first, as in torch.

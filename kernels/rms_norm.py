@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, same_device, tl, triton
 
 # Numbers a program holds of one tensor. 4096 on 256 threads are 16 each, two loads of 16 bytes in bf16; backward keeps
 # four or five tensors in fp32, 64 to 80 registers a thread (about 120 with dweight). Narrow rows share a program (W =
@@ -257,6 +257,7 @@ def _check(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, backend:
         raise ValueError(f"got x, delta or weight of dtypes {words}, want one float dtype; cast with .to(x.dtype)")
     if not eps > 0:
         raise ValueError(f"got eps {eps}, want a number above 0, as in the checkpoint's config.json (1e-6)")
+    same_device(x=x, delta=delta, weight=weight)
     chosen = choose(backend, x)
     if chosen == "triton" and (x.dtype not in DTYPES or len(weight) > MAX_WIDTH):
         if backend is None:

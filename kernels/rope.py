@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, same_device, tl, triton
 from kernels.rms_norm import rms_norm_reference
 
 # Numbers a program holds of one tensor: 16 heads of 128, or 8 of 256. 2048 on 128 threads are 16 each; backward keeps
@@ -391,6 +391,7 @@ def rope(
         raise ValueError(f"got dtypes {words} among q, k, cos, sin and weights, want one float dtype; use .to(q.dtype)")
     if weights and not eps > 0:
         raise ValueError(f"got eps {eps}, want a number above 0, as in the checkpoint's config.json (1e-6)")
+    same_device(q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
     chosen = choose(backend, q)
     if chosen == "triton" and q.dtype not in DTYPES:
         if backend is not None:

@@ -18,7 +18,8 @@ ratio at 3e-4:
     is (1) with nothing cancelled: at p_y = 1 - 1e-8 the fp32 form of (1) rounds to 0, (3) gives -1e-8. It needs no
     second case: far below the maximum log_sigmoid(x) is x, which is (1) again, and exp never sees a large number.
   * the gradient of the target's logit is formed as -expm1(logp), never as 1 - p_y, for the same reason. Most sampled
-    tokens are confident ones; the subtraction costs up to 38 % of their gradient in fp32, and all of it in bf16.
+    tokens are confident ones: the subtraction costs 3 % of their gradient in fp32 at 1 - p_y = 1e-6 and all of it below
+    3e-8; in bf16 all of it from p_y = 0.998 on.
   * where the head is frozen (LoRA), the gradient is the same direction G[n] whatever the loss turns out to be,
 
         G[n] = d logp[n] / d hidden[n] = (1 - p_y) d_y weight[y] - sum_{v != y} p_v d_v weight[v]   (4)
@@ -61,7 +62,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, pad
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, same_device, tl, triton
 
 IGNORE = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
 
@@ -76,11 +77,11 @@ ALIGN = 16  # rows and columns: MKL gave rows of 9, 33 and 34 fp32 other bits by
 # give the second product, (2048, V) @ (V, C), 128 output tiles of 128 x 128 for the 132 processors at C = 1024.
 ROWS, COLUMNS = 2048, 8192
 
-# Which of the two GPU paths. The epilogue saves the 12 bytes a logit that fp32 logits cost on their way to memory and
-# back, whatever C is: 5.7 ms of an H100 at N = 8192, V = 151936. Its product is Triton's, some 450 to 550 TFLOP/s
-# against 700 of cuBLAS, which costs 1.0 to 2.0 ms for each 1024 of C: the two meet between C = 2900 and 5900.
-# Arithmetic, not a measurement.
-EPILOGUE_BELOW = 4096
+# Which of the two GPU paths. The epilogue saves the 8 bytes a logit that fp32 logits cost on their way to memory and
+# back, whatever C is: 3.3 ms of an H100 (3.0 TB/s) at N = 8192, V = 151936. Its product is Triton's, some 450 to 550
+# TFLOP/s against 700 of cuBLAS, which costs 1.0 to 2.0 ms for each 1024 of C: the two meet between C = 1700 and 3400.
+# Arithmetic, not a measurement; benchmarks/kernels.py times both.
+EPILOGUE_BELOW = 3072
 
 UNDERFLOW = -1000.0  # exp(-1000) is exactly 0 in fp32 and fp64: a floor that changes nothing, except -inf * 0 = nan
 FAR = 60.0  # exp(60) * 256k tokens * their weights stays below 3e38. A sampled token never has a logp of -60
@@ -127,7 +128,8 @@ def _dtypes(hidden: Tensor, weight: Tensor, options: _Options) -> tuple[torch.dt
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b in the dtype of `out`, and in its memory where torch can. (Autocast does not reach calls with out=.)"""
     if a.dtype != out.dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype)  # (r, v) a CPU has no such product: there the operands are widened
+        # (r, v) a CPU has no such product: there the operands are widened
+        return torch.mm(a, b, out=out, out_dtype=out.dtype)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # (r, v)
 
 
@@ -327,8 +329,8 @@ def _backward(
 # Path "epilogue": a matrix product whose programs turn their logits into exp(z - shift) before anything is written.
 #
 # Floor for N = 8192, V = 151936, C = 1024: each product 2.5e12 operations, 3.2 ms at the 790 TFLOP/s an H100 does.
-# Bytes a logit: "rows" writes 4, reads 4 (twice, the second time from the cache), writes and reads 2 of e; "epilogue"
-# writes and reads 2, under the product. GPU speed: not measured.
+# Bytes a logit to and from memory: "rows" writes 4 and reads 4 (and 4 more out of the cache), then writes and reads 2
+# of e; "epilogue" writes and reads 2, under the product. GPU speed: not measured.
 #
 # Without gradients the same binary runs, told by a number (stored_rows = 0) to leave out its stores. A constexpr would
 # make a second binary, and the compiler could order its additions differently: the first ratio would not be 1.
@@ -338,14 +340,14 @@ ROW_BLOCK = 4096  # logits of a row in one step of _fold_kernel: 32 fp32 registe
 STEP = 1024  # numbers of a row that _shift_kernel and _reduce_kernel take at a time, 8 in each of 128 threads
 
 # Rows, columns and depth of an _epilogue_kernel program, its warps and pipeline stages, by bytes of an operand and
-# soft-cap. Registers decide: a thread has 255, compiled for sm_80 and sm_90 none of these spills.
-#   bf16          128 x 256 sums are 128 registers in each of 256 threads; a depth of 64 would spill four of them.
-#                 98 KB of shared memory; an MI300 has 64 for a program, so there it would need 2 stages.
-#   with soft-cap the slope needs the dot products until the end, beside e: half as many sums. 98 KB of shared memory.
-#   fp32          no tensor cores without rounding to tf32: for completeness and for tests.
+# soft-cap. Registers decide: a thread has 255. Compiled for sm_80 and sm_90 by Triton 3.6, 3.7 and 3.9 none of these
+# spills; 128 x 256 in 8 warps would read less, and spills 88 bytes on sm_80 with 3.6 and 3.7.
+#   bf16          98 KB of shared memory; on an MI300 the 64 KB that a program may have there
+#   with soft-cap the slope needs the dot products until the end, beside e: the sums are spread over twice the warps
+#   fp32          no tensor cores without rounding to tf32: for completeness and for tests
 PRODUCT = {
-    (2, False): (128, 256, 32, 8, 4),
-    (2, True): (128, 128, 64, 8, 3),
+    (2, False): (128, 128, 64, 8, 3),
+    (2, True): (128, 128, 64, 16, 3),
     (4, False): (64, 64, 32, 4, 3),
     (4, True): (64, 64, 32, 4, 3),
 }
@@ -612,7 +614,7 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -
 
 class _TokenLogprob(torch.autograd.Function):
     """Saves hidden (N, C), weight (V, C), targets and four floats a row: 24 bytes a token besides what exists. With a
-    frozen head also G, (N, C) in bf16 or fp32."""
+    frozen head also G, (N, C) in bf16 or fp32; hidden is then kept only for a gradient through the entropy."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, options):
@@ -643,10 +645,10 @@ class _TokenLogprob(torch.autograd.Function):
 
 
 def _path(hidden: Tensor, weight: Tensor, backend: str | None) -> str:
-    wide = torch.float64 in (hidden.dtype, weight.dtype)
+    wide, chosen = torch.float64 in (hidden.dtype, weight.dtype), choose(backend, hidden)
     if wide and backend == "triton":
         raise ValueError("got float64 with backend 'triton', want float32 or less; use backend='torch'")
-    if wide or choose(backend, hidden) == "torch":
+    if wide or chosen == "torch":
         return "torch"
     return "epilogue" if hidden.shape[1] < EPILOGUE_BELOW else "rows"
 
@@ -686,12 +688,13 @@ def token_logprob(
     gradients in forward, Liger and Unsloth; the exp in the epilogue, QuACK, with the target's logit for its shift.
     Elsewhere: TRL kernels/chunked_logprob.py; verl FusedLinearForPPO (returns bf16); Liger fused_linear_cross_entropy.
     """
-    V = len(weight)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, targets))
         raise ValueError(
             f"got hidden, weight, targets of shapes {shapes}, want (N, C), (V, C), (N,); check the reshape"
         )
+    same_device(hidden=hidden, weight=weight, targets=targets)
+    V = len(weight)
     if not (hidden.is_floating_point() and weight.is_floating_point()) or targets.dtype not in (
         torch.int32,
         torch.int64,
@@ -756,12 +759,17 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Raises ValueError when cu_seqlens does not cut the row from end to end.
     """
+    if values.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = f"values {tuple(values.shape)} and cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        raise ValueError(f"got {got}, want (S,) and (N + 1,) of int32 or int64; build cu_seqlens with cumsum")
+    same_device(values=values, cu_seqlens=cu_seqlens)
     S = len(values)
     cuts = cu_seqlens.tolist()
     if cuts[:1] != [0] or cuts[-1] != S or any(a > b for a, b in zip(cuts, cuts[1:], strict=False)):
         shown = cuts if len(cuts) <= 8 else f"{cuts[:4]} … {cuts[-4:]}".replace("] … [", ", …, ")
         raise ValueError(f"got cu_seqlens {shown}, want it to rise from 0 to {S} (the tokens); build it with cumsum")
     # fp64, one token after another: 4096 fp32 additions would lose 1e-6 of the sum, and a padded or a cumulative sum
-    # gives a sequence other bits when its neighbours change
-    sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)  # (N,)
-    return sums.to(values.dtype)  # (N,)
+    # gives a sequence other bits when its neighbours change. A column, because a GPU sums 1-D segments as a tree
+    column = values.double()[:, None]  # (S, 1)
+    sums = torch.segment_reduce(column, "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)  # (N, 1)
+    return sums.squeeze(1).to(values.dtype)  # (N,)

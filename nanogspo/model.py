@@ -196,6 +196,7 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = norm()
 
     def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        # The sum after the MLP could be fused with the next block's norm, for a second tensor kept between blocks
         mixed = self.self_attn(self.input_layernorm(x), *attention_arguments)  # (B, T, C)
         if not self.post_norms:
             h, x = self.post_attention_layernorm.add(x, mixed)  # (B, T, C) twice

@@ -236,12 +236,14 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
         kind, nested = facts["quant_type"], facts.get("nested_blocksize", NESTED)
         if not all(type(n) is int and n > 0 for n in (*shape, block_size, nested)):
             raise TypeError("sizes are positive integers")
+        if offset is not None and not offset.isfinite():
+            raise TypeError("nested_offset is a finite number")
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{name}.{RECORD} is no record of a packed weight ({e!r}); fetch the file again") from e
     if kind != "nf4" or nested != NESTED:
         raise ValueError(f"{name} is {kind} with scales in blocks of {nested}, want nf4 with {NESTED}")
     parts = ["absmax", "quant_map"] + ([] if offset is None else ["nested_absmax", "nested_quant_map"])
-    missing = [f"{name}.{part}" for part in parts if part not in tensors]
+    missing = [f"{name}.{part}" if part != "weight" else name for part in ["weight", *parts] if part not in tensors]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
     absmax, codebook, *scales = (tensors[part] for part in parts)
@@ -252,6 +254,7 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
     # bnb_4bit_quant_storage may have called these bytes bf16 or float32
     codes = tensors["weight"].view(-1).view(torch.uint8).view(-1, 1)  # (ceil(n / 2), 1)
     try:
+        offset = None if offset is None else offset.to(codes.device)
         return NF4Tensor(codes, absmax, shape, dtype, block_size, codebook, *scales, offset=offset)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e

@@ -10,6 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.backend import INTERPRETED, choose, tl, triton
+from kernels.glu import glu
+from kernels.int8 import Int8Tensor
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.zeros(1)
@@ -28,6 +32,21 @@ def test_none_is_triton_on_a_gpu():
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match=r"got backend 'cuda', want 'torch', 'triton' or None"):
         choose("cuda", CPU)
+
+
+def test_tensors_on_two_devices_are_refused():
+    """By every entry, before a kernel reads the memory of another device."""
+    x, weight, elsewhere = torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4, device="meta")
+    q, cos = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4, device="meta")
+    for call, text in (
+        (lambda: rms_norm(x, weight.to("meta"), eps=1e-6), "x on cpu, weight on meta"),
+        (lambda: add_rms_norm(x, elsewhere, weight, eps=1e-6), "x on cpu, delta on meta, weight on cpu"),
+        (lambda: glu(x, elsewhere, activation="silu"), "gate on cpu, up on meta"),
+        (lambda: rope(q, q, cos, cos), "q on cpu, k on cpu, cos on meta, sin on meta"),
+        (lambda: Int8Tensor(x.to(torch.int8), torch.ones(2, device="meta")), "codes on cpu, scale on meta"),
+    ):
+        with pytest.raises(ValueError, match=f"got {text}, want one device; move them with"):
+            call()
 
 
 def run(code: str, **environment: str) -> str:

@@ -26,6 +26,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.cpp_extension import is_ninja_available
 
 from kernels import nf4 as module
 from kernels.nf4 import NF4Tensor, dequantize_nf4, nf4_matmul, quantize_nf4
@@ -540,6 +541,8 @@ def test_cuda_compiles_without_spills(target, tmp_path):
     assert max(registers) <= 40  # 6 blocks of 256 threads share the 65,536 registers of a multiprocessor
 
 
+@NEEDS_NVCC
+@pytest.mark.skipif(not is_ninja_available(), reason="there is no ninja on the PATH")
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -602,6 +605,12 @@ def test_finds_nan_in_a_later_chunk():
         ({"block_size": 65}, "got block size 65"),
         ({"block_size": 128}, "for absmax"),
         ({"shape": (3, 65)}, "for codes"),
+        ({"absmax": torch.zeros(1, 3, dtype=torch.uint8)}, r"got \(1, 3\) .* for absmax"),  # a grid of one program
+        ({"absmax2": torch.zeros(1, 1)}, r"got \(1, 1\) .* for absmax2"),
+        (
+            {"codebook": torch.zeros(16, device="meta")},
+            "codes on cpu, absmax on cpu, codebook on meta, .*want one device",
+        ),
     ],
 )
 def test_says_which_part_does_not_fit(change, text):

@@ -688,6 +688,15 @@ def test_little_is_saved_for_backward():
             "got float64 with backend 'triton', want float32",
         ),
         ({"weight": torch.zeros(3, 5)}, r"shapes \(2, 3\), \(3, 5\)"),
+        ({"weight": torch.zeros(())}, r"shapes \(2, 3\), \(\)"),
+        (
+            {"weight": torch.zeros(5, 3, device="meta")},
+            "got hidden on cpu, weight on meta, targets on cpu, want one device",
+        ),
+        (
+            {"backend": "tritn", "weight": torch.zeros(5, 3).double()},
+            "got backend 'tritn', want 'torch', 'triton' or None",
+        ),
         ({"temperature": 0.0}, "got temperature 0.0, want a number above 0"),
         ({"temperature": math.nan}, "got temperature nan"),
         ({"softcap": 0.0}, "got softcap 0.0, want a number above 0; pass None"),
@@ -704,6 +713,14 @@ def test_says_what_is_wrong(change, text):
 def test_cu_seqlens_must_cut_the_whole_row(cuts):
     with pytest.raises(ValueError, match=r"want it to rise from 0 to 3 \(the tokens\)"):
         sequence_sums(torch.zeros(3), torch.tensor(cuts, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("cuts", [torch.tensor(3), torch.tensor([0.0, 3.0]), torch.tensor([0, 3], dtype=torch.int16)])
+def test_cu_seqlens_are_integers_in_a_row(cuts):
+    with pytest.raises(
+        ValueError, match=r"got values \(3,\) and cu_seqlens .*, want \(S,\) and \(N \+ 1,\) of int32 or int64"
+    ):
+        sequence_sums(torch.zeros(3), cuts)
 
 
 def test_backend_torch_is_the_default():

@@ -69,9 +69,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 # (kernel, target) -> why it need not compile there. Printed with every run; an entry that is not needed is an error.
-EXCUSED: dict[tuple[str, str], str] = {
-    ("kernels.seq_logprob._epilogue_kernel", "gfx942"): "its tiles are for 163 KB; a launch there is refused by Triton",
-}
+EXCUSED: dict[tuple[str, str], str] = {}
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -229,6 +227,27 @@ def lessons() -> None:
     seq_logprob_v3.token_logprob(randn(48, 64), randn(512, 64), torch.arange(48))
 
 
+def decode() -> None:
+    """One row, token, key head: a 1 is a constant to Triton, so these are other kernels, and rollouts launch them."""
+    from kernels.glu import glu
+    from kernels.int8 import int8_matmul, quantize_int8
+    from kernels.nf4 import nf4_matmul, quantize_nf4
+    from kernels.rms_norm import add_rms_norm, rms_norm
+    from kernels.rope import rope
+    from kernels.seq_logprob import token_logprob
+
+    x, weight = randn(1, 1, 1024), randn(1024)
+    rms_norm(x, weight, eps=1e-6, backend="triton")
+    add_rms_norm(x, x, weight, eps=1e-6, backend="triton")
+    for B, K in ((1, 8), (1, 1), (3, 1)):
+        cos, w = randn(B, 1, 1, 128), randn(128)
+        rope(randn(B, 1, 16, 128), randn(B, 1, K, 128), cos, cos, q_weight=w, k_weight=w, backend="triton")
+    glu(randn(1, 1, 3072), randn(1, 1, 3072), activation="silu", backend="triton")
+    nf4_matmul(randn(1, 1024), quantize_nf4(randn(1, 1024)), backend="triton")
+    int8_matmul(randn(1, 1024), quantize_int8(randn(1, 1024)), backend="triton")
+    token_logprob(randn(1, 64), randn(512, 64), torch.zeros(1, dtype=torch.int64), backend="triton")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "kernels/seq_logprob.py": seq_logprob,
     "kernels/nf4.py": nf4,
@@ -236,6 +255,7 @@ CASES: dict[str, Callable[[], None]] = {
     "kernels/rms_norm.py": rms_norm,
     "kernels/rope.py": rope,
     "kernels/glu.py": glu,
+    "decode": decode,
     "lessons/kernels/token_logp": token_logp,
     "lessons/kernels": lessons,
 }
@@ -463,13 +483,20 @@ def compile_cuda(target: str) -> list[tuple[str, Result]]:
 
 
 def gate(
-    cases: dict[str, Callable[[], None]], sources: list[types.ModuleType], targets: list[str], only: str = ""
+    cases: dict[str, Callable[[], None]],
+    sources: list[types.ModuleType],
+    targets: list[str],
+    only: str = "",
+    all_cases: bool = True,
 ) -> list[str]:
-    """Record, compile, print a row each; returns what is wrong, one line each."""
+    """Record, compile, print a row each; returns what is wrong, one line each. all_cases: none was left out, so that a
+    kernel without a launch has no case, and an excuse that nothing needed is none."""
     launches, failures = record(cases)
     kernels = {name: f for module in sources for name, f in kernels_of(module).items() if only in name}
     launches = [launch for launch in launches if only in full_name(launch.kernel)]
-    failures += [f"{name}: no case launches it" for name in escaped(kernels, {full_name(x.kernel) for x in launches})]
+    if all_cases:
+        launched = {full_name(x.kernel) for x in launches}
+        failures += [f"{name}: no case launches it" for name in escaped(kernels, launched)]
     unique = {}
     for launch in launches:
         for target in targets:
@@ -492,14 +519,17 @@ def gate(
             row = rows.setdefault((job.name, job.label, str(job.signature)), {"job": job, "notes": []})
             row[job.target] = result
             wrong, excuse = faults(job, result), EXCUSED.get((job.name, job.target))
-            if wrong and excuse:
+            memory = [w for w in wrong if "shared memory" in w]  # nothing else can be excused
+            if memory and excuse:
                 excused.add((job.name, job.target))
                 row["notes"].append(f"{job.target} excused: {excuse}")
-            elif wrong:
+                wrong = [w for w in wrong if w not in memory]
+            if wrong:
                 failures += [f"{job.name} for {job.target} [{job.label}, from {job.case}]: {w}" for w in wrong]
                 row["notes"] += [f"{job.target} {w[:100]}" for w in wrong]
     show(list(rows.values()), targets)
-    needless = [pair for pair in EXCUSED if pair[0] in kernels and pair[1] in targets and pair not in excused]
+    unused = (pair for pair in EXCUSED if pair[0] in kernels and pair[1] in targets and pair not in excused)
+    needless = list(unused) if all_cases else []
     return failures + [f"{name} for {target}: is excused and compiles; delete the excuse" for name, target in needless]
 
 
@@ -537,7 +567,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     started = time.perf_counter()
     cases = {name: case for name, case in CASES.items() if options.case in name}
-    failures = gate(cases, modules(), targets, options.only)
+    failures = gate(cases, modules(), targets, options.only, all_cases=not options.case)
     for target in [t for t in targets if t.startswith("sm_")] * bool(list((ROOT / "kernels").glob("*.cu"))):
         if not shutil.which("nvcc"):
             print(f"\nCUDA C++ for {target}: not compiled, there is no nvcc on this machine")

@@ -1199,8 +1199,8 @@ GROUPS = [
             ("targets != IGNORE", "targets != -1", "IGNORE is not ignored"),
             ("values.double()", "values", "sums of answers in fp32"),
             (
-                'sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)',
-                "sums = torch.cat([values.new_zeros(1), values.cumsum(0)])[cu_seqlens.long()].diff()",
+                'sums = torch.segment_reduce(column, "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)',
+                "sums = torch.cat([values.new_zeros(1), values.cumsum(0)])[cu_seqlens.long()].diff()[:, None]",
                 "cumulative sum: bits depend on neighbours",
             ),
         ],
