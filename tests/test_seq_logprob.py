@@ -224,7 +224,7 @@ def test_frozen_head_is_exact_in_float64(case, seed, with_entropy):
 def test_two_products_and_one_gradient_are_kept(dtype, stored):
     """No gradient: one product. Frozen head: two, and none in backward. Trained: one, and three. What stays is G."""
     dtype, stored = getattr(torch, dtype), getattr(torch, stored)
-    weight, targets = torch.randn(5, 3).to(dtype), torch.tensor([0, 4, 2])
+    weight, targets = torch.randn(5, 16).to(dtype), torch.tensor([0, 4, 2])
 
     def count(run):
         with (
@@ -235,7 +235,7 @@ def test_two_products_and_one_gradient_are_kept(dtype, stored):
         return x.call_count + y.call_count, out
 
     for frozen in (True, False):
-        hidden = torch.randn(3, 3).to(dtype).requires_grad_()
+        hidden = torch.randn(3, 16).to(dtype).requires_grad_()
         head = weight.clone().requires_grad_(not frozen)
         with torch.no_grad():
             assert count(lambda h=hidden, w=head: token_logprob(h, w, targets))[0] == 1

@@ -34,8 +34,9 @@ few = settings(max_examples=4)  # an example takes 0.1 to 0.3 s in the interpret
 
 
 def small(path, **changes):
-    """4 or 16 rows and 32 columns at a time, tiles of 16: 17 rows and 33 tokens already need two of everything."""
-    tiles = dict.fromkeys(module.PRODUCT, (16, 16, 16, 4, 2))
+    """4 or 16 rows and 32 columns at a time, tiles of 16 (32 deep, twice ALIGN: half of one is masked): 17 rows and 33
+    tokens already need two of everything."""
+    tiles = dict.fromkeys(module.PRODUCT, (16, 16, 32, 4, 2))
     sizes = {
         "ROWS": 16 if path == "epilogue" else 4,
         "COLUMNS": 32,
