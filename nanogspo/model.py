@@ -182,6 +182,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer. The sum after its MLP could be fused with the next block's norm, for a second tensor kept between them."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         norm = lambda: RMSNorm(config.hidden_size, config.norm_eps, config.norm_plus_one)  # noqa: E731
@@ -196,7 +198,6 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = norm()
 
     def forward(self, x: Tensor, *attention_arguments) -> Tensor:
-        # The sum after the MLP could be fused with the next block's norm, for a second tensor kept between blocks
         mixed = self.self_attn(self.input_layernorm(x), *attention_arguments)  # (B, T, C)
         if not self.post_norms:
             h, x = self.post_attention_layernorm.add(x, mixed)  # (B, T, C) twice
