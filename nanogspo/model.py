@@ -182,7 +182,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The sum after its MLP could be fused with the next block's norm, for a second tensor kept between them."""
+    """One layer. Its last sum could be fused with the next block's norm, for a second tensor kept between the two."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
