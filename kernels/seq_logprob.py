@@ -62,7 +62,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, pad
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import bf16_products, choose, same_device, tl, triton
 
 IGNORE = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
 
@@ -121,8 +121,12 @@ def _dtypes(hidden: Tensor, weight: Tensor, options: _Options) -> tuple[torch.dt
     """What sums are kept in, and what matrix products read. A product of two bf16 or fp16 numbers is exact in fp32."""
     sums = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
     tensor_cores = hidden.is_cuda or options.path != "torch"  # bf16 in, fp32 sums, fp32 out
-    narrow = tensor_cores and hidden.dtype == weight.dtype == torch.bfloat16
+    narrow = tensor_cores and _narrow(hidden, weight)
     return sums, torch.bfloat16 if narrow else sums  # fp16 is upcast: a gradient of 1e-8 is 0 there
+
+
+def _narrow(hidden: Tensor, weight: Tensor) -> bool:
+    return hidden.dtype == weight.dtype == torch.bfloat16
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -619,7 +623,8 @@ class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, options):
         forward = _forward_epilogue if options.path == "epilogue" else _forward
-        logp, entropy, m, logp_m, first, G = forward(hidden, weight, targets, options)
+        with bf16_products(_narrow(hidden, weight)):
+            logp, entropy, m, logp_m, first, G = forward(hidden, weight, targets, options)
         ctx.save_for_backward(hidden, weight, targets, logp, entropy, m, logp_m, *([G] if options.keep else []))
         ctx.options = options
         ctx.mark_non_differentiable(first)
@@ -634,7 +639,8 @@ class _TokenLogprob(torch.autograd.Function):
         if G and dentropy is None:
             return (dlogp[:, None] * G[0]).to(hidden.dtype), None, None, None  # (N, C)
         dlogp = torch.zeros_like(logp) if dlogp is None else dlogp  # (N,)
-        dhidden, dweight = _backward(saved, ctx.options, dlogp, dentropy, needs)
+        with bf16_products(_narrow(hidden, saved[1])):
+            dhidden, dweight = _backward(saved, ctx.options, dlogp, dentropy, needs)
         if dhidden is not None:
             dhidden = dhidden.to(hidden.dtype)  # (N, C) one rounding, after all tiles are summed
         return dhidden, dweight, None, None

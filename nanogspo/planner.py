@@ -48,6 +48,8 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
             rows = min(rows, max(1, config.rollout_rows // config.group_size) * config.group_size)
         per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * element
         parts["KV cache of a rollout"] = rows * (longest_prompt + config.max_new_tokens) * per_token
+        if element < 4 and not model.head_weight.is_cuda:  # Transformer.wide_head
+            parts["fp32 head of a rollout"] = model.head_weight.numel() * 4
     return {name: size for name, size in parts.items() if size}
 
 
@@ -61,9 +63,10 @@ def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, longest: int)
     total += element * (3 * queries + 2 * keys + 4 * c.intermediate_size)  # q k v, out twice; gate, act, up, product
     if c.attn_softcap:  # scores are written out: tanh, softmax in fp32, and rounded
         total += c.num_heads * longest * (element + 4 + (element if element < 4 else 0))
-    if config.lora_r and element < 4:  # every adapter reads its layer's input in fp32, a copy of its own
+    # an adapter keeps its layer's input, which is one of these; with dropout an fp32 copy of its own, and a mask
+    if config.lora_r and config.lora_dropout:
         inputs = {"o_proj": queries, "down_proj": c.intermediate_size}
-        total += sum(4 * inputs.get(t.rsplit(".", 1)[-1], c.hidden_size) for t in config.lora_targets.split(","))
+        total += sum(5 * inputs.get(t.rsplit(".", 1)[-1], c.hidden_size) for t in config.lora_targets.split(","))
     return total
 
 

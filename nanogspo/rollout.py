@@ -15,6 +15,7 @@ randomness therefore does not depend on which other rows are still alive.
 Lesson: lessons/04_sampling_and_cache.md       Tests: tests/test_rollout.py
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,9 @@ def decode(
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device, was_training = model.embed_tokens.weight.device, model.training
     model.eval()  # LoRA dropout must not touch the policy that is sampled
-    try:
+    with contextlib.ExitStack() as after:
+        after.callback(model.train, was_training)
+        after.enter_context(model.wide_head())
         lengths = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
         widest, N = max(map(len, prompts)), len(prompts) * group_size
         tokens = torch.tensor(
@@ -142,8 +145,6 @@ def decode(
                 running = running[keep]
             hidden = model(drawn[:, None], cache=cache)[:, -1]  # (n, C)
             logits = model.logits(hidden)  # (n, V)
-    finally:
-        model.train(was_training)
 
 
 KEEP = 0.75  # the batch is rebuilt without its finished rows once a quarter of it has finished

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.backend import INTERPRETED, choose, tl, triton
+from kernels.backend import INTERPRETED, bf16_products, choose, tl, triton
 from kernels.glu import glu
 from kernels.int8 import Int8Tensor
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -47,6 +47,56 @@ def test_tensors_on_two_devices_are_refused():
     ):
         with pytest.raises(ValueError, match=f"got {text}, want one device; move them with"):
             call()
+
+
+SETTING = torch.backends.mkldnn.matmul
+
+
+@pytest.fixture
+def setting():
+    before = SETTING.fp32_precision
+    yield SETTING
+    SETTING.fp32_precision = before
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "bf16"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bf16_products_leave_the_setting_as_it_was(before, wanted, setting):
+    """Also after an exception and when nested. A setting left behind would round every fp32 product that follows."""
+    setting.fp32_precision = before
+    within = "bf16" if wanted else before
+    with bf16_products(wanted):
+        assert setting.fp32_precision == within
+        with bf16_products(True):
+            assert setting.fp32_precision == "bf16"
+        assert setting.fp32_precision == within
+        with bf16_products(False):  # is not "no bf16", but "leave it"
+            assert setting.fp32_precision == within
+    assert setting.fp32_precision == before
+    with pytest.raises(RuntimeError, match="inside"), bf16_products(wanted):
+        raise RuntimeError("inside")
+    assert setting.fp32_precision == before
+
+
+@given(
+    M=st.sampled_from([1, 3, 64]),
+    K=st.sampled_from([1, 31, 512]),
+    N=st.sampled_from([1, 17, 300]),
+    seed=st.integers(0, 2**31 - 1),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_bf16_products_of_bf16_numbers_are_fp32_sums(M, K, N, seed, scale):
+    """Rounding the sums, or the result, to bf16 would be off by 4e-3 of it; this allows K roundings of 6e-8 each.
+    300 x 512 is more than a unit's tile, 1 x 1 less."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(M, K, generator=generator) * scale).bfloat16()  # (M, K)
+    w = torch.randn(N, K, generator=generator).bfloat16()  # (N, K)
+    truth, size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T  # (M, N)
+    with bf16_products(True):
+        by_linear, by_mm = torch.nn.functional.linear(x.float(), w.float()), x.float() @ w.float().T  # (M, N)
+    for got in (by_linear, by_mm):
+        assert got.dtype == torch.float32
+        assert ((got.double() - truth).abs() <= K * torch.finfo(torch.float32).eps * size).all()
 
 
 def run(code: str, **environment: str) -> str:

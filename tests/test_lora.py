@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nanogspo.families import export_config, model_config
 from nanogspo.lora import ALL_LINEAR, LoRALinear, add_lora, describe, lora_layers, merge_lora, unmerge_lora
 from nanogspo.model import Transformer
+from nanogspo.quant import dense_weight, pack
 from tests.strategies import SEEDS
 
 # 4 query heads on 2 key/value heads and an MLP wider than the model: no matrix is square, none has another's shape
@@ -89,6 +90,69 @@ def test_is_the_equation(seed, r, alpha, sizes, bias):
     want += base.bias.detach().double() if bias else 0
     # fp32 sums of at most 8 + 7 products, each of size 10 at most and multiplied by 16: 2000 * 6e-8
     torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=2e-4)
+
+
+def drawn_layer(seed, dtype, kind, r, sizes, bias):
+    """An adapter with values in A and B over a base that is plain, or packed in four or eight bits."""
+    g = torch.Generator().manual_seed(seed)
+    base = nn.Linear(*sizes, bias=bias)
+    for p in base.parameters():
+        p.data.normal_(generator=g)
+    base = base.to(dtype).requires_grad_(False)
+    layer = LoRALinear(pack(base.weight, base.bias, kind) if kind else base, r, scale=1.5)
+    for p in (layer.lora_A.weight, layer.lora_B.weight):
+        p.data.normal_(generator=g)
+    return layer, g
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    seed=SEEDS, r=st.sampled_from([1, 3, 16]), sizes=st.sampled_from([(1, 1), (64, 5), (40, 96)]),
+    shape=st.sampled_from([(3,), (2, 5), (1, 1), (17, 1)]), bias=st.booleans(), frozen=st.booleans(),
+)  # fmt: skip
+def test_gradients_are_those_of_the_plain_formula(dtype, kind, seed, r, sizes, shape, bias, frozen):
+    """By autograd in float64, on the very numbers the layer has. A bf16 layer's dA and dB are fp32 sums of bf16 x and
+    dy: they must be as good as fp32's. frozen: the first layer's input wants no gradient."""
+    layer, g = drawn_layer(seed, dtype, kind, r, sizes, bias)
+    x = torch.randn(*shape, sizes[0], generator=g).to(dtype).requires_grad_(not frozen)  # (..., in)
+    dy = torch.randn(*shape, sizes[1], generator=g).to(dtype)  # (..., out)
+    A, B = layer.lora_A.weight, layer.lora_B.weight
+    y = layer(x)
+    assert y.dtype == dtype and y.shape == dy.shape
+    y.backward(dy)
+
+    W, b = dense_weight(layer.base, dtype).double(), layer.base.bias.double() if bias else 0.0
+    x_, A_, B_ = (p.detach().double().requires_grad_() for p in (x, A, B))
+    (x_ @ W.T + b + layer.scale * (x_ @ A_.T) @ B_.T).backward(dy.double())
+
+    # every gradient is a sum of products of sums: at most n + 16 (or out + 16) roundings of fp32 of the whole's size
+    n, sums = dy[..., 0].numel(), torch.finfo(torch.float32).eps * (max(dy.shape[-1], x.shape[-1]) + 16)
+    rows, dys, absolute = x_.detach().abs().reshape(n, -1), dy.double().abs().reshape(n, -1), layer.scale
+    dh = dys @ B_.detach().abs() * absolute  # (n, r)
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+    assert ((A.grad - A_.grad).abs() <= (sums + n * 1.2e-7) * (dh.T @ rows)).all()
+    assert ((B.grad - B_.grad).abs() <= (sums + n * 1.2e-7) * (dys.T @ (rows @ A_.detach().abs().T)) * absolute).all()
+    if frozen:
+        assert x.grad is None
+        return
+    whole = (dys @ W.abs() + dh @ A_.detach().abs()).view(x.shape)
+    # dy W is rounded to the layer's dtype and so is the sum: each by half a unit of its last place
+    assert x.grad.dtype == dtype
+    assert ((x.grad - x_.grad).abs() <= (sums + torch.finfo(dtype).eps * 1.01) * whole).all()
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_keeps_its_input_as_it_is_and_nothing_else(dtype, kind):
+    """x itself, which the layers beside it keep too, and A and B: no copy in fp32, no unpacked W, no h."""
+    layer, g = drawn_layer(0, dtype, kind, 3, (64, 40), bias=True)
+    x, saved = torch.randn(2, 5, 64, generator=g).to(dtype).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, layer.lora_A.weight, layer.lora_B.weight)}
+    y.sum().backward()  # a gradient that is one number expanded
+    assert x.grad.isfinite().all() and layer.lora_A.weight.grad.abs().max() > 0
 
 
 def test_default_scale_is_alpha_over_r_and_can_be_overruled():

@@ -17,6 +17,7 @@ from strategies import SEEDS
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kernels.backend import bf16_products
 from kernels.rope import rotate
 from nanogspo import checkpoint, tiny
 from nanogspo import model as model_file
@@ -243,6 +244,48 @@ def test_logits_are_fp32_sums_whatever_the_slice(name, dtype, monkeypatch):
         monkeypatch.setattr(model_file, "HEAD_ROWS", 7)
         assert ((model.logits(hidden) - want).abs() <= bound).all()
         assert ((model.logits(hidden[1, 3]) - want[1, 3]).abs() <= bound[1, 3]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_bf16_operands_are_multiplied_as_bf16(dtype, monkeypatch):
+    """fp16 numbers have three bits more than bf16 has, fp32 ones sixteen: such products would be off by 4e-3."""
+    model = checkpoint.load(references.folder("llama"), dtype=dtype)
+    setting, seen, linear = torch.backends.mkldnn.matmul, [], F.linear
+    spy = lambda x, w: seen.append(setting.fp32_precision) or linear(x, w)  # noqa: E731
+    monkeypatch.setattr(model_file.F, "linear", spy)
+    hidden = torch.randn(2, 64, generator=torch.Generator().manual_seed(2)).to(dtype)  # (n, C)
+    with torch.no_grad(), bf16_products(False):
+        setting.fp32_precision = "ieee"  # until the end of the block
+        model.logits(hidden)
+        model.logits(hidden.float())  # a bf16 head under fp32 hidden states: not bf16 operands
+    assert seen == ["bf16" if dtype == torch.bfloat16 else "ieee", "ieee"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gemma2", "llama", "qwen3"])
+def test_a_wide_head_gives_the_same_logits(name, dtype, monkeypatch):
+    """Sums of 64 products in another order at most. It is made once, read by every call, and gone afterwards, even
+    after an exception: kept, it would be stale after the next update and 0.6 GB."""
+    model = checkpoint.load(references.folder(name), dtype=dtype)
+    hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2)).to(dtype)  # (B, T, C)
+    monkeypatch.setattr(model_file, "HEAD_ROWS", 7)
+    calls, linear = [], F.linear
+    with torch.no_grad():
+        want = model.logits(hidden)  # (B, T, V)
+        monkeypatch.setattr(model_file.F, "linear", lambda x, w: calls.append(w) or linear(x, w))
+        with model.wide_head():
+            for x, z in ((hidden, want), (hidden[1, 3], want[1, 3])):
+                got = model.logits(x)
+                assert got.dtype == torch.float32 and (got - z).abs().max() <= 1e-5 * want.abs().max()
+        assert [len(w) for w in calls] == [97, 97] and calls[0].data_ptr() == calls[1].data_ptr()
+        assert calls[0].dtype == torch.float32
+        with pytest.raises(RuntimeError, match="inside"), model.wide_head():
+            raise RuntimeError("inside")
+        model.head_weight.mul_(2)  # an update
+        model.config = dataclasses.replace(model.config, final_softcap=0.0)
+        moved = model.logits(hidden)
+    assert (moved - hidden.float() @ model.head_weight.float().T).abs().max() <= 1e-5 * moved.abs().max()
+    assert "_wide_head" not in model.state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

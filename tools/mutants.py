@@ -239,6 +239,27 @@ GROUPS = [
         ],
     ),
     (
+        "kernels/backend.py",
+        "tests/test_backend.py",
+        [
+            (
+                "    finally:\n        torch.backends.mkldnn.matmul.fp32_precision = before\n",
+                "    finally:\n        pass\n",
+                "every later fp32 product is rounded to bf16",
+            ),
+            (
+                "    try:\n        yield\n    finally:\n",
+                "    yield\n    if True:\n",
+                "the same, after an exception",
+            ),
+            (
+                "    if wanted:\n        torch.backends",
+                "    if True:\n        torch.backends",
+                "fp32 operands lose 16 of their bits",
+            ),
+        ],
+    ),
+    (
         "nanogspo/model.py",
         "tests/test_model.py",
         [
@@ -302,6 +323,21 @@ GROUPS = [
                 "return x + self.mlp(h)",
                 "the last sandwich norm left out",
             ),
+            (
+                "with bf16_products(weight.dtype == hidden.dtype == torch.bfloat16):",
+                "with bf16_products(True):",
+                "fp16 heads and fp32 hidden states rounded to bf16",
+            ),
+            (
+                "        finally:\n            self._wide_head = None\n",
+                "        finally:\n            pass\n",
+                "sampling goes on with the head of the last rollout",
+            ),
+            (
+                "slices = weight.split(HEAD_ROWS) if self._wide_head is None else [self._wide_head]",
+                "slices = weight.split(HEAD_ROWS)",
+                "the head is widened for every token",
+            ),
         ],
     ),
     (
@@ -356,12 +392,37 @@ GROUPS = [
         "nanogspo/lora.py",
         "tests/test_lora.py",
         [
+            ("if self.dropout and self.training:", "if self.dropout:", "dropout while sampling and scoring"),
             (
-                "F.dropout(x, self.dropout, self.training)",
-                "F.dropout(x, self.dropout, True)",
-                "dropout while sampling and scoring",
+                "        dh = wide @ B * layer.scale  # (n, r)\n",
+                "        dh = wide @ B  # (n, r)\n",
+                "dA and the adapter's dx without alpha / r",
             ),
-            ("self.lora_A(h.float())", "self.lora_A(h)", "a bf16 input to an fp32 adapter"),
+            (
+                "dB = wide.T @ (x_wide @ A.T * layer.scale)",
+                "dB = wide.T @ (x_wide @ A.T)",
+                "dB without alpha / r",
+            ),
+            (
+                "dx = _add(dy @ dense_weight(layer.base, dy.dtype), dh, A, 1.0)",
+                "dx = _add(dy @ dense_weight(layer.base, dy.dtype), dh, A, layer.scale)",
+                "alpha / r twice in dx",
+            ),
+            (
+                "        dA = dh.T @ x_wide  # (r, in)\n",
+                "        dA = (dh.to(x.dtype).T @ x).float()  # (r, in)\n",
+                "dA out of bf16 products: a sum over all tokens, rounded to 8 bits",
+            ),
+            (
+                "ctx.save_for_backward(x, A, B)",
+                "ctx.save_for_backward(x.float(), A, B)",
+                "a copy of x in fp32 for every adapter, as autograd would keep it",
+            ),
+            (
+                "torch.addmm(y.float(), a, b, alpha=scale).to(y.dtype)",
+                "torch.addmm(y, a.to(y.dtype), b.to(y.dtype), alpha=scale)",
+                "the update multiplied in bf16",
+            ),
             (
                 "bound = 1 / math.sqrt(base.in_features)",
                 "bound = 1 / math.sqrt(base.out_features)",
