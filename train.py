@@ -126,7 +126,6 @@ def run(config: TrainConfig) -> None:
         )
     model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
-    tokenizer.pad_id = min(tokenizer.pad_id, model.config.vocab_size - 1)  # an added <pad> may lie beyond the embedding
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ def run(config: TrainConfig) -> None:
                 f"that was cut into {cut}; want {cut}"
             )
         rollout = rollout and from_state(
-            rollout, updates=config.updates_per_rollout, max_tokens=config.micro_batch_tokens, pad_id=tokenizer.pad_id
+            rollout, updates=config.updates_per_rollout, max_tokens=config.micro_batch_tokens
         )
         print(f"resumed {folder} after update {progress.step}")
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
@@ -241,9 +240,7 @@ def run(config: TrainConfig) -> None:
 
             if phase.algo == "sft":
                 draws = range(progress.sft_cursor, progress.sft_cursor + config.batch_size)
-                batches = pack(
-                    [sft_example(n) for n in draws], max_tokens=config.micro_batch_tokens, pad_id=tokenizer.pad_id
-                )
+                batches = pack([sft_example(n) for n in draws], max_tokens=config.micro_batch_tokens)
                 total = sum(len(batch.targets) for batch in batches)
                 for batch in batches:
                     batch = batch.to(config.device)
@@ -295,7 +292,7 @@ def run(config: TrainConfig) -> None:
             row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **combine(metrics)}
             row |= {} if phase.algo == "sft" else rollout.facts
             row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
-            log.step(row | {"tokens_per_s": sum(batch.real_tokens for batch in batches) / seconds})
+            log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
             if phase.until <= 1 and progress.phase_step % PROBE_EVERY == 0:
                 problems = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
                 right = count_exact(model, chat, task, problems, config)
@@ -374,7 +371,6 @@ def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progr
         advantages,
         updates=config.updates_per_rollout,
         max_tokens=config.micro_batch_tokens,
-        pad_id=chat.tokenizer.pad_id,
         temperature=config.temperature,
         device=config.device,
     )

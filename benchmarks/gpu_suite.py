@@ -385,7 +385,6 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
             group_advantages(rewards).flatten(),
             updates=shape["updates"],
             max_tokens=shape["max_tokens"],
-            pad_id=0,
             temperature=1.0,
             device=device,
         )

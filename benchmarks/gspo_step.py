@@ -82,7 +82,6 @@ def ours(args) -> list[dict]:
             group_advantages(rewards).flatten(),
             updates=args.updates,
             max_tokens=args.micro_batch_tokens,
-            pad_id=tokenizer.pad_id,
             temperature=1.0,
             device=device,
         )

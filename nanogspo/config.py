@@ -83,9 +83,7 @@ class TrainConfig:
     grad_clip: float = flag(1.0, "the gradient's norm is scaled down to this")
     batch_size: int = flag(16, "examples per SFT update")
     max_length: int = flag(2048, "longer SFT rows are left out, and counted")
-    micro_batch_tokens: int = flag(
-        4096, "tokens, padding included, per forward and backward pass; bounds activation memory"
-    )
+    micro_batch_tokens: int = flag(4096, "tokens per forward and backward pass; bounds activation memory")
     gradient_checkpointing: bool = flag(
         False, "keep one tensor per layer and recompute the rest: less memory, about a third slower"
     )

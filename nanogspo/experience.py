@@ -35,8 +35,8 @@ class Experience:
 
 def experience(model, examples: list[Example], advantages: Tensor, **how) -> Experience:
     """Plan the micro-batches and score them once: with the kernels, shapes and dtypes of the updates to come, so that
-    the first update's ratios are exactly 1. how: updates, max_tokens, pad_id, temperature, device."""
-    minibatches = plan(examples, how["updates"], how["max_tokens"], how["pad_id"])
+    the first update's ratios are exactly 1. how: updates, max_tokens, temperature, device."""
+    minibatches = plan(examples, how["updates"], how["max_tokens"])
     with torch.no_grad():
         old_logp = [
             [score(model, batch.to(how["device"]), temperature=how["temperature"])[0].cpu() for batch in batches]
@@ -45,20 +45,20 @@ def experience(model, examples: list[Example], advantages: Tensor, **how) -> Exp
     return Experience(examples, advantages, minibatches, old_logp)
 
 
-def from_state(saved: dict, *, updates: int, max_tokens: int, pad_id: int) -> Experience:
+def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
     """The inverse of Experience.state()."""
-    minibatches = plan(saved["examples"], updates, max_tokens, pad_id)
+    minibatches = plan(saved["examples"], updates, max_tokens)
     pieces = iter(saved["tensors"]["old_logp"].split([len(b.targets) for batches in minibatches for b in batches]))
     old_logp = [[next(pieces) for _ in batches] for batches in minibatches]
     return Experience(saved["examples"], saved["tensors"]["advantages"], minibatches, old_logp, saved["facts"])
 
 
-def plan(examples: list[Example], updates: int, max_tokens: int, pad_id: int) -> list[list[MicroBatch]]:
+def plan(examples: list[Example], updates: int, max_tokens: int) -> list[list[MicroBatch]]:
     """The examples in `updates` equal minibatches, in order (so whole groups stay together where they can), each cut
     into micro-batches. `index` counts over the whole rollout."""
     size, minibatches = len(examples) // updates, []
     for first in range(0, len(examples), size):
-        batches = pack(examples[first : first + size], max_tokens=max_tokens, pad_id=pad_id)
+        batches = pack(examples[first : first + size], max_tokens=max_tokens)
         minibatches.append([dataclasses.replace(b, index=b.index + first) for b in batches])
     return minibatches
 

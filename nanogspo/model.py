@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import Segments, attention
 from kernels.backend import bf16_products
 from kernels.glu import glu
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -142,6 +143,7 @@ class Attention(nn.Module):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.config, self.layer = config, layer
+        self.window = config.sliding_window if config.layer_types[layer] == "sliding" else 0
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
@@ -150,7 +152,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D, config.norm_eps, config.norm_plus_one)
             self.k_norm = RMSNorm(D, config.norm_eps, config.norm_plus_one)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions, cache: KVCache | None):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, positions, cache: KVCache | None, segments=None):
         config, (B, T, _) = self.config, x.shape
         q = self.q_proj(x).view(B, T, -1, config.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, config.head_dim)  # (B, T, K, D)
@@ -158,7 +160,11 @@ class Attention(nn.Module):
         q, k = rope(q, k, cos, sin, **self._head_norms())  # (B, T, H, D), (B, T, K, D)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, S, K, D)
-        out = attend(q, k, v, mask, config.attn_scale, config.attn_softcap)  # (B, T, H, D)
+        if segments is None:
+            out = attend(q, k, v, mask, config.attn_scale, config.attn_softcap)  # (B, T, H, D)
+        else:
+            cap, window = config.attn_softcap or None, self.window
+            out = attention(q[0], k[0], v[0], segments, scale=config.attn_scale, softcap=cap, window=window)[None]
         return self.o_proj(out.reshape(B, T, -1))  # (B, T, C)
 
     def _head_norms(self) -> dict:
@@ -250,7 +256,14 @@ class Transformer(nn.Module):
                 p.data.zero_()
         return self
 
-    def forward(self, tokens: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """Final hidden states, normalised, ready for `logits` or for kernels/seq_logprob.py.
 
         tokens     (B, T) int64. Rows may be padded on the right with any id: attention is causal, so what stands
@@ -258,13 +271,20 @@ class Transformer(nn.Module):
         positions  (B, T) int64, RoPE position of each token, and its cache slot; default 0..T-1, or on from where
                    each row of the cache ends
         cache      KVCache to write to and read from; its `lengths` move on by T
+        segments   Segments of T tokens: the one row (B = 1) is packed, and these say who sees whom and where they stand
         returns    (B, T, C) in the model's dtype
+
+        Raises ValueError for segments with several rows or a cache.
         """
         config, T = self.config, tokens.shape[1]
+        if segments is not None and (cache is not None or len(tokens) != 1):
+            raise ValueError(f"got segments with {len(tokens)} rows, or a cache; want one packed row and no cache")
         steps = torch.arange(T, device=tokens.device)
         if cache is not None:
             positions = cache.lengths[:, None] + steps if positions is None else positions  # (B, T)
             cache.reserve(T)
+        elif segments is not None:
+            positions = segments.positions[None]  # (1, T)
         elif positions is None:
             positions = steps[None]  # (1, T)
         x = self.embed_tokens(tokens)  # (B, T, C)
@@ -273,9 +293,9 @@ class Transformer(nn.Module):
         ):  # sqrt(C) is rounded to the weight dtype first: 50.5, not 50.596, for C = 2560 in bf16
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)
         turns = {kind: self._cos_sin(kind, positions, x.dtype) for kind in config.rope}
-        masks = {kind: self._mask(kind, T, positions, cache) for kind in config.rope}
+        masks = {kind: None if segments else self._mask(kind, T, positions, cache) for kind in config.rope}
         for kind, block in zip(config.layer_types, self.layers, strict=True):
-            arguments = (x, *turns[kind], masks[kind], positions, cache)
+            arguments = (x, *turns[kind], masks[kind], positions, cache, segments)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:

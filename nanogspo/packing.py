@@ -1,30 +1,41 @@
 """Ragged examples -> micro-batches the model can run, and the index that takes hidden states to scored tokens.
 
-An example is token ids and a loss mask. A micro-batch is a right-padded rectangle of whole examples whose area,
-padding included, stays under a token budget; the examples are sorted by length first, so that little of it is padding.
+An example is token ids and a loss mask. A micro-batch is one row of tokens without padding: examples stand side by
+side, and examples that begin with the same prompt share it (kernels/attention.py says who sees whom).
 
-    tokens   a b c d .        rows, columns say which hidden states predict a scored token (the one *before* it);
-             e f g h i        everything else, prompt and padding alike, never reaches the vocabulary head
+    tokens       p0 p1 p2 | p3 a0 a1 | p3 b0 b1 b2 | ...     a prompt p0 .. p3 and its answers a0 a1 a2, b0 .. b3
+    positions     0  1  2    3  4  5    3  4  5  6
+    predicts                a0 a1 a2   b0 b1 b2 b3            the hidden state *before* a scored token scores it
+
+The prompt's last token stands once for each answer, because it predicts another token for each; no example's last
+token stands anywhere, because it predicts nothing. 8 answers of 64 tokens to a prompt of 40 are 551 tokens and not
+832. Everything that is not scored never reaches the vocabulary head.
 
 The same plan is used for every pass over a rollout. GSPO needs that: a matrix product's last bits depend on the shape
 of its batch, and at a clip range of 3e-4 such noise is as large as the signal (in bf16, up to 96 % of 64-token answers
 fall outside the range from batch shape alone).
 
-Lesson: lessons/10_gspo.md       Tests: tests/test_packing.py
+Lessons: lessons/10_gspo.md, 11_packing.md       Tests: tests/test_packing.py
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kernels.attention import Segments
 from kernels.seq_logprob import token_logprob
 from nanogspo.model import Transformer
+
+# Prompts shorter than this are repeated: a piece of attention more a prompt and layer costs a CPU about 0.1 ms, as much
+# as some 10 tokens of a small model
+SHARE_FROM = 16
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row before padding. loss_mask[t] says whether tokens[t] is scored; the first token never can be."""
+    """Token ids of one example. loss_mask[t] says whether tokens[t] is scored; the first token never can be."""
 
     tokens: list[int]
     loss_mask: list[bool]
@@ -34,60 +45,100 @@ class Example:
         """A prompt and its answer; every token of the answer is scored, its stop token too."""
         return cls(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
+    @property
+    def prompt(self) -> list[int]:
+        """What stands before the token that predicts the first scored one."""
+        return self.tokens[: self.loss_mask.index(True, 1) - 1]
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """N examples as a rectangle. S = scored tokens, in example order."""
+    """N examples in one row of T tokens. S = scored tokens, in the order of the examples."""
 
-    tokens: Tensor  # (N, T) int64, right-padded
-    rows: Tensor  # (S,) int64, row of the hidden state that predicts each scored token
-    columns: Tensor  # (S,) int64, its column
+    tokens: Tensor  # (T,) int64
+    segments: Segments  # of T tokens
+    scored: Tensor  # (S,) int64, the hidden state that predicts each scored token
     targets: Tensor  # (S,) int64, the scored tokens
     cu_seqlens: Tensor  # (N + 1,) int64, where each example's scored tokens start in S
-    index: Tensor  # (N,) int64, which of the examples given to pack() each row is; stays on the CPU
-    real_tokens: int  # without padding
+    index: Tensor  # (N,) int64, which of the examples given to pack() each is; stays on the CPU
 
     @property
     def lengths(self) -> Tensor:
         return self.cu_seqlens.diff()  # (N,) scored tokens of each example
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        moved = {
-            name: getattr(self, name).to(device) for name in ("tokens", "rows", "columns", "targets", "cu_seqlens")
-        }
-        return replace(self, **moved)
+        names = ("tokens", "segments", "scored", "targets", "cu_seqlens")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def pack(examples: list[Example], *, max_tokens: int, pad_id: int = 0) -> list[MicroBatch]:
-    """Cut a list of examples into micro-batches of at most max_tokens, padding included.
+def pack(examples: list[Example], *, max_tokens: int) -> list[MicroBatch]:
+    """Cut a list of examples into micro-batches of at most max_tokens.
 
-    A single example longer than max_tokens gets a micro-batch of its own: nothing is cut and nothing is dropped.
-    Raises ValueError for an example without a scored token.
+    Neighbours that begin with the same prompt share it. A single example longer than max_tokens gets a micro-batch of
+    its own: nothing is cut and nothing is dropped. Raises ValueError for an example without a scored token.
     """
     for i, e in enumerate(examples):
         if len(e.tokens) != len(e.loss_mask) or not any(e.loss_mask[1:]):
             raise ValueError(
                 f"example {i}: got {len(e.tokens)} tokens and {sum(e.loss_mask)} scored ones, want at least one scored"
             )
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
-    batches, batch = [], []
-    for i in order:  # ascending, so the newest example is the longest of its batch
-        if batch and len(examples[i].tokens) * (len(batch) + 1) > max_tokens:
-            batches.append(batch)
-            batch = []
-        batch.append(i)
-    return [_micro_batch(examples, batch, pad_id) for batch in (*batches, batch) if batch]
+    batches: list[list[list[int]]] = []  # batches of families of examples
+    used = max_tokens
+    for family in _families(examples):
+        prompt, begun = len(examples[family[0]].prompt) if len(family) > 1 else 0, False
+        for i in family:
+            new = len(examples[i].tokens) - 1 - prompt
+            if used + new + prompt * (not begun) > max_tokens:
+                batches.append([])
+                used, begun = 0, False
+            if not begun:
+                batches[-1].append([])
+                used, begun = used + prompt, True
+            batches[-1][-1].append(i)
+            used += new
+    return [_micro_batch(examples, batch) for batch in batches]
 
 
-def _micro_batch(examples: list[Example], index: list[int], pad_id: int) -> MicroBatch:
-    T = max(len(examples[i].tokens) for i in index)
-    tokens = torch.tensor([examples[i].tokens + [pad_id] * (T - len(examples[i].tokens)) for i in index])  # (N, T)
-    mask = torch.tensor([examples[i].loss_mask + [False] * (T - len(examples[i].tokens)) for i in index])  # (N, T)
-    rows, columns = mask[:, 1:].nonzero(as_tuple=True)  # the token at column + 1 is predicted at column
-    counts = mask[:, 1:].sum(1)  # (N,)
-    cu_seqlens = torch.cat((counts.new_zeros(1), counts.cumsum(0)))  # (N + 1,)
-    real = sum(len(examples[i].tokens) for i in index)
-    return MicroBatch(tokens, rows, columns, tokens[rows, columns + 1], cu_seqlens, torch.tensor(index), real)
+def _families(examples: list[Example]) -> Iterator[list[int]]:
+    """Examples that share a prompt, then those that share none. By length, so that equal ones are neighbours: attention
+    takes them in one call."""
+    length = lambda i: (len(examples[i].tokens), i)  # noqa: E731
+    alone, first = [], 0
+    while first < len(examples):
+        prompt, last = examples[first].prompt, first + 1
+        while len(prompt) >= SHARE_FROM and last < len(examples) and examples[last].prompt == prompt:
+            last += 1
+        if last - first > 1:
+            yield sorted(range(first, last), key=length)
+        else:
+            alone.append(first)
+        first = last
+    for i in sorted(alone, key=length):
+        yield [i]
+
+
+def _micro_batch(examples: list[Example], families: list[list[int]]) -> MicroBatch:
+    tokens, lengths, parents, scored, targets, counts = [], [], [], [], [], []
+    for family in families:
+        prompt, parent = [], -1
+        if len(family) > 1:  # one example of a family by itself shares with nobody
+            prompt, parent = examples[family[0]].prompt, len(lengths)
+            tokens += prompt
+            lengths.append(len(prompt))
+            parents.append(-1)
+        for e in (examples[i] for i in family):
+            own, mask = e.tokens[len(prompt) :], e.loss_mask[len(prompt) :]
+            hits = [t for t in range(len(own) - 1) if mask[t + 1]]  # the token at t + 1 is predicted at t
+            scored += [len(tokens) + t for t in hits]
+            targets += [own[t + 1] for t in hits]
+            counts.append(len(hits))
+            tokens += own[:-1]
+            lengths.append(len(own) - 1)
+            parents.append(parent)
+    cu_seqlens = torch.tensor([0, *counts]).cumsum(0)  # (N + 1,)
+    index = torch.tensor([i for family in families for i in family])  # (N,)
+    columns = (torch.tensor(x) for x in (scored, targets))
+    return MicroBatch(torch.tensor(tokens), Segments.build(lengths, parents), *columns, cu_seqlens, index)
 
 
 def score(model: Transformer, batch: MicroBatch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +147,6 @@ def score(model: Transformer, batch: MicroBatch, *, temperature: float = 1.0) ->
     returns  (S,) fp32 logp, (S,) fp32 entropy, both differentiable in the model's parameters; (S,) bool, True where the
              token is the model's own first choice
     """
-    hidden = model(batch.tokens)[batch.rows, batch.columns]  # (S, C)
+    hidden = model(batch.tokens[None], segments=batch.segments)[0, batch.scored]  # (S, C)
     cap = model.config.final_softcap or None
     return token_logprob(hidden, model.head_weight, batch.targets, temperature=temperature, softcap=cap, with_top=True)

@@ -1,7 +1,7 @@
 """What a run will need, said before it is allocated: parameters, and memory part by part.
 
 Weights, adapter, gradients, optimiser and KV cache are counted exactly. Activations are an estimate from the shapes
-(what autograd keeps is 0.9 to 1.25 times as much; the backward pass has a few temporaries besides).
+(what autograd keeps on a CPU, within a tenth; the backward pass has a few temporaries besides).
 
 Tests: tests/test_planner.py
 """
@@ -11,6 +11,7 @@ from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig
 from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Transformer
+from nanogspo.packing import SHARE_FROM
 from nanogspo.quant import NF4Linear, packed_layers, weight_count
 
 
@@ -25,10 +26,8 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     masters = sum(p.numel() for p in trained if p.element_size() < 4) * 4
     element = model.norm.weight.element_size()
     rl = config.algo != "sft"
-    longest = longest_prompt + (0 if config.data else config.max_new_tokens)
-    rows = config.prompts_per_rollout * config.group_size // config.updates_per_rollout if rl else config.batch_size
-    T = max(longest, min(config.micro_batch_tokens, rows * longest))  # pack() gives a longer row a batch of its own
-    layer = T * layer_bytes(config, c, element, longest)
+    T = batch_tokens(config, longest_prompt)
+    layer = T * layer_bytes(config, c, element)
     kept = T * c.hidden_size * element  # what gradient checkpointing keeps of a layer: its input
     activations = layer + c.num_layers * kept if config.gradient_checkpointing else c.num_layers * layer
     parts = {
@@ -53,16 +52,30 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     return {name: size for name, size in parts.items() if size}
 
 
-def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, longest: int) -> int:
+def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
+    """Tokens of the largest micro-batch, if every prompt is as long as the longest: as packing.pack lays them out."""
+    answer = 0 if config.data else config.max_new_tokens
+    alone = longest_prompt + answer - 1  # an example's last token predicts nothing
+    prompt = longest_prompt - 1  # a prompt's last token stands before each of its answers
+    N, G = config.prompts_per_rollout * config.group_size, config.group_size
+    size = config.batch_size if config.algo == "sft" else N // config.updates_per_rollout
+    whole = size * alone
+    if config.algo != "sft" and prompt >= SHARE_FROM:
+        # groups of which an update has a part, at most
+        groups = max((min(first + size, N) - 1) // G - first // G + 1 for first in range(0, N, size))
+        whole = groups * prompt + size * answer
+    return max(alone, min(config.micro_batch_tokens, whole))  # pack() gives a longer example a batch of its own
+
+
+def layer_bytes(config: TrainConfig, c: ModelConfig, element: int) -> int:
     """Bytes a token that one layer keeps for its backward pass."""
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     normed = (4 if c.post_norms else 2) * c.hidden_size
     # an RMSNorm keeps its input in fp32 and its result; where its weight is trained, also what the weight multiplies
     norm = 4 + (0 if config.lora_r else 4 if c.norm_plus_one else element)
     total = normed * (norm + element) + ((queries + keys) * norm if c.qk_norm else 0)
-    total += element * (3 * queries + 2 * keys + 4 * c.intermediate_size)  # q k v, out twice; gate, act, up, product
-    if c.attn_softcap:  # scores are written out: tanh, softmax in fp32, and rounded
-        total += c.num_heads * longest * (element + 4 + (element if element < 4 else 0))
+    total += element * (2 * queries + 2 * keys + 4 * c.intermediate_size)  # q k v, out; gate, act, up, product
+    total += 4 * c.num_heads  # log-sum-exp of the scores, which are made again
     # an adapter keeps its layer's input, which is one of these; with dropout an fp32 copy of its own, and a mask
     if config.lora_r and config.lora_dropout:
         inputs = {"o_proj": queries, "down_proj": c.intermediate_size}

@@ -17,6 +17,7 @@ from strategies import SEEDS
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kernels.attention import Segments
 from kernels.backend import bf16_products
 from kernels.rope import rotate
 from nanogspo import checkpoint, tiny
@@ -125,6 +126,34 @@ def test_cached_decoding_is_the_full_forward(name):
     for b, n in enumerate(lengths.tolist()):
         assert (prefilled[b, :n] - full[b, :n]).abs().max() <= 1e-5
         assert (decoded[b] - full[b, n : n + steps]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_row_is_its_sequences_one_by_one(name):
+    """Two answers to a prompt of 30 tokens, a prompt of 3 with one answer, and a sequence alone. With a window of 8 the
+    answers of 12 and 17 leave the long prompt behind, the answer of 4 never leaves the short one.
+
+    Other kernels, and attention in pieces: 1e-5 is again 4 eps of logits around 5 over a few layers.
+    """
+    model, tokens = ours(name), references.tokens(1, 91)[0]  # (T,)
+    prompt, a, b, short, c, alone = tokens.split([30, 12, 17, 3, 4, 25])
+    segments = Segments.build([30, 12, 17, 3, 4, 25], [-1, 0, 0, -1, 3, -1])
+    with torch.no_grad():
+        packed = model(tokens[None], segments=segments)  # (1, T, C)
+        got = model.logits(packed)[0].split(segments.lengths)  # (tokens of a segment, V) each
+        for before, own, where in ((prompt, a, 1), (prompt, b, 2), (short, c, 4), (alone[:0], alone, 5)):
+            want = logits(model, torch.cat((before, own))[None])[0]  # (tokens of both, V)
+            assert (got[where] - want[len(before) :]).abs().max() <= 1e-5
+            if len(before):
+                assert (got[where - 1 if where != 2 else 0] - want[: len(before)]).abs().max() <= 1e-5
+
+
+def test_segments_are_of_one_row_without_a_cache():
+    model, tokens, segments = ours("llama"), references.tokens(2, 6), Segments.build([4, 2])
+    cache = KVCache(model.config, 1, 8, device="cpu", dtype=torch.float32)
+    for rows, where in ((tokens, None), (tokens[:1], cache)):
+        with pytest.raises(ValueError, match="got segments with . rows, or a cache; want one packed row and no cache"):
+            model(rows, segments=segments, cache=where)
 
 
 @given(chunks=st.lists(st.sampled_from([1, 2, 7, 8, 9, 13]), min_size=2, max_size=5))

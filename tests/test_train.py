@@ -315,7 +315,7 @@ def test_a_saved_rollout_is_cut_and_scored_as_before():
     g = torch.Generator().manual_seed(0)
     drawn = [torch.randint(2, 14, (n,), generator=g).tolist() for n in (3, 1, 4, 2, 2, 5, 1, 3)]
     examples = [Example.answered([5, 6, 7][: 1 + i % 3], answer) for i, answer in enumerate(drawn)]
-    how = {"updates": 4, "max_tokens": 8, "pad_id": 0}
+    how = {"updates": 4, "max_tokens": 8}
     one = experience(model, examples, torch.arange(8.0), **how, temperature=1.0, device="cpu")
     for update, batches in enumerate(one.minibatches):
         assert sorted(i for b in batches for i in b.index.tolist()) == [2 * update, 2 * update + 1]

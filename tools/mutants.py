@@ -239,6 +239,59 @@ GROUPS = [
         ],
     ),
     (
+        "kernels/attention.py",
+        "tests/test_attention.py",
+        [
+            (
+                "torch.logaddexp(whole, part_lse)",
+                "torch.maximum(whole, part_lse)",
+                "pieces join by the larger lse alone",
+            ),
+            (
+                "lead + i + n - low > bound else 0",
+                "lead + i + n - low > bound + 1 else 0",
+                "a piece one key too long is not masked",
+            ),
+            (
+                "min(lengths[i], window - 1)",
+                "min(lengths[i], window - 2)",
+                "the last token that sees the prompt does not",
+            ),
+            ("(key > query - piece.window)", "(key >= query - piece.window)", "the window is one key too wide"),
+            ("t = x.abs().mul_(-2).exp_()", "t = x.abs().mul_(-1).exp_()", "another slope of the soft-cap"),
+            (
+                "_blocks(whole, *block).add_(part)",
+                "_blocks(whole, *block).copy_(part)",
+                "the last answer alone trains the prompt",
+            ),
+            ("rescale = tl.exp2(m - m_new)", "rescale = tl.exp2(m - m)", "sums are not rescaled to a new maximum"),
+            (
+                "reach = first + OWNED - 1 + window",
+                "reach = first + window",
+                "queries at the window's edge do not reach the keys",
+            ),
+            (
+                "for g in range(GROUP):",
+                "for g in range(1):",
+                "only the first query head of a group trains its key head",
+            ),
+            (
+                "family_end[parent] = starts[i + 1]",
+                "family_end[parent] = starts[parent + 1]",
+                "answers do not train their prompt",
+            ),
+            ("m + tl.log2(s), mask", "m, mask", "the lse is the maximum"),
+            ("tl.store(dq_ptr + at, dq * scale,", "tl.store(dq_ptr + at, dq,", "dq without the scores' factor"),
+            ("m = tl.full((OWNED,), -1e30,", 'm = tl.full((OWNED,), -float("inf"),', "a first tile of nothing is nan"),
+            (
+                "(key[:, None] <= query[None, :])",
+                "(key[:, None] < query[None, :])",
+                "a key is not trained by its own query",
+            ),
+            ("(parent != i - 1 and prefix[i - 1] != parent)", "False", "answers may stand anywhere"),
+        ],
+    ),
+    (
         "kernels/backend.py",
         "tests/test_backend.py",
         [
@@ -337,6 +390,16 @@ GROUPS = [
                 "slices = weight.split(HEAD_ROWS) if self._wide_head is None else [self._wide_head]",
                 "slices = weight.split(HEAD_ROWS)",
                 "the head is widened for every token",
+            ),
+            (
+                "            positions = segments.positions[None]  # (1, T)\n",
+                "            positions = steps[None]  # (1, T)\n",
+                "an answer stands behind the answers before it, not behind its prompt",
+            ),
+            (
+                "scale=config.attn_scale, softcap=cap, window=window)",
+                "scale=config.attn_scale, softcap=cap)",
+                "no window in a packed row",
             ),
         ],
     ),
@@ -473,11 +536,78 @@ GROUPS = [
         "nanogspo/packing.py",
         "tests/test_packing.py",
         [
-            ("tokens[rows, columns + 1]", "tokens[rows, columns]", "a token is asked to predict itself"),
+            ("targets += [own[t + 1] for t in hits]", "targets += [own[t] for t in hits]", "a token predicts itself"),
             (
-                "* (len(batch) + 1) > max_tokens",
-                "* len(batch) > max_tokens",
-                "a row more than the memory was planned for",
+                "scored += [len(tokens) + t for t in hits]",
+                "scored += [len(tokens) + t + 1 for t in hits]",
+                "the hidden state that has seen the token predicts it",
+            ),
+            (
+                "return self.tokens[: self.loss_mask.index(True, 1) - 1]",
+                "return self.tokens[: self.loss_mask.index(True, 1)]",
+                "the prompt's last token shared as well: nothing is left to predict an answer's first",
+            ),
+            (
+                "self.loss_mask.index(True, 1) - 1]",
+                "self.loss_mask.index(True) - 1]",
+                "a first token marked as scored ends the prompt before it begins",
+            ),
+            (
+                "            if used + new + prompt * (not begun) > max_tokens:\n",
+                "            if used + new > max_tokens:\n",
+                "a prompt more than the memory was planned for",
+            ),
+            (
+                "                used, begun = 0, False\n",
+                "                used = 0\n",
+                "a family split by the budget goes on without its prompt in another's",
+            ),
+            (
+                "                used, begun = used + prompt, True\n",
+                "                begun = True\n",
+                "prompts cost nothing",
+            ),
+            ("            used += new\n", "            used += new + 1\n", "a budget that is not used up"),
+            (
+                " and examples[last].prompt == prompt:",
+                " and len(examples[last].prompt) == len(prompt):",
+                "another prompt of the same length is shared",
+            ),
+            ("while len(prompt) >= SHARE_FROM and", "while", "a piece of attention for a prompt of two tokens"),
+            (
+                "prompt, parent = examples[family[0]].prompt, len(lengths)",
+                "prompt, parent = examples[family[0]].prompt, 0",
+                "every answer reads the first family's prompt",
+            ),
+            (
+                "            parents.append(parent)\n",
+                "            parents.append(-1)\n",
+                "answers without their prompt",
+            ),
+            (
+                "            tokens += own[:-1]\n            lengths.append(len(own) - 1)\n",
+                "            tokens += own\n            lengths.append(len(own))\n",
+                "a token in each example that predicts nothing",
+            ),
+            (
+                "own, mask = e.tokens[len(prompt) :], e.loss_mask[len(prompt) :]",
+                "own, mask = e.tokens[len(prompt) :], e.loss_mask",
+                "the mask of the prompt over the answer",
+            ),
+            (
+                "torch.tensor([i for family in families for i in family])",
+                "torch.tensor(sorted(i for family in families for i in family))",
+                "advantages of other answers, once they are sorted by length",
+            ),
+            (
+                "segments=batch.segments)[0, batch.scored]",
+                "segments=None)[0, batch.scored]",
+                "a packed row is read as one sequence",
+            ),
+            (
+                'names = ("tokens", "segments", "scored", "targets", "cu_seqlens")',
+                'names = ("tokens", "segments", "scored", "targets")',
+                "offsets stay behind on the CPU",
             ),
             ("temperature=temperature, softcap=cap,", "softcap=cap,", "sampled at one temperature, scored at another"),
             (
@@ -553,6 +683,17 @@ GROUPS = [
                 '"gradients": numbers * element',
                 "gradients are summed in fp32 whatever the weights are",
             ),
+            (
+                "whole = groups * prompt + size * answer",
+                "whole = size * (prompt + answer)",
+                "memory for a prompt for each answer",
+            ),
+            (
+                "groups = max((min(first + size, N) - 1) // G - first // G + 1 for first in range(0, N, size))",
+                "groups = size // G",
+                "updates that begin within a group",
+            ),
+            ("element * (2 * queries + 2 * keys", "element * (3 * queries + 2 * keys", "a second copy of out"),
         ],
     ),
     (
