@@ -348,14 +348,14 @@ def run_checks(device: torch.device, big: bool, names: list[str] | None = None) 
 
 def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16, cycles: int = 2) -> list[dict]:
     """GSPO as train.py does it, with the reward a function of the tokens. The first cycle warms up; both are shown."""
-    from kernels.seq_logprob import sequence_sums
+    from benchmarks.gspo_step import reward, train_on
     from nanogspo.experience import experience
     from nanogspo.families import model_config
     from nanogspo.lora import add_lora
     from nanogspo.model import Transformer
-    from nanogspo.objectives import group_advantages, gspo_loss
+    from nanogspo.objectives import group_advantages
     from nanogspo.optimizer import Optimizer
-    from nanogspo.packing import Example, score
+    from nanogspo.packing import Example
     from nanogspo.rollout import generate
 
     config = model_config(file)
@@ -378,7 +378,7 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
             model, prompts, group_size=shape["group"], max_new_tokens=shape["tokens"], eos_ids=(), seed=cycle
         )
         times.append(now())
-        rewards = torch.tensor([(sum(a.tokens) % 97) / 97 for a in answers]).view(-1, shape["group"])  # (P, G)
+        rewards = torch.tensor([reward(a.tokens) for a in answers]).view(-1, shape["group"])  # (P, G)
         rollout = experience(
             model,
             [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers],
@@ -389,19 +389,7 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
             device=device,
         )
         times.append(now())
-        ratios, norms = [], []
-        for batches, old in zip(rollout.minibatches, rollout.old_logp, strict=True):
-            total = sum(len(b.index) for b in batches)
-            for batch, old_logp in zip(batches, old, strict=True):
-                batch, A = batch.to(device), rollout.advantages[batch.index].to(device)  # (N,)
-                logp, _, _ = score(model, batch)  # (S,)
-                seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
-                old_seq_logp = sequence_sums(old_logp.to(device), batch.cu_seqlens)  # (N,)
-                loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, clip_low=3e-4, clip_high=4e-4)
-                (loss * (len(batch.index) / total)).backward()
-                optimizer.accumulate()
-                ratios.append((float(facts["ratio_min"]), float(facts["ratio_max"])))
-            norms.append(optimizer.step(1e-5, 1.0).item())
+        ratios, norms = train_on(rollout, model, optimizer, device)
         times.append(now())
         first = ratios[: len(rollout.minibatches[0])]
         tokens = sum(len(a.tokens) for a in answers)

@@ -50,16 +50,38 @@ class Clock:
         self.started = now
 
 
+def train_on(rollout, model, optimizer, device) -> tuple[list[tuple[float, float]], list[float]]:
+    """The updates of one rollout, as train.py makes them: the smallest and largest ratio of each micro-batch, and the
+    gradient's norm of each update. Also what gpu_suite.py times."""
+    from kernels.seq_logprob import sequence_sums
+    from nanogspo.objectives import gspo_loss
+    from nanogspo.packing import score
+
+    ratios, norms = [], []
+    for batches, old in zip(rollout.minibatches, rollout.old_logp, strict=True):
+        total = sum(len(b.index) for b in batches)
+        for batch, old_logp in zip(batches, old, strict=True):
+            batch, A = batch.to(device), rollout.advantages[batch.index].to(device)  # (N,)
+            logp, _, _ = score(model, batch)  # (S,)
+            seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
+            old_seq_logp = sequence_sums(old_logp.to(device), batch.cu_seqlens)  # (N,)
+            loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, clip_low=3e-4, clip_high=4e-4)
+            (loss * (len(batch.index) / total)).backward()
+            optimizer.accumulate()
+            ratios.append((float(facts["ratio_min"]), float(facts["ratio_max"])))
+        norms.append(optimizer.step(1e-5, 1.0).item())
+    return ratios, norms
+
+
 def ours(args) -> list[dict]:
     import torch
 
-    from kernels.seq_logprob import sequence_sums
     from nanogspo import checkpoint
     from nanogspo.experience import experience
     from nanogspo.lora import add_lora
-    from nanogspo.objectives import group_advantages, gspo_loss
+    from nanogspo.objectives import group_advantages
     from nanogspo.optimizer import Optimizer
-    from nanogspo.packing import Example, score
+    from nanogspo.packing import Example
     from nanogspo.rollout import generate
     from nanogspo.tokenizer import load_tokenizer
 
@@ -86,23 +108,11 @@ def ours(args) -> list[dict]:
             device=device,
         )
         clock.lap("score")
-        ratios = []
-        for batches, old in zip(rollout.minibatches, rollout.old_logp, strict=True):
-            total = sum(len(b.index) for b in batches)
-            for batch, old_logp in zip(batches, old, strict=True):
-                batch, A = batch.to(device), rollout.advantages[batch.index].to(device)  # (N,)
-                logp, _, _ = score(model, batch)  # (S,)
-                seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
-                old_seq_logp = sequence_sums(old_logp.to(device), batch.cu_seqlens)  # (N,)
-                loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, clip_low=3e-4, clip_high=4e-4)
-                (loss * (len(batch.index) / total)).backward()
-                optimizer.accumulate()
-                ratios.append(float(facts["ratio_max"]))
-            optimizer.step(1e-5, 1.0)
+        ratios, _ = train_on(rollout, model, optimizer, device)
         if device == "cuda":
             torch.cuda.synchronize()
         clock.lap("train")
-        rows.append({**clock.seconds, "tokens": sum(len(a.tokens) for a in answers), "first_ratio": ratios[0]})
+        rows.append({**clock.seconds, "tokens": sum(len(a.tokens) for a in answers), "first_ratio": ratios[0][1]})
     return rows[1:]
 
 
