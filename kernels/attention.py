@@ -386,6 +386,26 @@ def _load(ptr, row, d, stride, mask, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _query_tile(tiles_ptr):
+    """This program's row of Segments.tiles: first token, start and end of its segment, start and length of its prefix.
+    Tiles with the most readers stand first, those that read most come last in their segment: backwards, then."""
+    tile = tiles_ptr + 6 * (tl.num_programs(0) - 1 - tl.program_id(0))
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+
+
+@triton.jit
+def _first_keys(first, start, before, window, WINDOW: tl.constexpr, WALKED: tl.constexpr):
+    """The first key a tile of queries sees, down to a whole tile of keys: of the prompt, and of its own."""
+    lowest = first * 0
+    own_lowest = first * 0
+    if WINDOW:
+        far = before + first - start - window + 1
+        lowest = tl.maximum(far, 0) // WALKED * WALKED
+        own_lowest = tl.maximum(far - before, 0) // WALKED * WALKED
+    return lowest, own_lowest
+
+
+@triton.jit
 def _forward_walk(
     out, m, s, q, position, k_ptr, v_ptr, stride_k, stride_v, first, last, before, scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -427,13 +447,7 @@ def _forward_kernel(
     OWNED: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
     """Equation (2) for a tile of queries of one head: over the keys of the prompt, then over the segment's own."""
-    # tiles with the most readers stand first, those that read most come last in their segment: walk the list backwards
-    tile = tiles_ptr + 6 * (tl.num_programs(0) - 1 - tl.program_id(0))
-    first = tl.load(tile)
-    start = tl.load(tile + 1)
-    end = tl.load(tile + 2)
-    prefix = tl.load(tile + 3)
-    before = tl.load(tile + 4)
+    first, start, end, prefix, before = _query_tile(tiles_ptr)
     h = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, OWNED)
     row = first + lane
@@ -447,12 +461,7 @@ def _forward_kernel(
     s = tl.zeros((OWNED,), tl.float32)
     k_ptr += (h // GROUP) * stride_kh
     v_ptr += (h // GROUP) * stride_vh
-    lowest = first * 0  # the first key the tile sees, down to a whole tile of keys; of the prompt, and of its own
-    own_lowest = first * 0
-    if WINDOW:
-        far = before + first - start - window + 1
-        lowest = tl.maximum(far, 0) // WALKED * WALKED
-        own_lowest = tl.maximum(far - before, 0) // WALKED * WALKED
+    lowest, own_lowest = _first_keys(first, start, before, window, WINDOW, WALKED)
     out, m, s = _forward_walk(
         out, m, s, q, position, k_ptr + prefix.to(tl.int64) * stride_ks, v_ptr + prefix.to(tl.int64) * stride_vs,
         stride_ks, stride_vs, lowest, before, 0, scale, softcap, window, SOFTCAP, WINDOW, D, WIDTH, WALKED,
@@ -504,12 +513,7 @@ def _dq_kernel(
     OWNED: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
     """delta and dq of equation (4) for a tile of queries of one head. delta is written for _dkdv_kernel."""
-    tile = tiles_ptr + 6 * (tl.num_programs(0) - 1 - tl.program_id(0))
-    first = tl.load(tile)
-    start = tl.load(tile + 1)
-    end = tl.load(tile + 2)
-    prefix = tl.load(tile + 3)
-    before = tl.load(tile + 4)
+    first, start, end, prefix, before = _query_tile(tiles_ptr)
     h = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1)
     lane = tl.arange(0, OWNED)
@@ -528,12 +532,7 @@ def _dq_kernel(
     dq = tl.zeros((OWNED, WIDTH), tl.float32)
     k_ptr += (h // GROUP) * stride_kh
     v_ptr += (h // GROUP) * stride_vh
-    lowest = first * 0
-    own_lowest = first * 0
-    if WINDOW:
-        far = before + first - start - window + 1
-        lowest = tl.maximum(far, 0) // WALKED * WALKED
-        own_lowest = tl.maximum(far - before, 0) // WALKED * WALKED
+    lowest, own_lowest = _first_keys(first, start, before, window, WINDOW, WALKED)
     dq = _dq_walk(
         dq, q, dout, lse, delta, position,
         k_ptr + prefix.to(tl.int64) * stride_ks, v_ptr + prefix.to(tl.int64) * stride_vs,
