@@ -364,10 +364,11 @@ def test_softcap_far_above(path):
 
 
 def test_the_width_chooses_the_path():
+    # the epilogue's sizes serve both paths: with those of rows, a wrong choice would write beyond its buffers
     g = torch.Generator().manual_seed(5)
     weight, targets = torch.randn(20, 24, generator=g), torch.tensor([3])
     for width, path in ((24, "rows"), (25, "epilogue")):
-        with small(path), patch.multiple(module, EPILOGUE_BELOW=width):
+        with small("epilogue"), patch.multiple(module, EPILOGUE_BELOW=width):
             with patch.object(module, "_forward_epilogue", wraps=module._forward_epilogue) as epilogue:
                 score(torch.randn(1, 24, generator=g), weight, targets)
         assert epilogue.called == (path == "epilogue")

@@ -85,7 +85,7 @@ def judge(mutant: Mutant, tree: Path) -> str:
     try:
         path.write_text(text.replace(mutant.right, mutant.wrong))
         code = run_pytest(tree, mutant.test)
-        if code in (1, None):
+        if code in (1, None, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):  # a wrong pointer may end the process
             return "caught"
         if code != 0:
             return "UNFIT"  # the tests could not even be collected: such an edit is never merged, so it proves nothing
