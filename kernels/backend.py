@@ -50,8 +50,8 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
 
 def same_device(**tensors: torch.Tensor | None) -> None:
     """Raises ValueError when tensors, given by name, live on several devices: a kernel would read foreign memory."""
-    places = {name: str(x.device) for name, x in tensors.items() if x is not None}
-    if len(set(places.values())) > 1:
+    if len({x.device for x in tensors.values() if x is not None}) > 1:
+        places = {name: str(x.device) for name, x in tensors.items() if x is not None}
         listed = ", ".join(f"{name} on {place}" for name, place in places.items())
         raise ValueError(f"got {listed}, want one device; move them with .to()")
 

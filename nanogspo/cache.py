@@ -1,51 +1,99 @@
 """The KV cache: keys and values of every token so far, so that a new token costs one row of work, not all.
 
-Storage is static, (B, S, K, D) per layer with S fixed at the start: nothing is concatenated or moved while decoding.
-**A token's slot is its position.** Rows of different lengths therefore need no left padding: row b simply continues at
-slot lengths[b], overwriting whatever padding the prefill left there, and a query sees slots <= its own position.
+    prefix   (K, P, Sp, D)   the prompts, each once, however many answers are sampled to it
+    suffix   (K, N, Ss, D)   what each row (each answer) has added; all rows are equally long
 
-Bytes: 2 * L * K * D * element size a token; 112 KiB for Qwen3-0.6B in bf16.
+Sp and Ss are fixed at the start: nothing is concatenated or moved while decoding. A row that has finished leaves.
 
-Lesson: lessons/04_sampling_and_cache.md       Tests: tests/test_rollout.py
+Bytes: 2 * L * K * D * element size a slot; 112 KiB for Qwen3-0.6B in bf16. A CPU keeps 16-bit numbers as fp32, which
+changes none of them: widening them at every step would take it longer than reading twice the bytes.
+
+Lesson: lessons/04_sampling_and_cache.md       Tests: tests/test_cache.py
 """
 
 import torch
 from torch import Tensor
 
+from kernels.attention import Segments
+from kernels.decode_attention import Plan, decode_attention
 from nanogspo.families import ModelConfig
 
 
 class KVCache:
-    """Keys and values per layer, how long each row is, and how far any row may reach."""
+    """Keys and values of P prompts and of group_size rows to each, prompt-major.
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, *, device, dtype: torch.dtype):
-        shape = (rows, capacity, config.num_kv_heads, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]  # (B, S, K, D)
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]  # (B, S, K, D)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,) valid slots of each row
-        self.extent = 0  # slots in use by the longest row; a Python int, so that reading it never waits for a GPU
+    prompts   the packed row of prompts that `Transformer.forward` will prefill: a segment each
+    capacity  tokens that a row can add
+    dtype     the model's
+    """
 
-    @property
-    def capacity(self) -> int:
-        return self.k[0].shape[1]
+    def __init__(self, config: ModelConfig, prompts: Segments, group_size: int, capacity: int, *, dtype: torch.dtype):
+        device, P = prompts.positions.device, len(prompts.lengths)
+        dtype = torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+        self.prefix_lengths = torch.tensor(prompts.lengths, device=device)  # (P,)
+        self.prompt = torch.arange(P, device=device).repeat_interleave(group_size)  # (N,) never falls
+        self.lengths = torch.zeros_like(self.prompt)  # (N,) slots in use of each row
+        self.extent, self.capacity = 0, capacity  # the same as a Python number: reading it never waits for a GPU
+        segment = torch.arange(P, device=device).repeat_interleave(self.prefix_lengths)  # (S,)
+        self._prefill_at = (segment, prompts.positions)  # where each token of the packed row belongs
 
-    def reserve(self, T: int) -> None:
-        """Announce T more tokens a row. ValueError when the longest row would not fit."""
-        if self.extent + T > self.capacity:
-            raise ValueError(f"got {self.extent} + {T} tokens for a cache of {self.capacity}, want a larger capacity")
-        self.extent += T
+        def storage(rows: int, slots: int) -> list[Tensor]:
+            shape = (config.num_kv_heads, rows, slots, config.head_dim)
+            return [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, K, D) at their positions (B, T); return all (B, extent, K, D) of that layer."""
-        row = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        self.k[layer][row, positions] = k
-        self.v[layer][row, positions] = v
-        return self.k[layer][:, : self.extent], self.v[layer][:, : self.extent]
+        longest = max(prompts.lengths)
+        self.prefix_k, self.prefix_v = storage(P, longest), storage(P, longest)  # (K, P, Sp, D) a layer
+        self.k, self.v = storage(P * group_size, capacity), storage(P * group_size, capacity)  # (K, N, Ss, D) a layer
+        self._plans: dict[int, Plan] = {}
 
-    def rows(self, index: Tensor) -> "KVCache":
-        """A cache with row index[i] as its row i. Repeats spread a prefilled prompt over its group; gaps drop rows."""
-        new = object.__new__(KVCache)
-        new.k = [k[index] for k in self.k]
-        new.v = [v[index] for v in self.v]
-        new.lengths, new.extent = self.lengths[index], self.extent
-        return new
+    def prefill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k, v (S, K, D) of the packed row of prompts."""
+        prompt, slot = self._prefill_at  # (S,), (S,)
+        for storage, x in ((self.prefix_k[layer], k), (self.prefix_v[layer], v)):
+            storage[:, prompt, slot] = x.transpose(0, 1).to(storage.dtype)  # (K, S, D)
+
+    def step(self) -> Tensor:
+        """Announce one more token a row: the position (N,) of each. ValueError when there is no slot left."""
+        if self.extent == self.capacity:
+            raise ValueError(
+                f"got token {self.extent + 1} for a cache of {self.capacity} a row, want a larger capacity"
+            )
+        positions = self.prefix_lengths[self.prompt] + self.lengths  # (N,)
+        self.extent += 1
+        self.lengths = self.lengths + 1
+        self._plans = {}
+        return positions
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int
+    ) -> Tensor:
+        """Store the newest token's k, v (N, K, D); what its q (N, H, D) finds among all tokens of its row. (N, H, D)"""
+        self.k[layer][:, :, self.extent - 1] = k.transpose(0, 1)  # (K, N, D)
+        self.v[layer][:, :, self.extent - 1] = v.transpose(0, 1)  # (K, N, D)
+        if window not in self._plans and not q.is_cuda:
+            self._plans[window] = Plan.build(self.prompt, self.prefix_lengths, self.lengths, window=window)
+        return decode_attention(
+            q,
+            self.prefix_k[layer],
+            self.prefix_v[layer],
+            self.prefix_lengths,
+            self.k[layer],
+            self.v[layer],
+            self.lengths,
+            self.prompt,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            plan=self._plans.get(window),
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (n,) int64, in rising order. The prompts stay."""
+
+        def kept(x: Tensor) -> Tensor:
+            new = x.new_empty((x.shape[0], len(rows), *x.shape[2:]))  # (K, n, Ss, D)
+            new[:, :, : self.extent] = x[:, :, : self.extent].index_select(1, rows)
+            return new
+
+        self.k, self.v = [kept(x) for x in self.k], [kept(x) for x in self.v]
+        self.prompt, self.lengths, self._plans = self.prompt[rows], self.lengths[rows], {}

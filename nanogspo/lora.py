@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.blocked import Layer
 from nanogspo.model import Transformer
 from nanogspo.quant import LINEAR, PackedLinear, dense_weight, weight_count
 
@@ -83,6 +84,14 @@ class LoRALinear(nn.Module):
             update = self.lora_B(self.lora_A(F.dropout(x, self.dropout).float()))  # (..., out) fp32
             return (self.base(x) + update * self.scale).to(x.dtype)  # (..., out)
         return _Product.apply(x, self.lora_A.weight, self.lora_B.weight, self)  # (..., out)
+
+    def dense(self) -> Layer | None:
+        """Base and update as matrices, for kernels/blocked.py; None over packed weights."""
+        if isinstance(self.base, PackedLinear):
+            return None
+        if self.merged:
+            return Layer(self.base.weight, self.base.bias)
+        return Layer(self.base.weight, self.base.bias, self.lora_A.weight, self.lora_B.weight, self.scale)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W + scale * B A, computed in fp32, rounded once to W's dtype. (out, in)

@@ -23,7 +23,7 @@ V vocabulary.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Segments, attention
 from kernels.backend import bf16_products
+from kernels.blocked import Blocked, Layer, can_block
 from kernels.glu import glu
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
@@ -138,7 +139,51 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
     return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class Projections(nn.Module):
+    """A module with linear layers, some of which read the same x: PRODUCTS names them, those of one x together.
+
+    While answers are sampled on a CPU, the layers of one x are one product, with all their adapters in it
+    (kernels/blocked.py). Otherwise they are what they are: a layer each.
+    """
+
+    PRODUCTS: tuple[tuple[str, ...], ...] = ()
+
+    def __init__(self):
+        super().__init__()
+        self._blocked: dict[tuple[str, ...], Blocked] = {}
+
+    def project(self, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+        """What the layers of these names make of x (..., in): (..., out) each."""
+        if names in self._blocked and not torch.is_grad_enabled():
+            return self._blocked[names].linear(x)
+        return [getattr(self, name)(x) for name in names]
+
+    def joined(self) -> Iterator[tuple[tuple[str, ...], list[Layer]]]:
+        """The layers of one x that can be one product here, and their names."""
+        for names in self.PRODUCTS:
+            layers = [dense_layer(getattr(self, name)) for name in names]
+            if all(layer is not None and can_block(layer.weight) for layer in layers):
+                yield names, layers
+
+    def block(self) -> None:
+        """Lay out weights for few rows. The copies do not follow updates: `unblock` drops them."""
+        self._blocked = {names: Blocked(layers) for names, layers in self.joined()}
+
+    def unblock(self) -> None:
+        self._blocked = {}
+
+
+def dense_layer(layer: nn.Module) -> Layer | None:
+    """The matrices of a linear layer and of its adapter; None where they are packed in 4 or 8 bits."""
+    if type(layer) is nn.Linear:
+        return Layer(layer.weight, layer.bias)
+    return layer.dense() if hasattr(layer, "dense") else None
+
+
+class Attention(Projections):
+    INPUTS, OUTPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+    PRODUCTS = (INPUTS, OUTPUT)
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -152,20 +197,21 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D, config.norm_eps, config.norm_plus_one)
             self.k_norm = RMSNorm(D, config.norm_eps, config.norm_plus_one)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, positions, cache: KVCache | None, segments=None):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, cache: KVCache | None, segments: Segments | None):
         config, (B, T, _) = self.config, x.shape
-        q = self.q_proj(x).view(B, T, -1, config.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, config.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, config.head_dim)  # (B, T, K, D)
+        q, k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in self.project(self.INPUTS, x))  # (B, T, H or K, D)
         q, k = rope(q, k, cos, sin, **self._head_norms())  # (B, T, H, D), (B, T, K, D)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v, positions)  # (B, S, K, D)
-        if segments is None:
-            out = attend(q, k, v, mask, config.attn_scale, config.attn_softcap)  # (B, T, H, D)
+        settings = {"scale": config.attn_scale, "softcap": config.attn_softcap or None, "window": self.window}
+        if segments is not None:
+            if cache is not None:
+                cache.prefill(self.layer, k[0], v[0])
+            out = attention(q[0], k[0], v[0], segments, **settings)[None]  # (1, T, H, D)
+        elif cache is not None:
+            out = cache.attend(self.layer, q[0], k[0], v[0], **settings)[None]  # (1, T, H, D)
         else:
-            cap, window = config.attn_softcap or None, self.window
-            out = attention(q[0], k[0], v[0], segments, scale=config.attn_scale, softcap=cap, window=window)[None]
-        return self.o_proj(out.reshape(B, T, -1))  # (B, T, C)
+            out = attend(q, k, v, mask, config.attn_scale, config.attn_softcap)  # (B, T, H, D)
+        [out] = self.project(self.OUTPUT, out.reshape(B, T, -1))
+        return out  # (B, T, C)
 
     def _head_norms(self) -> dict:
         """Qwen 3 and Gemma 3 normalise every head before it is turned; rope does both at once."""
@@ -175,8 +221,11 @@ class Attention(nn.Module):
         return {"q_weight": norm.weight, "k_weight": self.k_norm.weight, "eps": norm.eps, "plus_one": norm.plus_one}
 
 
-class MLP(nn.Module):
+class MLP(Projections):
     """down(act(gate(x)) * up(x)): SwiGLU, or GeGLU with the tanh approximation of GELU for Gemma."""
+
+    INPUTS, OUTPUT = ("gate_proj", "up_proj"), ("down_proj",)
+    PRODUCTS = (INPUTS, OUTPUT)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -187,7 +236,9 @@ class MLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), activation=self.activation))  # (B, T, C)
+        gate, up = self.project(self.INPUTS, x)  # (B, T, F) each
+        [out] = self.project(self.OUTPUT, glu(gate, up, activation=self.activation))
+        return out  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -225,7 +276,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self._wide_head = None
+        self._blocked_head: Blocked | None = None
         # filled by `load` or `init_weights`: the usual normal_ on the meta device imports 800 modules, a second long
         rows = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows)  # (V, C)
@@ -268,40 +319,37 @@ class Transformer(nn.Module):
 
         tokens     (B, T) int64. Rows may be padded on the right with any id: attention is causal, so what stands
                    behind a row's end cannot reach what stands before it
-        positions  (B, T) int64, RoPE position of each token, and its cache slot; default 0..T-1, or on from where
-                   each row of the cache ends
-        cache      KVCache to write to and read from; its `lengths` move on by T
+        positions  (B, T) int64, RoPE position of each token; default 0 .. T - 1, or what segments or the cache say
         segments   Segments of T tokens: the one row (B = 1) is packed, and these say who sees whom and where they stand
+        cache      KVCache. With segments: the prompts it was made for, to be stored. Without: T tokens (B = 1), the
+                   next one of each of its rows; they are stored and see all that came before them
         returns    (B, T, C) in the model's dtype
 
-        Raises ValueError for segments with several rows or a cache.
+        Raises ValueError for segments or a cache with several rows, and for a cache that is full.
         """
         config, T = self.config, tokens.shape[1]
-        if segments is not None and (cache is not None or len(tokens) != 1):
-            raise ValueError(f"got segments with {len(tokens)} rows, or a cache; want one packed row and no cache")
-        steps = torch.arange(T, device=tokens.device)
-        if cache is not None:
-            positions = cache.lengths[:, None] + steps if positions is None else positions  # (B, T)
-            cache.reserve(T)
-        elif segments is not None:
-            positions = segments.positions[None]  # (1, T)
-        elif positions is None:
-            positions = steps[None]  # (1, T)
+        if (segments or cache) and len(tokens) != 1:
+            raise ValueError(f"got {len(tokens)} rows with segments or a cache, want one packed row")
+        if segments is not None:
+            order = segments.positions[None]  # (1, T)
+        elif cache is not None:
+            order = cache.step()[None]  # (1, T)
+        else:
+            order = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        positions = order if positions is None else positions  # (B or 1, T)
         x = self.embed_tokens(tokens)  # (B, T, C)
         if (
             config.scale_embedding
         ):  # sqrt(C) is rounded to the weight dtype first: 50.5, not 50.596, for C = 2560 in bf16
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)
         turns = {kind: self._cos_sin(kind, positions, x.dtype) for kind in config.rope}
-        masks = {kind: None if segments else self._mask(kind, T, positions, cache) for kind in config.rope}
+        masks = {kind: None if segments or cache else self._mask(kind, order) for kind in config.rope}
         for kind, block in zip(config.layer_types, self.layers, strict=True):
-            arguments = (x, *turns[kind], masks[kind], positions, cache, segments)
+            arguments = (x, *turns[kind], masks[kind], cache, segments)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        if cache is not None:
-            cache.lengths = cache.lengths + T
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -312,29 +360,37 @@ class Transformer(nn.Module):
         instead would move a log-prob by 1e-2, thirty times GSPO's clip range.
         """
         weight = self.head_weight
-        if weight.dtype == torch.float32:
+        if self._blocked_head is not None and not torch.is_grad_enabled():
+            [z] = self._blocked_head.linear(hidden.float())  # (..., V)
+        elif weight.dtype == torch.float32:
             z = F.linear(hidden.float(), weight)  # (..., V)
         elif hidden.is_cuda:
             flat = hidden.reshape(-1, hidden.shape[-1])
             z = torch.mm(flat, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
         else:
-            slices = weight.split(HEAD_ROWS) if self._wide_head is None else [self._wide_head]
             with bf16_products(weight.dtype == hidden.dtype == torch.bfloat16):
-                z = torch.cat([F.linear(hidden.float(), rows.float()) for rows in slices], dim=-1)
+                z = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(HEAD_ROWS)], dim=-1)
         cap = self.config.final_softcap
         return cap * torch.tanh(z / cap) if cap else z
 
     @contextlib.contextmanager
-    def wide_head(self) -> Iterator[None]:
-        """Within it `logits` finds the head in fp32, where it has to be widened: sampling reads it once a token, and
-        widening 28 M weights takes a CPU longer than multiplying with them. 4 V C bytes, 0.6 GB for Qwen3-0.6B."""
-        weight = self.head_weight
-        if weight.dtype != torch.float32 and not weight.is_cuda:
-            self._wide_head = weight.detach().float()  # (V, C)
+    def sampling(self) -> Iterator[None]:
+        """Within it, and without gradients, products read weights in blocks where that is faster: on a CPU.
+
+        Layers in their own dtype; the head in fp32, because its scores are. Quantised layers stay as they are. For
+        Qwen3-0.6B in bf16 the copies are 0.9 and 0.6 GB; updates of the weights do not reach them.
+        """
+        modules = [m for m in self.layers.modules() if isinstance(m, Projections)]
         try:
+            for module in modules:
+                module.block()
+            if can_block(self.head_weight):
+                self._blocked_head = Blocked([Layer(self.head_weight.float())])
             yield
         finally:
-            self._wide_head = None
+            for module in modules:
+                module.unblock()
+            self._blocked_head = None
 
     def _cos_sin(self, kind: str, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B or 1, T, 1, rotary_dim) each; the angle is fp32, only its cos and sin are rounded to the model dtype."""
@@ -343,26 +399,14 @@ class Transformer(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)[:, :, None]  # (B, T, 1, rotary_dim)
         return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
 
-    def _mask(self, kind: str, T: int, positions: Tensor, cache: KVCache | None) -> Tensor | None:
-        """(B or 1, 1, T, S) bool: keys at or before the query, and for sliding layers at most window - 1 back.
-
-        None where plain causal attention says the same, which lets the fused kernel skip the mask.
-        """
+    def _mask(self, kind: str, order: Tensor) -> Tensor | None:
+        """(1, 1, T, T) bool from 0 .. T - 1 (1, T): keys at or before the query, and for sliding layers at most
+        window - 1 back. None where plain causal attention says the same, which lets the fused kernel skip the mask."""
         window = self.config.sliding_window if kind == "sliding" else 0
-        # the first tokens of an empty cache see only each other, as they do without one
-        if cache is None or cache.extent == T:
-            if not window or T <= window:
-                return None
-            query = torch.arange(T, device=positions.device)[
-                None, :, None
-            ]  # (1, T, 1) rows are not packed: index = order
-            key = torch.arange(T, device=positions.device)
-        else:
-            query, key = positions[..., None], torch.arange(cache.extent, device=positions.device)  # slot = position
-        allowed = key <= query  # (B or 1, T, S)
-        if window:
-            allowed &= key > query - window
-        return allowed[:, None]
+        if not window or order.shape[1] <= window:
+            return None
+        query, key = order[..., None], order[:, None]  # (1, T, 1), (1, 1, T)
+        return ((key <= query) & (key > query - window))[:, None]
 
 
 # Rows of the head widened to fp32 at a time: 4096 x 1024 x 4 bytes = 16 MB, small beside the model, large beside a call

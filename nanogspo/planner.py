@@ -6,11 +6,12 @@ Weights, adapter, gradients, optimiser and KV cache are counted exactly. Activat
 Tests: tests/test_planner.py
 """
 
+from kernels.blocked import can_block, nbytes
 from nanogspo.checkpoint import tensor_bytes
 from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig
 from nanogspo.lora import describe, lora_layers
-from nanogspo.model import Transformer
+from nanogspo.model import Projections, Transformer
 from nanogspo.packing import SHARE_FROM
 from nanogspo.quant import NF4Linear, packed_layers, weight_count
 
@@ -45,11 +46,19 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
         rows = config.prompts_per_rollout * config.group_size
         if config.rollout_rows:  # whole groups, as rollout.generate slices them
             rows = min(rows, max(1, config.rollout_rows // config.group_size) * config.group_size)
-        per_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * element
-        parts["KV cache of a rollout"] = rows * (longest_prompt + config.max_new_tokens) * per_token
-        if element < 4 and not model.head_weight.is_cuda:  # Transformer.wide_head
-            parts["fp32 head of a rollout"] = model.head_weight.numel() * 4
+        on_gpu = model.head_weight.is_cuda
+        slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
+        slots = rows // config.group_size * longest_prompt + rows * (config.max_new_tokens - 1)
+        parts["KV cache of a rollout"] = slots * slot
+        parts["weights in blocks"] = blocked_bytes(model)
     return {name: size for name, size in parts.items() if size}
+
+
+def blocked_bytes(model: Transformer) -> int:
+    """What `Transformer.sampling` lays out in blocks."""
+    joined = [layers for m in model.modules() if isinstance(m, Projections) for _, layers in m.joined()]
+    head = model.head_weight.numel() * 4 if can_block(model.head_weight) else 0
+    return sum(map(nbytes, joined)) + head
 
 
 def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:

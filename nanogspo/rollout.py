@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.attention import Segments
 from nanogspo.cache import KVCache
 from nanogspo.model import Transformer
 
@@ -107,19 +108,15 @@ def decode(
     model.eval()  # LoRA dropout must not touch the policy that is sampled
     with contextlib.ExitStack() as after:
         after.callback(model.train, was_training)
-        after.enter_context(model.wide_head())
-        lengths = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
-        widest, N = max(map(len, prompts)), len(prompts) * group_size
-        tokens = torch.tensor(
-            [p + [0] * (widest - len(p)) for p in prompts], device=device
-        )  # (P, T), padded on the right
-        cache = KVCache(
-            model.config, len(prompts), widest + max_new_tokens, device=device, dtype=model.norm.weight.dtype
-        )
-        hidden = model(tokens, cache=cache)[torch.arange(len(prompts), device=device), lengths - 1]  # (P, C)
-        cache.lengths = lengths  # what the padding wrote lies behind each row's end and is overwritten
-        spread = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # (N,)
-        cache, logits = cache.rows(spread), model.logits(hidden)[spread]  # (N, V)
+        after.enter_context(model.sampling())
+        N = len(prompts) * group_size
+        segments = Segments.build([len(p) for p in prompts], device=device)
+        tokens = torch.tensor([token for p in prompts for token in p], device=device)  # (S,) packed: no padding
+        capacity = max_new_tokens - 1  # nothing follows an answer's last token
+        cache = KVCache(model.config, segments, group_size, capacity, dtype=model.norm.weight.dtype)
+        hidden = model(tokens[None], segments=segments, cache=cache)[0]  # (S, C)
+        logits = model.logits(hidden[segments.cu_seqlens[1:].long() - 1])  # (P, V)
+        logits = logits.repeat_interleave(group_size, dim=0)  # (N, V)
         # float64: at V = 151,936 a fp32 uniform could not tell apart tokens rarer than 6e-8
         uniforms = torch.rand(max_new_tokens, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         uniforms = uniforms.to(device)
@@ -137,13 +134,11 @@ def decode(
             left = int(running.sum())
             if left == 0 or step + 1 == max_new_tokens:
                 return
-            if left <= KEEP * len(
-                rows
-            ):  # copying the cache costs about one step: wait until it buys a fair share of one
+            if left <= KEEP * len(rows):  # copying what is left costs about a step: wait until it buys a fair share
                 keep = running.nonzero().squeeze(1)
-                cache, rows, drawn = cache.rows(keep), rows[keep], drawn[keep]
-                running = running[keep]
-            hidden = model(drawn[:, None], cache=cache)[:, -1]  # (n, C)
+                cache.keep(keep)
+                rows, drawn, running = rows[keep], drawn[keep], running[keep]
+            hidden = model(drawn[None], cache=cache)[0]  # (n, C)
             logits = model.logits(hidden)  # (n, V)
 
 

@@ -4,12 +4,15 @@ Run: python -m pytest tests/test_planner.py
 """
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import blocked
+from kernels.attention import Segments
 from nanogspo.cache import KVCache
 from nanogspo.config import TrainConfig
 from nanogspo.experience import plan as minibatches
@@ -67,11 +70,20 @@ def test_what_is_counted_exactly(dtype, lora_r):
     optimizer.step(1e-3, 1.0)
     state = optimizer.state()
     assert parts["optimiser (two moments)"] == bytes_of([t for n, t in state.items() if "exp_avg" in n])
-    cache = KVCache(model.config, 12, 12, device="cpu", dtype=dtype)
-    assert parts["KV cache of a rollout"] == bytes_of([*cache.k, *cache.v])
-    with model.wide_head():
-        widened = [] if model._wide_head is None else [model._wide_head]
-    assert parts.get("fp32 head of a rollout", 0) == bytes_of(widened)
+    cache = KVCache(model.config, Segments.build([7, 7, 7]), 4, 4, dtype=dtype)  # the last token is not fed
+    assert parts["KV cache of a rollout"] == bytes_of([*cache.prefix_k, *cache.prefix_v, *cache.k, *cache.v])
+
+
+@DTYPES
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_weights_in_blocks_are_counted(dtype, lora_r):
+    """Of every matrix that `sampling` lays out, as it is handed over."""
+    model, handed = tiny(dtype=dtype, lora_r=lora_r), []
+    with patch.object(blocked, "_blocks", lambda weight: handed.append(weight)), model.sampling():
+        pass
+    parts = memory_parts(TrainConfig(lora_r=lora_r), model, longest_prompt=7)
+    assert len(handed) == 3 * 4 * (2 if lora_r else 1) + 1
+    assert parts["weights in blocks"] == sum(weight.nbytes for weight in handed)
 
 
 def kept(model, batch):
@@ -153,8 +165,8 @@ def test_rollout_rows_bound_the_cache_by_whole_groups():
         config = TrainConfig(prompts_per_rollout=6, group_size=4, rollout_rows=rows, lora_r=0)
         return memory_parts(config, tiny(), 10)["KV cache of a rollout"]
 
-    row = cache(0) // 24
-    assert [cache(n) // row for n in (1, 4, 7, 8, 24, 100)] == [4, 4, 4, 8, 24, 24]
+    group = cache(0) // 6  # a prompt and its four answers
+    assert [cache(n) // group for n in (1, 4, 7, 8, 24, 100)] == [1, 1, 1, 2, 6, 6]
     assert "KV cache of a rollout" not in memory_parts(TrainConfig(algo="sft", lora_r=0), tiny(), 10)
 
 

@@ -14,7 +14,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanogspo import rollout
-from nanogspo.cache import KVCache
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
 from nanogspo.rollout import generate, sample
@@ -100,29 +99,6 @@ def test_kept_logp_is_the_log_softmax_of_a_full_forward(family, temperature):
         assert answer.logp == pytest.approx(want, abs=CACHE_NOISE / temperature)
 
 
-def test_cache_rows_can_be_repeated_and_dropped():
-    """rows() keeps a row's keys, values and length together, and the copies live apart."""
-    cache = KVCache(model_config({**SHAPE, **FAMILIES["llama"]}), 3, 4, device="cpu", dtype=torch.float32)
-    for x in (*cache.k, *cache.v):
-        x.normal_(generator=torch.Generator().manual_seed(0))
-    cache.lengths, cache.extent = torch.tensor([1, 2, 3]), 3
-    picked = cache.rows(torch.tensor([2, 0, 2]))
-    assert picked.lengths.tolist() == [3, 1, 3] and (picked.extent, picked.capacity) == (3, 4)
-    for old, new in zip((*cache.k, *cache.v), (*picked.k, *picked.v), strict=True):
-        assert torch.equal(new, old[[2, 0, 2]])
-    picked.k[0][0] = 0
-    assert picked.k[0][2].abs().max() > 0 and cache.k[0][2].abs().max() > 0
-
-
-def test_a_cache_that_would_overflow_is_refused():
-    cache = KVCache(model_config({**SHAPE, **FAMILIES["llama"]}), 1, 4, device="cpu", dtype=torch.float32)
-    cache.reserve(3)
-    with pytest.raises(ValueError, match="3 \\+ 2 tokens for a cache of 4"):
-        cache.reserve(2)
-    cache.reserve(1)  # exactly full is allowed, and the refusal above took nothing
-    assert cache.extent == 4
-
-
 # ----------------------------------------------------------------------------
 # groups
 
@@ -139,8 +115,8 @@ def test_answers_come_prompt_by_prompt_and_prompts_are_prefilled_once():
     with patch.object(Transformer, "forward", spy):
         answers = generate(model, PROMPTS, group_size=5, max_new_tokens=4, seed=3)
     assert [a.prompt_index for a in answers] == [p for p in range(4) for _ in range(5)]
-    # one prefill of (P, T), never of (P * G, T); then a step a token for the rows still alive, and none after the last
-    assert calls == [(4, 7), (20, 1), (20, 1), (20, 1)]
+    # one packed prefill of each prompt once; then a step a token for the rows still alive, and none after the last
+    assert calls == [(1, 16), (1, 20), (1, 20), (1, 20)]
     groups = [{tuple(a.tokens) for a in answers[i : i + 5]} for i in range(0, 20, 5)]
     assert all(len(group) > 1 for group in groups)  # answers of a group are drawn apart
 
@@ -165,15 +141,16 @@ def test_finished_rows_leave_the_batch():
     forward = Transformer.forward
 
     def spy(self, tokens, **kwargs):
-        widths.append(len(tokens))
+        if "segments" not in kwargs:  # a step, not the prefill
+            widths.append(tokens.shape[1])
         return forward(self, tokens, **kwargs)
 
     with patch.object(Transformer, "forward", spy):
         answers = generate(model, PROMPTS, group_size=8, max_new_tokens=20, eos_ids=[1, 4, 9, 10, 11], seed=0)
-    for step, width in enumerate(widths[1:], start=1):
+    for step, width in enumerate(widths, start=1):
         alive = sum(len(a.tokens) > step for a in answers)
         assert alive <= width < alive / rollout.KEEP + 1
-    assert widths[-1] < 12 < widths[1] < 32
+    assert widths[-1] < 12 < widths[0] < 32
 
 
 def test_max_rows_slices_whole_groups():
@@ -181,7 +158,8 @@ def test_max_rows_slices_whole_groups():
     forward = Transformer.forward
 
     def spy(self, tokens, **kwargs):
-        widths.append(len(tokens))
+        if "segments" not in kwargs:  # a step, not the prefill
+            widths.append(tokens.shape[1])
         return forward(self, tokens, **kwargs)
 
     with patch.object(Transformer, "forward", spy):

@@ -237,6 +237,28 @@ def attention() -> None:
         both(torch.float32, 128, None, 0)
 
 
+def decode_attention() -> None:
+    """The same heads; one row of one prompt, and many rows of two."""
+    from kernels.decode_attention import decode_attention
+
+    def step(dtype: torch.dtype, D: int, softcap: float | None, window: int, rows: int, prompts: int) -> None:
+        cache = [
+            randn(2, n, slots, D, dtype=dtype) for n, slots in ((prompts, 64), (prompts, 64), (rows, 32), (rows, 32))
+        ]
+        lengths, prompt = torch.full((rows,), 9), torch.arange(rows) * prompts // rows
+        decode_attention(
+            randn(rows, 4, D, dtype=dtype), *cache[:2], torch.full((prompts,), 20), *cache[2:], lengths, prompt,
+            scale=D**-0.5, softcap=softcap, window=window, backend="triton",
+        )  # fmt: skip
+
+    for rows, prompts in ((6, 2), (1, 1)):
+        for D, softcap, window in ((128, None, 0), (64, None, 0), (256, 50.0, 16)):
+            step(torch.bfloat16, D, softcap, window, rows, prompts)
+        step(torch.float16, 128, None, 0, rows, prompts)
+        with odd_widths():  # fp32 without tensor cores is for tests
+            step(torch.float32, 128, None, 0, rows, prompts)
+
+
 def lessons() -> None:
     """The slow versions of lessons 06, 08 and 15, in bf16: what their lessons speak of."""
     from kernels.nf4 import quantize_nf4
@@ -273,6 +295,7 @@ def decode() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "kernels/attention.py": attention,
+    "kernels/decode_attention.py": decode_attention,
     "kernels/seq_logprob.py": seq_logprob,
     "kernels/nf4.py": nf4,
     "kernels/int8.py": int8,

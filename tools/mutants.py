@@ -239,6 +239,128 @@ GROUPS = [
         ],
     ),
     (
+        "nanogspo/cache.py",
+        "tests/test_cache.py",
+        [
+            (
+                "if self.extent == self.capacity:",
+                "if self.extent + 1 == self.capacity:",
+                "the last slot cannot be used",
+            ),
+            ("self.prefix_lengths[self.prompt] + self.lengths", "self.lengths", "answers begin at position 0"),
+            (
+                "self.prompt, self.lengths, self._plans = self.prompt[rows]",
+                "self.prompt, self.lengths, self._plans = self.prompt[: len(rows)]",
+                "rows that stay read another prompt",
+            ),
+            ("        self._plans = {}\n        return", "        return", "every step sees what the first one saw"),
+            ("self.v[layer][:, :, self.extent - 1]", "self.v[layer][:, :, 0]", "each value replaces the first"),
+        ],
+    ),
+    (
+        "kernels/blocked.py",
+        "tests/test_blocked.py",
+        [
+            ("layer.B * layer.scale", "layer.B", "the adapter's scale is forgotten"),
+            ("                    column += r\n", "", "adapters share the columns of the first"),
+            (
+                "                start += out\n",
+                "                start += out if layer.A is not None else 0\n",
+                "an adapter beside the layer before its own",
+            ),
+            ("zero if b is None else b", "zero", "biases are dropped"),
+            ("weight.dtype == torch.float32", "weight.dtype.is_floating_point", "blocks of fp16"),
+        ],
+    ),
+    (
+        "nanogspo/planner.py",
+        "tests/test_planner.py",
+        [
+            ("max(element, 4)", "element", "a CPU's cache counted in bf16"),
+            (
+                "rows * (config.max_new_tokens - 1)",
+                "rows * config.max_new_tokens",
+                "a slot for the last token, which is never fed",
+            ),
+        ],
+    ),
+    (
+        "kernels/decode_attention.py",
+        "tests/test_decode_attention.py",
+        [
+            (
+                "s = s * shrink + tl.sum(e, axis=1)",
+                "s = s + tl.sum(e, axis=1)",
+                "sums are not rescaled to a new maximum",
+            ),
+            (
+                "acc = acc * shrink[:, None] + tl.dot(",
+                "acc = acc + tl.dot(",
+                "values are not rescaled to a new maximum",
+            ),
+            (
+                "alive = valid & (prompt == p)",
+                "alive = valid & (prompt >= p)",
+                "rows see the prompts before theirs as well",
+            ),
+            (
+                "oldest = tl.maximum(end + length - window, 0)",
+                "oldest = tl.maximum(end + length - window - 1, 0)",
+                "prefix: one key too many (triton)",
+            ),
+            (
+                "oldest += tl.maximum(length - window, 0)",
+                "oldest += tl.maximum(length - window - 1, 0)",
+                "suffix: one key too many (triton)",
+            ),
+            (
+                "weight = tl.where(full, tl.exp(m - tl.max(m, axis=0)), 0.0)",
+                "weight = tl.where(full, 1.0, 0.0)",
+                "parts are merged without their maxima",
+            ),
+            ("inside = slot < stop", "inside = slot < stop + 1", "a slot behind the end is read"),
+            (
+                "- split * chunk, 0) // BLOCK_S * BLOCK_S  # tiles",
+                "- split * chunk, 0)  # tiles",
+                "where tiles begin depends on the neighbours' window",
+            ),
+            ("mask=(valid & (s > 0))[:, None]", "mask=(valid & (s > 1))[:, None]", "parts of a single key are lost"),
+            (
+                "mask=full[:, None] & (d < D)[None, :]",
+                "mask=(part < PARTS)[:, None] & (d < D)[None, :]",
+                "unwritten parts are read: 0 * nan",
+            ),
+            ("scores.add_(plan.hidden)", "scores.add_(0)", "torch: nothing is hidden"),
+            (").mul_(scale)", ")", "torch: the scale is forgotten"),
+            (
+                ".baddbmm_(share, prefix_values)",
+                ".baddbmm_(share, prefix_values, beta=0)",
+                "torch: the row's own part is overwritten",
+            ),
+            (
+                "oldest = [max(0, prefix[p] + n - window) if window",
+                "oldest = [max(0, prefix[p] + n - window - 1) if window",
+                "torch: one key too many in the window",
+            ),
+            (
+                "x.view(K, N, -1, D).masked_fill(plan.unused, 0.0).view_as(x)",
+                "x.view_as(x)",
+                "torch: unused slots reach a product",
+            ),
+            ("x = tl.where(x < 0, -softcap, softcap) *", "x = softcap *", "triton: softcap loses the sign"),
+            (
+                "out[:, rows] += torch.bmm",
+                "out[:, rows] = torch.bmm",
+                "torch: the row's own part is overwritten, prompts apart",
+            ),
+            (
+                "together=len(blocks) == 1 and blocks[0][1] == slice(0, N) and",
+                "together=len(blocks) == 1 and",
+                "torch: rows without a prefix share in another's",
+            ),
+        ],
+    ),
+    (
         "kernels/attention.py",
         "tests/test_attention.py",
         [
@@ -327,13 +449,13 @@ GROUPS = [
                 "the attention's output never reaches the residual stream",
             ),
             (
-                "allowed &= key > query - window",
-                "allowed &= key >= query - window",
+                "(key > query - window))[:, None]",
+                "(key >= query - window))[:, None]",
                 "a sliding window one key too wide",
             ),
             (
-                "if not window or T <= window:",
-                "if not window or T <= window + 1:",
+                "if not window or order.shape[1] <= window:",
+                "if not window or order.shape[1] <= window + 1:",
                 "the shortcut skips a window that already bites",
             ),
             (
@@ -362,11 +484,6 @@ GROUPS = [
                 "yarn ramp rounded inwards",
             ),
             (
-                "if cache is None or cache.extent == T:",
-                "if cache is None or T > 1:",
-                "a second chunk of a prompt attends as if the cache were empty",
-            ),
-            (
                 "if self.gradient_checkpointing and torch.is_grad_enabled():",
                 "if False:",
                 "gradient checkpointing does nothing",
@@ -382,40 +499,29 @@ GROUPS = [
                 "fp16 heads and fp32 hidden states rounded to bf16",
             ),
             (
-                "        finally:\n            self._wide_head = None\n",
-                "        finally:\n            pass\n",
+                "                module.unblock()\n",
+                "                pass\n",
+                "sampling goes on with the weights of the last rollout",
+            ),
+            (
+                "            self._blocked_head = None\n\n",
+                "\n",
                 "sampling goes on with the head of the last rollout",
             ),
             (
-                "slices = weight.split(HEAD_ROWS) if self._wide_head is None else [self._wide_head]",
-                "slices = weight.split(HEAD_ROWS)",
-                "the head is widened for every token",
+                "if names in self._blocked and not torch.is_grad_enabled():",
+                "if names in self._blocked:",
+                "training reads the copies that carry no gradient",
             ),
             (
-                "            positions = segments.positions[None]  # (1, T)\n",
-                "            positions = steps[None]  # (1, T)\n",
+                "order = segments.positions[None]  # (1, T)",
+                "order = torch.arange(T, device=tokens.device)[None]  # (1, T)",
                 "an answer stands behind the answers before it, not behind its prompt",
             ),
             (
-                "scale=config.attn_scale, softcap=cap, window=window)",
-                "scale=config.attn_scale, softcap=cap)",
+                '"softcap": config.attn_softcap or None, "window": self.window}',
+                '"softcap": config.attn_softcap or None, "window": 0}',
                 "no window in a packed row",
-            ),
-        ],
-    ),
-    (
-        "nanogspo/cache.py",
-        "tests/test_model.py",
-        [
-            (
-                "if self.extent + T > self.capacity:",
-                "if self.extent + T >= self.capacity:",
-                "the last slot cannot be used",
-            ),
-            (
-                "new.lengths, new.extent = self.lengths[index], self.extent",
-                "new.lengths, new.extent = self.lengths, self.extent",
-                "rows keep the lengths of other rows",
             ),
         ],
     ),
@@ -508,28 +614,25 @@ GROUPS = [
         "nanogspo/rollout.py",
         "tests/test_rollout.py",
         [
-            (
-                "[torch.arange(len(prompts), device=device), lengths - 1]",
-                "[:, -1]",
-                "the first token of a short prompt is read off its padding",
-            ),
-            ("        cache.lengths = lengths  #", "        #", "short prompts go on behind their padding"),
             ("right=True)", "right=False)", "a token of probability 0 is drawn at uniform 0"),
-            ("uniforms[step, rows]", "uniforms[step, : len(rows)]", "draws that depend on who has finished"),
             (
-                "cache, rows, drawn = cache.rows(keep), rows[keep], drawn[keep]",
-                "cache, rows, drawn = cache.rows(keep), rows, drawn[keep]",
+                "model.logits(hidden[segments.cu_seqlens[1:].long() - 1])",
+                "model.logits(hidden[segments.cu_seqlens[:-1].long()])",
+                "the first token is drawn after the prompt's first",
+            ),
+            (
+                "rows, drawn, running = rows[keep], drawn[keep], running[keep]",
+                "rows, drawn, running = rows[: len(keep)], drawn[keep], running[keep]",
                 "answers mixed up once the batch shrinks",
             ),
+            (
+                "                cache.keep(keep)\n",
+                "                cache.keep(keep - keep[0])\n",
+                "rows go on in others' caches",
+            ),
+            ("uniforms[step, rows]", "uniforms[step, : len(rows)]", "draws that depend on who has finished"),
             ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
             ("seed=seed + first,", "seed=seed,", "equal draws in every slice"),
-        ],
-    ),
-    (
-        "nanogspo/cache.py",
-        "tests/test_rollout.py",
-        [
-            ("new.v = [v[index] for v in self.v]", "new.v = list(self.v)", "values stay with their old rows"),
         ],
     ),
     (

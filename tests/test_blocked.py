@@ -1,0 +1,75 @@
+"""kernels/blocked.py against the layers it stands for.
+
+Run: python -m pytest tests/test_blocked.py
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.blocked import Blocked, Layer, can_block
+from tests.strategies import SEEDS
+
+pytestmark = pytest.mark.skipif(not can_block(torch.ones(1, 1)), reason="no oneDNN in this torch")
+DTYPES = [torch.float32] + [torch.bfloat16] * can_block(torch.ones(1, 1, dtype=torch.bfloat16))
+
+
+@st.composite
+def groups(draw, dtypes=DTYPES):
+    """One to three layers of one x: (in, [Layer]). Some with a bias, some with an adapter of their own rank."""
+    g = torch.Generator().manual_seed(draw(SEEDS))
+    dtype, wide = draw(st.sampled_from(dtypes)), draw(st.sampled_from([1, 3, 16, 33, 64]))
+    layers = []
+    for _ in range(draw(st.integers(1, 3))):
+        out, r = draw(st.sampled_from([1, 5, 16, 48])), draw(st.sampled_from([0, 0, 1, 4]))
+        weight = torch.randn(out, wide, generator=g).to(dtype)
+        bias = torch.randn(out, generator=g).to(dtype) if draw(st.booleans()) else None
+        A, B = (torch.randn(r, wide, generator=g), torch.randn(out, r, generator=g)) if r else (None, None)
+        layers.append(Layer(weight, bias, A, B, draw(st.sampled_from([0.5, 2.0]))))
+    return wide, layers
+
+
+def truth(x, layer):
+    """y in float64, and the size of what is added up."""
+    y, size = F.linear(x.double(), layer.weight.double()), F.linear(x.double().abs(), layer.weight.double().abs())
+    if layer.bias is not None:
+        y, size = y + layer.bias.double(), size + layer.bias.double().abs()
+    if layer.A is not None:
+        A, B = layer.A.double(), layer.B.double() * layer.scale
+        y, size = y + x.double() @ A.T @ B.T, size + x.double().abs() @ A.abs().T @ B.abs().T
+    return y, size
+
+
+@given(group=groups(), rows=st.sampled_from([(1,), (2, 3), (33,), (0,)]), seed=SEEDS)
+def test_the_same_as_the_layers(group, rows, seed):
+    """fp32: the order of sums. bf16: the result is rounded; and A, B and x A.T, by half an eps each."""
+    wide, layers = group
+    x = torch.randn(*rows, wide, generator=torch.Generator().manual_seed(seed)).to(layers[0].weight.dtype)
+    outs = Blocked(layers).linear(x)
+    assert len(outs) == len(layers)
+    for layer, got in zip(layers, outs, strict=True):
+        want, size = truth(x, layer)
+        assert got.shape == want.shape and got.dtype == x.dtype
+        eps = torch.finfo(x.dtype).eps
+        assert ((got.double() - want).abs() <= (8 * eps if x.dtype == torch.float32 else 2.1 * eps) * size).all()
+
+
+@given(group=groups([torch.float32]))
+def test_a_copy_that_carries_no_gradient(group):
+    wide, layers = group
+    x = torch.randn(3, wide)
+    layers[0].weight.requires_grad_(True)
+    blocked = Blocked(layers)
+    before = [y.clone() for y in blocked.linear(x)]
+    with torch.no_grad():
+        layers[0].weight.add_(1)
+        after = blocked.linear(x)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8])
+def test_other_dtypes_are_not_blocked(dtype):
+    assert not can_block(torch.ones(2, 2, dtype=dtype))
+    assert not can_block(torch.ones(2, 2, device="meta"))
