@@ -219,7 +219,7 @@ def run(config: TrainConfig) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 7. the loop
 
-    stop = StopRequest()
+    stop, proved = StopRequest(), False
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
     if not config.resume:
         evaluate("start")
@@ -255,22 +255,24 @@ def run(config: TrainConfig) -> None:
 
             else:
                 if progress.update == 0:
-                    rollout = sample_rollout(model, chat, task, config, progress)
+                    rollout = sample_rollout(model, chat, task, config, progress, score_first=not proved)
                     log.samples(rollout.samples)
                     progress.rl_cursor += config.prompts_per_rollout
                 batches, old = rollout.minibatches[progress.update], rollout.old_logp[progress.update]
-                total = sum(len(batch.index) for batch in batches)
+                trained = sum(len(batch.index) for batch in batches)
+                share = trained / (len(rollout.examples) // config.updates_per_rollout)  # the others' gradient is 0
                 for batch, old_logp in zip(batches, old, strict=True):
                     A = rollout.advantages[batch.index].to(config.device)  # (N,)
-                    batch, old_logp = batch.to(config.device), old_logp.to(config.device)
+                    batch = batch.to(config.device)
                     logp, entropy, _ = score(model, batch, temperature=config.temperature)  # (S,), (S,), (S,)
+                    old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (S,)
                     if phase.algo == "gspo":  # one ratio per answer
                         seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
                         old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
                         loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, **clip)
                     else:  # grpo: one ratio per token
                         loss, facts = grpo_loss(logp, old_logp, batch.cu_seqlens, A, **clip)
-                    weight = len(batch.index) / total  # both average over answers
+                    weight, loss = len(batch.index) / trained, loss * share  # both average over answers, of all
                     (loss * weight).backward()
                     optimizer.accumulate()
                     metrics.append((weight, facts | {"loss": loss, "entropy": entropy.mean()}))
@@ -280,6 +282,7 @@ def run(config: TrainConfig) -> None:
                         f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
                         "want exactly 1.0; old and new log-probs were not scored the same way"
                     )
+                proved = True  # the two passes agree to the last bit: later rollouts need only one
                 progress.update = (progress.update + 1) % config.updates_per_rollout
 
             norm = optimizer.step(lr, config.grad_clip)
@@ -345,7 +348,9 @@ SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
 PROBE_EVERY = 5  # updates; the share climbs by about 1 % an update once it moves, so look often
 
 
-def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progress) -> Experience:
+def sample_rollout(
+    model, chat: Chat, task, config: TrainConfig, progress: Progress, *, score_first: bool
+) -> Experience:
     """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs."""
     problems = [task.train_problem(progress.rl_cursor + i, config.seed) for i in range(config.prompts_per_rollout)]
     prompts = [chat.prompt(p) for p in problems]
@@ -373,6 +378,7 @@ def sample_rollout(model, chat: Chat, task, config: TrainConfig, progress: Progr
         max_tokens=config.micro_batch_tokens,
         temperature=config.temperature,
         device=config.device,
+        score_first=score_first,
     )
     N = len(answers)
     rollout.facts = {

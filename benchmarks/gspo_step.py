@@ -59,12 +59,15 @@ def train_on(rollout, model, optimizer, device) -> tuple[list[tuple[float, float
 
     ratios, norms = [], []
     for batches, old in zip(rollout.minibatches, rollout.old_logp, strict=True):
-        total = sum(len(b.index) for b in batches)
+        total = len(rollout.examples) // len(
+            rollout.minibatches
+        )  # answers with advantage 0 count, though not trained on
         for batch, old_logp in zip(batches, old, strict=True):
             batch, A = batch.to(device), rollout.advantages[batch.index].to(device)  # (N,)
             logp, _, _ = score(model, batch)  # (S,)
             seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
-            old_seq_logp = sequence_sums(old_logp.to(device), batch.cu_seqlens)  # (N,)
+            old_logp = logp.detach() if old_logp is None else old_logp.to(device)  # (S,)
+            old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
             loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, clip_low=3e-4, clip_high=4e-4)
             (loss * (len(batch.index) / total)).backward()
             optimizer.accumulate()
@@ -106,6 +109,7 @@ def ours(args) -> list[dict]:
             max_tokens=args.micro_batch_tokens,
             temperature=1.0,
             device=device,
+            score_first=cycle == 0,  # as train.py: once the passes were seen to agree, the first update's own will do
         )
         clock.lap("score")
         ratios, _ = train_on(rollout, model, optimizer, device)

@@ -14,7 +14,7 @@ five small calls a layer, for 7 layers half as dear as all the rest:
     u = x [A_1; A_2].T          [y_1, y_2] = [x, u] [W, s B].T          s B block by block beside W
 
 In bf16 that rounds A, s B and u, where training multiplies in fp32: an error of 2^-9 of the update, less than the 2^-9
-of y that rounding y costs anyway. Sampled log-probs are a measurement (nanogspo/rollout.py); training does not read them.
+of y that rounding y costs anyway. Sampled log-probs are a measurement (nanogspo/rollout.py); training never reads one.
 
 The layout is oneDNN's ("blocked format"), through the calls that torch.compile uses for frozen weights. Sums are fp32,
 rounded once to x's dtype, as in F.linear; only their order differs.

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanogspo import checkpoint, tiny
 from nanogspo.config import ROOT, TrainConfig
-from nanogspo.experience import experience, from_state
+from nanogspo.experience import experience, from_state, plan
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
 from nanogspo.packing import Example, score
@@ -289,13 +289,15 @@ def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     low, high = (3e-4, 4e-4) if algo == "gspo" else (0.2, 0.27)
     for update, row in enumerate(steps_of(tmp_path / "run")):
-        losses, ratios = [], []
-        for i in range(4 * update, 4 * update + 4):
+        losses, ratios, rows = [], [], range(4 * update, 4 * update + 4)
+        told = [i for i in rows if advantages[i]]  # what has nothing to teach is not scored
+        told = told or [min(rows, key=lambda i: len(prompts[answers[i].prompt_index] + answers[i].tokens))]
+        for i in rows:
             log_ratio = logp(answers[i]) - old[i]  # (length,)
             ratio = (log_ratio.mean(0, keepdim=True) if algo == "gspo" else log_ratio).exp()  # (1,) or (length,)
             A = advantages[i]
             losses.append(-torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A).mean())
-            ratios.append(ratio.detach())
+            ratios += [ratio.detach()] if i in told else []
         loss, ratios = torch.stack(losses).mean(), torch.cat(ratios)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -309,23 +311,76 @@ def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
         assert row["ratio_min"] == pytest.approx(ratios.min().item(), rel=1e-3)
 
 
-def test_a_saved_rollout_is_cut_and_scored_as_before():
-    """Every answer in one minibatch, in order; index counts over the rollout, which is how advantages are found."""
+def drawn_examples():
     _, model = tiny.build("0123456789+=", seed=0)
     g = torch.Generator().manual_seed(0)
     drawn = [torch.randint(2, 14, (n,), generator=g).tolist() for n in (3, 1, 4, 2, 2, 5, 1, 3)]
-    examples = [Example.answered([5, 6, 7][: 1 + i % 3], answer) for i, answer in enumerate(drawn)]
+    return model, drawn, [Example.answered([5, 6, 7][: 1 + i % 3], answer) for i, answer in enumerate(drawn)]
+
+
+@pytest.mark.parametrize("score_first", [True, False])
+def test_a_saved_rollout_is_cut_and_scored_as_before(score_first):
+    """Every answer in one minibatch, in order; index counts over the rollout, which is how advantages are found. The
+    first update may take its own forward for the old one, and is over when a rollout is saved."""
+    model, drawn, examples = drawn_examples()
     how = {"updates": 4, "max_tokens": 8}
-    one = experience(model, examples, torch.arange(8.0), **how, temperature=1.0, device="cpu")
+    more = {"temperature": 1.0, "device": "cpu", "score_first": score_first}
+    one = experience(model, examples, torch.arange(1.0, 9.0), **how, **more)
     for update, batches in enumerate(one.minibatches):
         assert sorted(i for b in batches for i in b.index.tolist()) == [2 * update, 2 * update + 1]
         for batch, old_logp in zip(batches, one.old_logp[update], strict=True):
             assert batch.targets.tolist() == [t for i in batch.index.tolist() for t in drawn[i]]
-            assert torch.equal(old_logp, score(model, batch)[0].detach())
+            if update or score_first:
+                assert torch.equal(old_logp, score(model, batch)[0].detach())
+            else:
+                assert old_logp is None
     again = from_state(one.state(), **how)
     assert again.examples == one.examples and torch.equal(again.advantages, one.advantages)
-    for a, b in zip(one.old_logp, again.old_logp, strict=True):
+    assert again.old_logp[0] == [None] * len(one.minibatches[0])
+    for a, b in zip(one.old_logp[1:], again.old_logp[1:], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_answers_without_an_advantage_are_not_trained_on():
+    """Left out one by one, whole micro-batches if need be; of a minibatch of them the shortest stays."""
+    _, drawn, examples = drawn_examples()
+    A = torch.tensor([0.0, 0.5, 1.0, -1.0, 0.0, 0.0, -0.1, 0.0])
+    batches = plan(examples, A, 2, 10**6)
+    assert [sorted(i for b in part for i in b.index.tolist()) for part in batches] == [[1, 2, 3], [6]]
+    for part in batches:
+        for batch in part:
+            assert batch.targets.tolist() == [t for i in batch.index.tolist() for t in drawn[i]]
+    nothing = plan(examples, torch.zeros(8), 4, 10**6)
+    assert [[b.index.tolist() for b in part] for part in nothing] == [[[1]], [[3]], [[4]], [[6]]]
+
+
+def test_what_is_left_out_counts_in_the_average(tmp_path):
+    """The gradient's norm of an update is that of the mean over all its answers, whoever had nothing to teach."""
+    flags = [*TINY, *"--steps 1 --updates-per-rollout 2 --lr 1e-3 --warmup-updates 0 --prompts-per-rollout 8".split()]
+    train(tmp_path / "run", *flags)
+    [row] = steps_of(tmp_path / "run")
+    samples = read_rows(tmp_path / "run" / "samples.jsonl")
+    advantages = sum(oracles.group_advantages([[r["reward"] for r in samples[i : i + 4]] for i in range(0, 16, 4)]), [])
+    assert 0 < sum(a == 0 for a in advantages) < 16  # the first of two updates; or this test would show nothing
+    task = get_task("addition", 2)
+    tokenizer, model = tiny.build(task.characters, seed=0)
+    answers = generate(
+        model,
+        [tokenizer.encode(task.train_problem(n, 0).text) for n in range(8)],
+        group_size=4,
+        max_new_tokens=4,
+        eos_ids=tokenizer.eos_ids,
+        seed=0,
+    )
+    losses = []
+    for answer, A in zip(answers[:16], advantages, strict=True):  # on the first update, d ratio = d mean logp
+        prompt = tokenizer.encode(task.train_problem(answer.prompt_index, 0).text)
+        z = model.logits(model(torch.tensor([prompt + answer.tokens])))[0, len(prompt) - 1 : -1]  # (length, V)
+        losses.append(-A * z.log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None]).mean())
+    torch.stack(losses).mean().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert row["loss"] == pytest.approx(-sum(advantages) / 16, abs=1e-6)
 
 
 # ----------------------------------------------------------------------------
