@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in one command and under nine minutes. Needs a GPU.
 
     checks   what the interpreter cannot see: offsets beyond 2^31, the same bits twice, beside other rows and without
-             gradients, cuBLAS products of bf16 that come out as fp32, attention with a boolean mask and grouped heads
+             gradients, cuBLAS products of bf16 that come out as fp32, attention over a cache of 2.6e9 numbers
     tests    the kernels' own tests, on silicon
     kernels  benchmarks/kernels.py: every kernel against its floor, plain torch and its peers
     step     one GSPO cycle of a model of Qwen3-0.6B's shape with random weights: rollout, scoring, four updates
@@ -196,22 +196,31 @@ def check_attention_with_and_without_gradients(device: torch.device, big: bool) 
 
 
 def check_decode_attention(device: torch.device, big: bool) -> str:
-    """One query, a boolean mask, grouped heads: as rollouts call it, against float64."""
-    from nanogspo.model import attend
+    """A step of a rollout in bf16 against float64; on a GPU with storage whose offsets pass 2^31."""
+    from kernels.decode_attention import decode_attention
 
-    S = 700 if big else 20
-    q, k, v = (randn(4, T, n, 128, device=device, seed=n + T) for T, n in ((1, 16), (S, 8), (S, 8)))
-    mask = (
-        torch.arange(S, device=device)[None, None, None]
-        < torch.tensor([1, 7, S - 1, S], device=device)[:, None, None, None]
-    )  # (B, 1, 1, S)
-    got = attend(q, k, v, mask, 128**-0.5, 0.0)  # (B, 1, H, D)
-    wide = [x.double().transpose(1, 2).repeat_interleave(n, 1) for x, n in ((q, 1), (k, 2), (v, 2))]
-    scores = (wide[0] @ wide[1].transpose(2, 3) * 128**-0.5).masked_fill(~mask, -torch.inf)
-    want = (scores.softmax(-1) @ wide[2]).transpose(1, 2)
-    off = (got.double() - want).abs().max().item()
+    K, D, P, group, Sp, Ss = (8, 128, 8, 16, 700, 20000) if big else (2, 16, 2, 3, 20, 9)
+    N = P * group
+    q = randn(N, 2 * K, D, device=device)
+    prefix_k, prefix_v = (randn(K, P, Sp, D, device=device, seed=i) for i in (1, 2))
+    k, v = (q.new_full((K, N, Ss, D), torch.nan) for _ in "kv")
+    prompt = torch.arange(P, device=device).repeat_interleave(group)  # (N,)
+    prefixes, lengths = torch.arange(Sp - P, Sp, device=device), torch.arange(1, N + 1, device=device)
+    for i, storage in ((3, k), (4, v)):
+        storage[:, :, :N] = randn(K, N, N, D, device=device, seed=i)
+    numbers = {"prefix_lengths": prefixes, "lengths": lengths, "prompt": prompt, "scale": D**-0.5}
+    got = decode_attention(q, prefix_k, prefix_v, k=k, v=v, backend="triton", **numbers)  # (N, H, D)
+    off = 0.0
+    for n in (0, group, N - 1):
+        p, own = n // group, int(lengths[n])
+        keys, values = (
+            torch.cat((a[:, p, : int(prefixes[p])], b[:, n, :own]), dim=1).double().repeat_interleave(2, 0)  # (H, S, D)
+            for a, b in ((prefix_k, k), (prefix_v, v))
+        )
+        weights = torch.einsum("hd,hsd->hs", q[n].double(), keys).mul(D**-0.5).softmax(-1)  # (H, S)
+        off = max(off, (got[n].double() - torch.einsum("hs,hsd->hd", weights, values)).abs().max().item())
     assert off < 3e-2, f"off by {off:.1e}; bf16 values of up to 4 are rounded by 1.6e-2"
-    return f"4 rows of up to {S} keys"
+    return f"{N} rows of {P} prompts, {k.numel():.1e} numbers of keys"
 
 
 def check_products_come_out_as_fp32(device: torch.device, big: bool) -> str:

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels.seq_logprob as seq_logprob  # noqa: E402
+from kernels.attention import Segments, attention  # noqa: E402
+from kernels.decode_attention import decode_attention  # noqa: E402
 from kernels.glu import glu  # noqa: E402
 from kernels.int8 import dequantize_int8, int8_matmul, quantize_int8  # noqa: E402
 from kernels.nf4 import dequantize_nf4, nf4_matmul, quantize_nf4  # noqa: E402
@@ -413,6 +415,57 @@ def glu_cases(N: int, F_: int) -> list[Case]:
     return elementwise("SwiGLU", f"N {N}, F {F_}", N * 6 * F_, N * 10 * F_, make)
 
 
+def attention_cases(prompt: int, group: int, answer: int, H: int, K: int, D: int) -> list[Case]:
+    """Training: a packed row of one prompt and its answers."""
+    lengths, parents = [prompt] + [answer] * group, [-1] + [0] * group
+    S = sum(lengths)
+    pairs = sum(x * (x + 1) // 2 for x in lengths) + group * answer * prompt  # of a query and a key it sees
+
+    def make(device):
+        q, k, v = (randn(S, heads, D, device=device, seed=i).requires_grad_() for i, heads in enumerate((H, K, K)))
+        segments = Segments.build(lengths, parents, device)
+
+        def by(backend):
+            return lambda: lambda q, k, v: attention(q, k, v, segments, scale=D**-0.5, backend=backend)
+
+        return [q, k, v], {"ours": by(None), "torch, by pieces": by("torch")}
+
+    shape = f"{prompt} + {group} x {answer}, {H} heads on {K}"
+    forward, backward = elementwise("attention", shape, 4 * S * D * (H + K), 4 * S * D * (3 * H + 3 * K), make)
+    operations = 4 * pairs * H * D
+    return [replace(forward, operations=operations), replace(backward, operations=2.5 * operations)]
+
+
+def decode_case(P: int, group: int, prefix: int, length: int, H: int, K: int, D: int) -> Case:
+    """One step of a rollout, one layer."""
+    N = P * group
+
+    def make(device):
+        q = randn(N, H, D, device=device)
+        prefix_k, prefix_v = (randn(K, P, prefix, D, device=device, seed=i) for i in (1, 2))
+        k, v = (randn(K, N, length, D, device=device, seed=i) for i in (3, 4))
+        prompt = torch.arange(P, device=device).repeat_interleave(group)  # (N,)
+        lengths, prefixes = torch.full((N,), length, device=device), torch.full((P,), prefix, device=device)
+
+        def ours():
+            numbers = {"prefix_lengths": prefixes, "lengths": lengths, "prompt": prompt, "scale": D**-0.5}
+            return lambda: decode_attention(q, prefix_k, prefix_v, k=k, v=v, **numbers)
+
+        def repeated():
+            keys, values = (
+                torch.cat((shared.index_select(1, prompt), own), dim=2).transpose(0, 1).contiguous()  # (N, K, S, D)
+                for shared, own in ((prefix_k, k), (prefix_v, v))
+            )
+            sdpa = F.scaled_dot_product_attention
+            return lambda: sdpa(q[:, :, None], keys, values, scale=D**-0.5, enable_gqa=True)[:, :, 0]
+
+        return {"ours": ours, "sdpa, prompts repeated": repeated}
+
+    shape = f"{P} x {group} rows, {prefix} + {length}, {H} heads on {K}"
+    moved = 4 * K * D * (P * prefix + N * length) + 4 * N * H * D
+    return Case("decode attention", shape, moved, 4 * N * (prefix + length) * H * D, make)
+
+
 # Qwen3-0.6B and 8B, Gemma-2-2B; and the same cases small enough for a test on a CPU
 REAL = {
     "heads": [(8192, 1024, 151936, None), (8192, 4096, 151936, None), (8192, 2304, 256000, 30.0)],
@@ -421,6 +474,8 @@ REAL = {
     "batches": (1, 2, 4, 8, 16, 32, 64),
     "tokens": 8192,
     "models": [(1024, 3072, 16, 8, 128), (4096, 12288, 32, 8, 128)],
+    "packed": (512, 16, 512),
+    "decoded": [(8, 16, 512, 512), (1, 1, 512, 512)],
 }
 TINY = {
     "heads": [(5, 32, 70, None), (3, 16, 33, 3.0)],
@@ -429,6 +484,8 @@ TINY = {
     "batches": (1, 16),
     "tokens": 6,
     "models": [(32, 48, 4, 2, 16)],
+    "packed": (5, 2, 3),
+    "decoded": [(2, 2, 5, 3)],
 }
 
 
@@ -438,6 +495,8 @@ def cases(sizes: dict) -> list[Case]:
     return [
         *(logprob(*head, train=True) for head in heads),
         *(logprob(*head, train=False) for head in heads),
+        *(decode_case(*rows, *models[0][2:]) for rows in sizes["decoded"]),
+        *attention_cases(*sizes["packed"], *models[0][2:]),
         nf4_dequantize(*sizes["weights"]),
         *(matmul("NF4", M, *sizes["layer"]) for M in sizes["batches"]),
         *(case for C, *_ in models for case in norm_cases(tokens, C)),

@@ -131,7 +131,7 @@ class Plan:
             suffix=suffix,
             hidden=hidden[:, None] if dead.any() else None,
             unused=unused[None, :, :, None] if unused.any() else None,
-            together=len(blocks) == 1 and blocks[0][1] == slice(0, N) and blocks[0][0] == slice(0, P),
+            together=len(blocks) == 1 and blocks[0][0] == slice(0, P),
             rows=N,
             window=window,
         )

@@ -4,6 +4,7 @@ one that fails costs its own line and nothing else. A GPU is rare; what can be t
 Run: python -m pytest tests/test_benchmarks.py
 """
 
+import itertools
 import json
 import math
 import subprocess
@@ -15,7 +16,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from benchmarks import gpu_suite, kernels
+from benchmarks import generate, gpu_suite, kernels
+from nanogspo import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 BELOW = kernels.seq_logprob.EPILOGUE_BELOW  # as it is before any test
@@ -362,3 +364,27 @@ def test_an_unknown_part(capsys):
     with pytest.raises(SystemExit) as stop:
         gpu_suite.main(["--parts", "checks,magic"])
     assert stop.value.code == 2 and "got the part 'magic', want some of checks, tests" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------
+# sampling
+
+
+def test_sampling_alone_measures_late_tokens_and_shared_prompts():
+    """With times that are known: a clock that moves by 1 at every look."""
+    _, model = tiny.build("abc", seed=0)
+    with patch.object(generate.time, "perf_counter", itertools.count().__next__):
+        late = generate.late_tokens(model, [[3, 4], [4]], early=4, late=12, around=2)
+        shared = generate.shared_prompt(model, tokens=20, group=4, answer=3, rounds=1)
+    assert late["early_s"] == late["late_s"] == 1 and late["rows"] == 2 * generate.GROUP
+    # 8 slots more of each row, two numbers of fp32 for each channel of keys, read at 400 MB a second
+    c = model.config
+    assert late["bytes_s"] == 2 * 4 * c.num_layers * c.num_kv_heads * c.head_dim * 16 * 8 / 4e8
+    assert late["beyond"] == -late["bytes_s"]
+    # a prompt's last token stands once for each answer, an answer's last token never
+    assert {name: row["share"] for name, row in shared.items()} == {
+        "prefill": 1 / 4,
+        "training forward": (19 + 4 * 3) / (4 * 22),
+        "forward and backward": (19 + 4 * 3) / (4 * 22),
+    }
+    assert all(row["over_share"] == 1 / row["share"] for row in shared.values())

@@ -255,6 +255,7 @@ LOGITS = st.lists(
 ).filter(lambda row: max(row) > -math.inf)
 LAST_UNIFORM = 1 - 2**-53  # the largest float64 below 1, and the largest that torch.rand gives
 UNIFORMS = st.one_of(st.sampled_from([0.0, 5e-324, 0.5, LAST_UNIFORM]), st.floats(0, 1, exclude_max=True))
+BLOCKS = st.sampled_from([1, 2, 3, 256])  # tokens of a block: rows of one block, of several, of several and a rest
 TRUNCATION = st.sampled_from([(0, 1.0), (1, 1.0), (3, 1.0), (0, 0.5), (0, 1e-6), (0, 0.999), (2, 0.7), (99, 1.0)])
 
 
@@ -265,22 +266,31 @@ def probabilities(row, temperature=1.0):
     return [x / sum(p) for x in p]
 
 
-@given(row=LOGITS, uniform=UNIFORMS, temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]), truncation=TRUNCATION)
-@example(row=[-math.inf, 0.0, 1.0], uniform=0.0, temperature=1.0, truncation=(0, 1.0))
-@example(row=[-math.inf, 0.0, 1.0], uniform=LAST_UNIFORM, temperature=1.0, truncation=(0, 1.0))
-def test_never_draws_what_has_no_probability(row, uniform, temperature, truncation):
+@given(
+    row=LOGITS,
+    uniform=UNIFORMS,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    truncation=TRUNCATION,
+    block=BLOCKS,
+)
+@example(row=[-math.inf, 0.0, 1.0], uniform=0.0, temperature=1.0, truncation=(0, 1.0), block=256)
+@example(row=[-math.inf, 0.0, 1.0], uniform=LAST_UNIFORM, temperature=1.0, truncation=(0, 1.0), block=256)
+@example(row=[0.0, 1.0, -math.inf], uniform=LAST_UNIFORM, temperature=1.0, truncation=(0, 1.0), block=2)
+def test_never_draws_what_has_no_probability(row, uniform, temperature, truncation, block):
     z = torch.tensor([row, row[::-1]])  # (2, V) ruled-out tokens at either end
-    token, logp = sample(z, torch.tensor([uniform, uniform], dtype=torch.float64), temperature, *truncation)
+    with patch.object(rollout, "BLOCK", block):
+        token, logp = sample(z, torch.tensor([uniform, uniform], dtype=torch.float64), temperature, *truncation)
     for n in range(2):
         assert 0 <= token[n] < len(row)
         assert z[n, token[n]] > -math.inf
         assert -math.inf < logp[n] <= 1e-6  # log_softmax of one sure token may round to just above 0
 
 
-@given(row=LOGITS, uniform=UNIFORMS, temperature=st.sampled_from([0.3, 1.0, 2.0]))
-def test_inverts_the_cumulative_distribution(row, uniform, temperature):
+@given(row=LOGITS, uniform=UNIFORMS, temperature=st.sampled_from([0.3, 1.0, 2.0]), block=BLOCKS)
+def test_inverts_the_cumulative_distribution(row, uniform, temperature, block):
     """cdf(token - 1) <= uniform < cdf(token), and logp is the token's own."""
-    token, logp = sample(torch.tensor([row]), torch.tensor([uniform], dtype=torch.float64), temperature)
+    with patch.object(rollout, "BLOCK", block):
+        token, logp = sample(torch.tensor([row]), torch.tensor([uniform], dtype=torch.float64), temperature)
     p = probabilities(row, temperature)
     below = math.fsum(p[: token.item()])
     # fp32 log-softmax: each of 12 probabilities is off by (1 + |logp|) units, and rare ones by less than they weigh

@@ -383,6 +383,17 @@ def test_what_is_left_out_counts_in_the_average(tmp_path):
     assert row["loss"] == pytest.approx(-sum(advantages) / 16, abs=1e-6)
 
 
+def test_the_first_rollout_of_a_run_compares_two_passes(tmp_path, monkeypatch):
+    """And only that one: afterwards the first update's own forward is the old one. A difference ends the run."""
+    calls, run = [], [*TINY, *"--steps 8 --lr 1e-3".split()]
+    monkeypatch.setattr("nanogspo.experience.score", lambda *a, **k: calls.append(1) or score(*a, **k))
+    train(tmp_path / "right", *run)
+    assert len(calls) == 4 + 3
+    monkeypatch.setattr("nanogspo.experience.score", lambda *a, **k: [x * (1 + 2**-20) for x in score(*a, **k)[:2]])
+    with pytest.raises(AssertionError, match="want exactly 1.0; old and new log-probs were not scored the same way"):
+        train(tmp_path / "wrong", *run)
+
+
 # ----------------------------------------------------------------------------
 # resuming
 

@@ -239,6 +239,28 @@ GROUPS = [
         ],
     ),
     (
+        "nanogspo/experience.py",
+        "tests/test_train.py",
+        [
+            ("if advantages[i] != 0]", "]", "answers with nothing to teach are trained on"),
+            ("torch.tensor(kept)[b.index]", "b.index + first", "advantages of other answers, once some are left out"),
+            (
+                "min(rows, key=lambda",
+                "max(rows, key=lambda",
+                "of a minibatch with nothing to teach the longest is kept",
+            ),
+            ("if update or score_first", "if update and score_first", "no first rollout is scored twice"),
+        ],
+    ),
+    (
+        "train.py",
+        "tests/test_train.py",
+        [
+            ("loss * share", "loss", "what is left out does not count in the average"),
+            ("score_first=not proved", "score_first=False", "nothing compares the two passes"),
+        ],
+    ),
+    (
         "nanogspo/cache.py",
         "tests/test_cache.py",
         [
@@ -354,9 +376,9 @@ GROUPS = [
                 "torch: the row's own part is overwritten, prompts apart",
             ),
             (
-                "together=len(blocks) == 1 and blocks[0][1] == slice(0, N) and",
-                "together=len(blocks) == 1 and",
-                "torch: rows without a prefix share in another's",
+                "together=len(blocks) == 1 and blocks[0][0] == slice(0, P)",
+                "together=len(blocks) == 1",
+                "torch: rows share in the prompts of others",
             ),
         ],
     ),
@@ -631,6 +653,18 @@ GROUPS = [
                 "rows go on in others' caches",
             ),
             ("uniforms[step, rows]", "uniforms[step, : len(rows)]", "draws that depend on who has finished"),
+            (
+                "inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)",
+                "inside.cumsum_(-1)",
+                "the last token stands for what is missing of its block",
+            ),
+            (".clamp(max=1 - 2**-53)", "", "the end of a block is passed, by a rounding"),
+            (
+                "target - F.pad(cumulative, (1, 0))",
+                "target - F.pad(cumulative, (0, 1))",
+                "each block searched from the end of it",
+            ),
+            ("- best + likeliest.log()", "- best", "log-probs that are not normalised"),
             ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
             ("seed=seed + first,", "seed=seed,", "equal draws in every slice"),
         ],
