@@ -60,6 +60,8 @@ TILE_SLOTS = 64
 # writing and reading them again is 3 % on top. 16 splits x 8 kv heads are 128 programs from the very first row.
 SPLIT_SLOTS = 128
 MAX_SPLITS = 16
+# On a CPU a block of the prefixes costs some 50 us of calls a layer, as long as copying 300 slots of 3 heads of 64
+COPIED = 300
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # ----------------------------------------------------------------------------
@@ -72,9 +74,10 @@ class Plan:
 
     blocks   (prompts, rows, slots) of each product with prefixes: a single one when all prompts have equally many rows
              and see the same slots, else one a prompt. A prompt without rows, or without slots to see, has none
-    width    columns of the scores that belong to prefixes: the slots of the widest block
+    width    columns of the scores that belong to blocks: the slots of the widest
     suffix   slots of k and v that any row sees
     together blocks is a single one, of all rows
+    copied   None, or (prompt, slots): blocks would be many and small, so each row's prefix is copied to its own slots
     hidden   (N, 1, width + slots) fp32: 0 where a row sees a column, -inf where not; None when all rows see all
     unused   (1, N, slots, 1) bool: slots behind the end of a row, while others go on; None when all are equally long
     """
@@ -85,6 +88,7 @@ class Plan:
     hidden: Tensor | None
     unused: Tensor | None
     together: bool
+    copied: tuple[Tensor, slice] | None
     rows: int
     window: int
 
@@ -113,7 +117,10 @@ class Plan:
                 blocks.append((slice(p, p + 1), rows, slice(start, prefix[p])))
         if len(blocks) == P and len({(r.stop - r.start, s.start, s.stop) for _, r, s in blocks}) == 1:
             blocks = [(slice(0, P), slice(0, N), blocks[0][2])]
-        width = max((slots.stop - slots.start for _, _, slots in blocks), default=0)
+        copied, width = None, max((slots.stop - slots.start for _, _, slots in blocks), default=0)
+        if len(blocks) > 1 and N * width < COPIED * len(blocks):
+            start, stop = min(slots.start for *_, slots in blocks), max(slots.stop for *_, slots in blocks)
+            copied, blocks, width, first = (prompt, slice(start, stop)), [], stop - start, [start] * N
         suffix = slice(
             min((max(0, o - prefix[p]) for o, p in zip(oldest, own, strict=True)), default=0), max(length, default=0)
         )
@@ -124,6 +131,8 @@ class Plan:
         mine = torch.arange(suffix.start, suffix.stop, device=prompt.device)  # (slots,)
         unused = mine >= lengths[:, None]  # (N, slots)
         dead = torch.cat(((slot >= end) | (slot < oldest), unused | (mine + end < oldest)), dim=1)  # (N, width + slots)
+        if copied:
+            unused, width = torch.cat((slot >= end, unused), dim=1), 0  # (N, width + slots) a row's own, all of them
         hidden = torch.zeros(dead.shape, device=dead.device).masked_fill_(dead, -math.inf)  # (N, width + slots)
         return Plan(
             blocks=tuple(blocks),
@@ -131,6 +140,7 @@ class Plan:
             suffix=suffix,
             hidden=hidden[:, None] if dead.any() else None,
             unused=unused[None, :, :, None] if unused.any() else None,
+            copied=copied,
             together=len(blocks) == 1 and blocks[0][0] == slice(0, P),
             rows=N,
             window=window,
@@ -155,6 +165,10 @@ def decode_attention_reference(
     queries = q.new_empty((K, N, G, D), dtype=dtype)  # (K, N, G, D)
     queries.copy_(q.reshape(N, K, G, D).transpose(0, 1)).mul_(scale)  # (K, N, G, D)
     keys, values = stack(k, plan.suffix), stack(v, plan.suffix)  # (K N, slots, D), (K N, slots, D)
+    if plan.copied is not None:
+        prompt, slots = plan.copied
+        before = (stack(x.index_select(1, prompt), slots) for x in (prefix_k, prefix_v))  # (K N, slots, D) both
+        keys, values = (torch.cat(pair, dim=1) for pair in zip(before, (keys, values), strict=True))
     if plan.unused is not None:  # a row may find anything behind its end, and 0 * nan is nan
         keys, values = (x.view(K, N, -1, D).masked_fill(plan.unused, 0.0).view_as(x) for x in (keys, values))
     scores = torch.bmm(queries.view(K * N, G, D), keys.mT).view(K, N, G, -1)  # (K, N, G, slots)
@@ -446,7 +460,7 @@ def decode_attention(
     if (plan.rows, plan.window) != (len(q), window):
         got = f"a plan of {plan.rows} rows and window {plan.window} for {len(q)} rows and window {window}"
         raise ValueError(f"got {got}, want its own plan for every step and window; call Plan.build")
-    longest = max((slots.stop for _, _, slots in plan.blocks), default=0)
+    longest = max((slots.stop for *_, slots in (*plan.blocks, *([plan.copied] if plan.copied else []))), default=0)
     if longest > prefix_k.shape[2] or plan.suffix.stop > k.shape[2]:
         got = f"lengths up to {longest} and {plan.suffix.stop} for {prefix_k.shape[2]} and {k.shape[2]} slots"
         raise ValueError(f"got {got} of prefix_k and k, want them to fit; the cache is too small")

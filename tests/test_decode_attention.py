@@ -6,6 +6,7 @@ reaches a product reaches the result, because 0 * nan is nan.
 Run: python -m pytest tests/test_decode_attention.py
 """
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -54,6 +55,7 @@ class Step:
     scale: float
     softcap: float | None = None
     window: int = 0
+    copied: int = 0  # torch: below how many slots a block prefixes are copied instead
 
     def to(self, dtype: torch.dtype, cache: torch.dtype | None = None) -> "Step":
         caches = {x: getattr(self, x).to(cache or dtype) for x in ("prefix_k", "prefix_v", "k", "v")}
@@ -66,7 +68,7 @@ class Step:
 
     def run(self, backend: str | None = None, **more) -> Tensor:
         options = {"scale": self.scale, "softcap": self.softcap, "window": self.window} | more
-        with small_tiles():
+        with small_tiles(), patch.object(module, "COPIED", self.copied):
             return decode_attention(*self.arguments, **options, backend=backend)
 
     def keep(self, rows: list[int]) -> "Step":
@@ -162,6 +164,7 @@ def steps(draw, windows=(0, 0, 0, 1, 7, 33, 1000), softcaps=(None, None, 1.0, 20
         scale=draw(st.sampled_from([0.3, 1.0])),
         window=draw(st.sampled_from(windows)),
         softcap=draw(st.sampled_from(softcaps)),
+        copied=draw(st.sampled_from([0, 10**9])),
     )
 
 
@@ -363,9 +366,10 @@ def test_triton_gives_zeros_to_a_row_that_sees_nothing():
 
 
 def test_a_plan_serves_all_layers():
-    for window in (0, 9):
-        step = build([2, 0, 3], [20, 7, 33], [17, 3, 1, 33, 2], window=window).to(torch.float32)
-        plan = Plan.build(step.prompt, step.prefix_lengths, step.lengths, window=window)
+    for window, copied in itertools.product((0, 9), (0, 10**9)):
+        step = build([2, 0, 3], [20, 7, 33], [17, 3, 1, 33, 2], window=window, copied=copied).to(torch.float32)
+        with patch.object(module, "COPIED", copied):
+            plan = Plan.build(step.prompt, step.prefix_lengths, step.lengths, window=window)
         assert torch.equal(step.run("torch", plan=plan), step.run("torch"))
 
 
@@ -375,9 +379,18 @@ def test_equal_prompts_are_one_product_and_need_no_mask():
     assert plan.blocks == ((slice(0, 3), slice(0, 6), slice(0, 7)),)
     assert (plan.width, plan.suffix, plan.hidden, plan.unused) == (7, slice(0, 5), None, None)
     # one row less, or one token: a product for each prompt that has rows and tokens
-    plan = Plan.build(torch.tensor([0, 0, 1, 3, 3]), torch.tensor([7, 7, 7, 0]), lengths[:5])
+    ragged = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([7, 7, 7, 0]), lengths[:5]
+    with patch.object(module, "COPIED", 0):
+        plan = Plan.build(*ragged)
     assert plan.blocks == ((slice(0, 1), slice(0, 2), slice(0, 7)), (slice(1, 2), slice(2, 3), slice(0, 7)))
     assert plan.hidden is not None and plan.unused is None
+    # unless copying is less work: 5 rows x 7 slots for 2 products
+    for few, copied in ((17, False), (18, True)):
+        with patch.object(module, "COPIED", few):
+            plan = Plan.build(*ragged)
+        assert (plan.copied is not None) == copied and (plan.blocks == ()) == copied
+    assert plan.copied[1] == slice(0, 7) and plan.width == 0
+    assert plan.unused[0, :, :, 0].tolist() == [[n > 2] * 7 + [False] * 5 for n in range(5)]
 
 
 def test_only_slots_in_use_are_read():

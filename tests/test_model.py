@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kernels.attention import Segments
 from kernels.backend import bf16_products
-from kernels.blocked import Blocked
+from kernels.blocked import Blocked, can_block
 from kernels.rope import rotate
 from nanogspo import checkpoint, tiny
 from nanogspo import model as model_file
@@ -258,12 +258,13 @@ def test_only_bf16_operands_are_multiplied_as_bf16(dtype, monkeypatch):
     assert seen == ["bf16" if dtype == torch.bfloat16 else "ieee", "ieee"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not can_block(torch.ones(1, 1, dtype=torch.bfloat16)), reason="no bf16 in oneDNN here")
 @pytest.mark.parametrize("name", ["gemma2", "llama", "qwen3", "qwen2"])
-def test_weights_in_blocks_give_the_same_model(name, dtype):
-    """Sums of 64 products in another order, at most. The copies are made once, read by all products without gradients,
+def test_weights_in_blocks_give_the_same_model(name):
+    """bf16 layers, an fp32 head: sums of 64 products in another order, rounded by 2^-9 now and then to the other side.
+    The copies are made once, read by all products without gradients,
     and gone afterwards, even after an exception: kept, they would be stale after the next update."""
-    model = checkpoint.load(references.folder(name), dtype=dtype)
+    model = checkpoint.load(references.folder(name), dtype=torch.bfloat16)
     tokens = references.tokens(1, 12)  # (1, T)
     blocked, linear = [], Blocked.linear
     with torch.no_grad(), patch.object(Blocked, "linear", lambda b, x: blocked.append(b) or linear(b, x)):
@@ -274,9 +275,7 @@ def test_weights_in_blocks_give_the_same_model(name, dtype):
             assert len({*map(id, blocked)}) == len(blocked) == 4 * model.config.num_layers + 1
             with torch.enable_grad():
                 assert model.logits(model(tokens)).requires_grad and len(blocked) == 4 * model.config.num_layers + 1
-        # bf16: a layer rounds by 2^-9 of its size, now and then to the other side
-        bar = 1e-5 if dtype == torch.float32 else 0.05
-        assert got.dtype == torch.float32 and (got - want).abs().max() <= bar * want.abs().max()
+        assert got.dtype == torch.float32 and (got - want).abs().max() <= 0.05 * want.abs().max()
         with pytest.raises(RuntimeError, match="inside"), model.sampling():
             raise RuntimeError("inside")
         blocked.clear()

@@ -291,7 +291,7 @@ GROUPS = [
                 "an adapter beside the layer before its own",
             ),
             ("zero if b is None else b", "zero", "biases are dropped"),
-            ("weight.dtype == torch.float32", "weight.dtype.is_floating_point", "blocks of fp16"),
+            ("weight.dtype != torch.bfloat16", "not weight.dtype.is_floating_point", "blocks of fp16"),
         ],
     ),
     (
@@ -374,6 +374,16 @@ GROUPS = [
                 "out[:, rows] += torch.bmm",
                 "out[:, rows] = torch.bmm",
                 "torch: the row's own part is overwritten, prompts apart",
+            ),
+            (
+                "unused, width = torch.cat((slot >= end, unused), dim=1), 0",
+                "unused, width = torch.cat((slot > end, unused), dim=1), 0",
+                "torch: the slot behind a copied prefix reaches a product",
+            ),
+            (
+                "(prompt, slice(start, stop)), []",
+                "(prompt, slice(0, stop - start)), []",
+                "torch: copies begin at slot 0",
             ),
             (
                 "together=len(blocks) == 1 and blocks[0][0] == slice(0, P)",
