@@ -136,7 +136,7 @@ def chat(model: Transformer, tokenizer: Tokenizer, config: SampleConfig) -> None
 if __name__ == "__main__":
     try:
         run(CONFIG)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         print()

@@ -7,7 +7,7 @@
 One update of GSPO (arXiv 2507.18071), which is the whole file in six lines:
 
     sample G answers to each prompt  ->  rewards  ->  advantages: how much better than the rest of the group
-    score the answers once, before any update                                      old log-probs
+    score the answers once, before any update moves a weight                       old log-probs
     for each of the U minibatches:
         ratio = exp((seq_logp - old_seq_logp) / length), one per answer            exactly 1.0 for the first minibatch
         loss  = -mean(min(ratio * A, clip(ratio, 1 - 3e-4, 1 + 4e-4) * A))
@@ -275,14 +275,16 @@ def run(config: TrainConfig) -> None:
                     weight, loss = len(batch.index) / trained, loss * share  # both average over answers, of all
                     (loss * weight).backward()
                     optimizer.accumulate()
-                    metrics.append((weight, facts | {"loss": loss, "entropy": entropy.mean()}))
+                    facts |= {"loss": loss, "entropy": entropy.mean(), "trained_frac": share}
+                    metrics.append((weight, facts))
                 facts = combine(metrics)
-                if progress.update == 0 and not facts["ratio_min"] == facts["ratio_max"] == 1.0:
-                    raise AssertionError(
-                        f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
-                        "want exactly 1.0; old and new log-probs were not scored the same way"
-                    )
-                proved = True  # the two passes agree to the last bit: later rollouts need only one
+                if progress.update == 0:
+                    if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
+                        raise AssertionError(
+                            f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
+                            "want exactly 1.0; old and new log-probs were not scored the same way"
+                        )
+                    proved = True  # the two passes agree to the last bit: later rollouts need only one
                 progress.update = (progress.update + 1) % config.updates_per_rollout
 
             norm = optimizer.step(lr, config.grad_clip)
@@ -415,13 +417,17 @@ def combine(metrics: list[tuple[float, dict]]) -> dict[str, float]:
 
 def count_exact(model, chat: Chat, task, problems: list[Problem], config: TrainConfig) -> int:
     """How many problems are answered exactly right, greedily."""
+    prompts = [chat.prompt(p) for p in problems]
+    longest, rows = max(map(len, prompts)), planner.rollout_rows(config)
+    # no more memory than a rollout: there a group shares its prompt, here every row has its own
+    slots = planner.cache_slots(rows, config, longest)
     answers = generate(
         model,
-        [chat.prompt(p) for p in problems],
+        prompts,
         max_new_tokens=config.max_new_tokens,
         temperature=0.0,
         eos_ids=chat.tokenizer.eos_ids,
-        max_rows=config.rollout_rows or config.prompts_per_rollout * config.group_size,  # no more memory than a rollout
+        max_rows=max(1, slots // (longest + config.max_new_tokens - 1)),
     )
     return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
 

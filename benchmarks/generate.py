@@ -2,7 +2,8 @@
 
 Both draw exactly N tokens for every answer at temperature 1 from the whole vocabulary (end tokens: banned on their
 side, ignored on ours), in one process, taking turns; the first turn warms up. Times are medians, with the prefill.
-Two more questions need no peer: how long a token takes late in an answer, and what a prompt of many answers costs.
+Two more questions need no peer: how long a token takes late in an answer, and what a prompt of many answers costs
+(there the shortest of three turns).
 
 Run: python benchmarks/generate.py DIR [--rows 8 32 --tokens 64 --rounds 5 --lora] [--json FILE]
      python benchmarks/generate.py DIR --alone        without the peer: the length of an answer, and shared prompts
@@ -160,9 +161,9 @@ def main() -> None:
     if args.alone:
         late = result["late"] = late_tokens(model, [tokenizer.chat(prompt(i)) for i in range(4)])
         print(
-            f"{late['rows']} rows: {1e3 * late['early_s']:.1f} ms a step around token 32, {1e3 * late['late_s']:.1f} "
-            f"around 512; reading their keys and values takes {1e3 * late['bytes_s']:.1f} of it; "
-            f"{100 * late['beyond']:+.0f} % beyond that"
+            f"{late['rows']} rows: {1e3 * late['early_s']:.1f} ms a step around token {late['early']}, "
+            f"{1e3 * late['late_s']:.1f} around {late['late']}; reading their keys takes "
+            f"{1e3 * late['bytes_s']:.1f} of it; {100 * late['beyond']:+.0f} % beyond that"
         )
         for name, row in result.setdefault("shared", shared_prompt(model)).items():
             print(

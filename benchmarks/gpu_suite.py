@@ -396,6 +396,7 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
             max_tokens=shape["max_tokens"],
             temperature=1.0,
             device=device,
+            score_first=cycle == 0,  # as train.py
         )
         times.append(now())
         ratios, norms = train_on(rollout, model, optimizer, device)

@@ -12,13 +12,13 @@ m = max x, s = sum exp(x - m) and a = sum exp(x - m) value of either part,
 
 and of as many parts as one likes: long contexts are cut into splits, so that few rows still fill a GPU.
 
-The work is reading keys and values. Qwen3-0.6B (H = 16, K = 8, D = 128, bf16: 4 KiB a token and layer) in the middle of
-8 prompts x 16 answers, 512 + 512 tokens:
+The work is reading keys and values. Qwen3-0.6B (H = 16, K = 8, D = 128, bf16: 4 KiB a token and layer) for 8 prompts
+of 512 tokens x 16 answers that have 512 tokens so far:
 
                                                                                 a layer
     bytes, every row its own prompt    2 K D e sum_n (prefix_length + length)         537 MB     e bytes a number
     bytes, the floor                   2 K D e (sum_p prefix_length + sum_n length)   285 MB     95 us at 3.0 TB/s
-    FLOPs                              4 H D sum_n (prefix_length + length)           1.1 G      4 a byte: 263 are free
+    FLOPs                              4 H D sum_n (prefix_length + length)           1.1 G      4 a byte: 260 are free
 
 The H / K query heads that share a key head are rows of the same product (GQA packing). Left apart, keys and values
 would be read H / K times.
@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, same_device, tl, triton
 
 # Query rows of a prefix program: rows of a prompt x H / K. 32 x 128 sums in fp32 are 32 registers for each of 128
 # threads; compiled for sm_80 and sm_90, 64 rows spill. 16 is the least tl.dot takes, for a row by itself; and for fp32,
@@ -60,7 +60,8 @@ TILE_SLOTS = 64
 # writing and reading them again is 3 % on top. 16 splits x 8 kv heads are 128 programs from the very first row.
 SPLIT_SLOTS = 128
 MAX_SPLITS = 16
-# On a CPU a block of the prefixes costs some 50 us of calls a layer, as long as copying 300 slots of 3 heads of 64
+# On a CPU a block of the prefixes costs some 50 us of calls a layer: as long as copying 300 slots of 3 heads of 64 (or
+# 60 of 8 heads of 128; it is counted in slots all the same, because it decides about a few milliseconds a step).
 COPIED = 300
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -490,11 +491,17 @@ def _check(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, softcap
         )
     if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, prefix_k, prefix_v, k, v)):
         raise ValueError("got heads whose D numbers are apart, want stride 1 in the last dimension; call .contiguous()")
+    same_device(q=q, prefix_k=prefix_k, prefix_lengths=prefix_lengths, k=k, lengths=lengths, prompt=prompt)
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"got softcap {softcap}, want a number above 0; pass None for no soft-cap")
     if window < 0:
         raise ValueError(f"got window {window}, want at least 1 position, or 0 for no window")
-    chosen = choose(backend, q)
+    return choose_backend(q, k, backend)
+
+
+def choose_backend(q: Tensor, k: Tensor, backend: str | None = None) -> str:
+    """ "torch", which wants a Plan, or "triton". Raises ValueError for what Triton is asked for and cannot do."""
+    chosen, D = choose(backend, q), q.shape[-1]
     if chosen == "triton" and (k.dtype != q.dtype or k.dtype not in DTYPES or D > 256):
         if backend is None:
             return "torch"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Segments
-from kernels.decode_attention import Plan, decode_attention
+from kernels.decode_attention import Plan, choose_backend, decode_attention
 from nanogspo.families import ModelConfig
 
 
@@ -25,9 +25,13 @@ class KVCache:
     prompts   the packed row of prompts that `Transformer.forward` will prefill: a segment each
     capacity  tokens that a row can add
     dtype     the model's
+
+    Raises ValueError for segments that have a prefix themselves.
     """
 
     def __init__(self, config: ModelConfig, prompts: Segments, group_size: int, capacity: int, *, dtype: torch.dtype):
+        if any(parent >= 0 for parent in prompts.parents):
+            raise ValueError(f"got segments with prefixes {prompts.parents}, want prompts, which have none")
         device, P = prompts.positions.device, len(prompts.lengths)
         dtype = torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
         self.prefix_lengths = torch.tensor(prompts.lengths, device=device)  # (P,)
@@ -47,7 +51,7 @@ class KVCache:
         self._plans: dict[int, Plan] = {}
 
     def prefill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k, v (S, K, D) of the packed row of prompts."""
+        """Store k, v (S, K, D) of the packed row of prompts, in the order it was made for."""
         prompt, slot = self._prefill_at  # (S,), (S,)
         for storage, x in ((self.prefix_k[layer], k), (self.prefix_v[layer], v)):
             storage[:, prompt, slot] = x.transpose(0, 1).to(storage.dtype)  # (K, S, D)
@@ -70,7 +74,7 @@ class KVCache:
         """Store the newest token's k, v (N, K, D); what its q (N, H, D) finds among all tokens of its row. (N, H, D)"""
         self.k[layer][:, :, self.extent - 1] = k.transpose(0, 1)  # (K, N, D)
         self.v[layer][:, :, self.extent - 1] = v.transpose(0, 1)  # (K, N, D)
-        if window not in self._plans and not q.is_cuda:
+        if window not in self._plans and choose_backend(q, self.k[layer]) == "torch":
             self._plans[window] = Plan.build(self.prompt, self.prefix_lengths, self.lengths, window=window)
         return decode_attention(
             q,
@@ -95,5 +99,7 @@ class KVCache:
             new[:, :, : self.extent] = x[:, :, : self.extent].index_select(1, rows)
             return new
 
-        self.k, self.v = [kept(x) for x in self.k], [kept(x) for x in self.v]
+        for layer in range(len(self.k)):  # one at a time: never twice the cache
+            self.k[layer] = kept(self.k[layer])
+            self.v[layer] = kept(self.v[layer])
         self.prompt, self.lengths, self._plans = self.prompt[rows], self.lengths[rows], {}

@@ -49,8 +49,8 @@ def experience(
     device: str,
     score_first: bool = True,
 ) -> Experience:
-    """Plan the micro-batches and score them once: with the kernels, shapes and dtypes of the updates to come, so that
-    the first update's ratios are exactly 1. score_first=False trusts in that: its own forward is the old one."""
+    """Plan the micro-batches and score them before any update: with the kernels, shapes and dtypes of the updates to
+    come, so that the first update's ratios are exactly 1. score_first=False trusts in that and leaves the first out."""
     minibatches = plan(examples, advantages, updates, max_tokens)
     with torch.no_grad():
         old_logp = [
@@ -63,10 +63,16 @@ def experience(
 
 
 def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
-    """The inverse of Experience.state(), but for the old log-probs of the first update."""
+    """The inverse of Experience.state(), but for the first update's old log-probs. ValueError if it does not fit."""
     examples, tensors = saved["examples"], saved["tensors"]
     first, *later = minibatches = plan(examples, tensors["advantages"], updates, max_tokens)
-    pieces = iter(tensors["old_logp"].split([len(b.targets) for batches in later for b in batches]))
+    sizes = [len(b.targets) for batches in later for b in batches]
+    if sum(sizes) != len(tensors["old_logp"]):
+        raise ValueError(
+            f"got a saved rollout with {len(tensors['old_logp'])} old log-probs, want {sum(sizes)}: another version of "
+            "this program saved it; finish the run with that one"
+        )
+    pieces = iter(tensors["old_logp"].split(sizes))
     old_logp = [[None] * len(first), *([next(pieces) for _ in batches] for batches in later)]
     return Experience(examples, tensors["advantages"], minibatches, old_logp, saved["facts"])
 

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Segments, attention
 from kernels.backend import bf16_products
-from kernels.blocked import Blocked, Layer, can_block
+from kernels.blocked import Blocked, Layer, can_block, can_block_head
 from kernels.glu import glu
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
@@ -142,8 +142,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
 class Projections(nn.Module):
     """A module with linear layers, some of which read the same x: PRODUCTS names them, those of one x together.
 
-    While answers are sampled on a CPU, the layers of one x are one product, with all their adapters in it
-    (kernels/blocked.py). Otherwise they are what they are: a layer each.
+    While answers are sampled on a CPU from bf16 weights, the layers of one x are one product, with all their adapters
+    in it (kernels/blocked.py). Otherwise they are what they are: a layer each.
     """
 
     PRODUCTS: tuple[tuple[str, ...], ...] = ()
@@ -325,11 +325,13 @@ class Transformer(nn.Module):
                    next one of each of its rows; they are stored and see all that came before them
         returns    (B, T, C) in the model's dtype
 
-        Raises ValueError for segments or a cache with several rows, and for a cache that is full.
+        Raises ValueError for segments or a cache with several rows, and for a cache that is full or meets gradients.
         """
         config, T = self.config, tokens.shape[1]
         if (segments or cache) and len(tokens) != 1:
             raise ValueError(f"got {len(tokens)} rows with segments or a cache, want one packed row")
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("got a cache and gradients, want one of them: it keeps no graph; use torch.no_grad()")
         if segments is not None:
             order = segments.positions[None]  # (1, T)
         elif cache is not None:
@@ -375,16 +377,16 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Within it, and without gradients, products read weights in blocks where that is faster: on a CPU.
+        """Within it, and without gradients, products read weights in blocks where that is faster: bf16 weights on a
+        CPU with bf16 units. The head becomes fp32, because its scores are; also where it is fp16, or units are missing.
 
-        Layers in their own dtype; the head in fp32, because its scores are. Quantised layers stay as they are. For
-        Qwen3-0.6B in bf16 the copies are 0.9 and 0.6 GB; updates of the weights do not reach them.
+        For Qwen3-0.6B in bf16 the copies are 0.9 and 0.6 GB; updates of the weights do not reach them.
         """
         modules = [m for m in self.layers.modules() if isinstance(m, Projections)]
         try:
             for module in modules:
                 module.block()
-            if can_block(self.head_weight):
+            if can_block_head(self.head_weight):
                 self._blocked_head = Blocked([Layer(self.head_weight.float())])
             yield
         finally:

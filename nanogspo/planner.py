@@ -6,7 +6,7 @@ Weights, adapter, gradients, optimiser and KV cache are counted exactly. Activat
 Tests: tests/test_planner.py
 """
 
-from kernels.blocked import can_block, nbytes
+from kernels.blocked import can_block_head, nbytes
 from nanogspo.checkpoint import tensor_bytes
 from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig
@@ -43,21 +43,31 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
         "vocabulary tiles": 2 * 32 * 1024**2 if c.vocab_size > 8192 else 2 * T * c.vocab_size * 4,
     }
     if rl:
-        rows = config.prompts_per_rollout * config.group_size
-        if config.rollout_rows:  # whole groups, as rollout.generate slices them
-            rows = min(rows, max(1, config.rollout_rows // config.group_size) * config.group_size)
+        rows = rollout_rows(config)
         on_gpu = model.head_weight.is_cuda
         slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
-        slots = rows // config.group_size * longest_prompt + rows * (config.max_new_tokens - 1)
-        parts["KV cache of a rollout"] = slots * slot
+        parts["KV cache of a rollout"] = cache_slots(rows, config, longest_prompt) * slot
         parts["weights in blocks"] = blocked_bytes(model)
     return {name: size for name, size in parts.items() if size}
+
+
+def rollout_rows(config: TrainConfig) -> int:
+    """Answers sampled at a time: a whole rollout, or whole groups of --rollout-rows, as `generate` slices them."""
+    rows = config.prompts_per_rollout * config.group_size
+    if config.rollout_rows:
+        rows = min(rows, max(1, config.rollout_rows // config.group_size) * config.group_size)
+    return rows
+
+
+def cache_slots(rows: int, config: TrainConfig, longest_prompt: int) -> int:
+    """Tokens that KVCache has room for: a prompt once for its group; an answer's last token is never fed."""
+    return rows // config.group_size * longest_prompt + rows * (config.max_new_tokens - 1)
 
 
 def blocked_bytes(model: Transformer) -> int:
     """What `Transformer.sampling` lays out in blocks."""
     joined = [layers for m in model.modules() if isinstance(m, Projections) for _, layers in m.joined()]
-    head = model.head_weight.numel() * 4 if can_block(model.head_weight) else 0
+    head = model.head_weight.numel() * 4 if can_block_head(model.head_weight) else 0
     return sum(map(nbytes, joined)) + head
 
 

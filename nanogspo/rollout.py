@@ -1,6 +1,6 @@
 """Rollout: sampling answers from the very weights that are being trained.
 
-    prefill   every prompt once, whatever the group size; its keys and values are then repeated G times
+    prefill   every prompt once, whatever the group size; its keys and values are stored once for all its answers
     decode    one token per row and step: hidden -> fp32 logits -> sample -> log-prob of what was drawn
     finish    a row that drew a stop token leaves the batch, so short answers stop costing
 
@@ -39,6 +39,10 @@ class Answer:
     finished: bool = False  # False: cut off at max_new_tokens
 
 
+# rows still running, their tokens, their log-probs, whether each ends here
+Step = tuple[list[int], list[int], list[float], list[bool]]
+
+
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -68,30 +72,37 @@ def generate(
         raise ValueError(f"got group_size {group_size}, want at least 1")
     answers = [Answer(p) for p in range(len(prompts)) for _ in range(group_size)]
     per_slice = max(1, max_rows // group_size) if max_rows else max(1, len(prompts))
-    for first in range(0, len(prompts), per_slice):
-        part = prompts[first : first + per_slice]
-        steps = decode(
-            model,
-            part,
-            group_size=group_size,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_ids=eos_ids,
-            seed=seed + first,  # another slice, another stream
-        )
-        for rows, tokens, logp, finished in steps:
-            for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
-                answer = answers[first * group_size + row]
-                answer.tokens.append(token)
-                answer.logp.append(lp)
-                answer.finished = end
+    with model.sampling():  # once for all slices
+        for first in range(0, len(prompts), per_slice):
+            part = prompts[first : first + per_slice]
+            steps = _decode(
+                model,
+                part,
+                group_size=group_size,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                eos_ids=eos_ids,
+                seed=seed + first,  # another slice, another stream
+            )
+            for rows, tokens, logp, finished in steps:
+                for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
+                    answer = answers[first * group_size + row]
+                    answer.tokens.append(token)
+                    answer.logp.append(lp)
+                    answer.finished = end
     return answers
 
 
+def decode(model: Transformer, prompts: list[list[int]], **settings) -> Iterator[Step]:
+    """The sampling loop, a step at a time. settings: all of `generate` but max_rows, which have no defaults here."""
+    with model.sampling():
+        yield from _decode(model, prompts, **settings)
+
+
 @torch.no_grad()
-def decode(
+def _decode(
     model: Transformer,
     prompts: list[list[int]],
     *,
@@ -102,14 +113,12 @@ def decode(
     top_p: float,
     eos_ids: Sequence[int],
     seed: int,
-) -> Iterator[tuple[list[int], list[int], list[float], list[bool]]]:
-    """The sampling loop, a step at a time: (rows still running, their tokens, logps, whether each ends here)."""
+) -> Iterator[Step]:
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device, was_training = model.embed_tokens.weight.device, model.training
     model.eval()  # LoRA dropout must not touch the policy that is sampled
     with contextlib.ExitStack() as after:
         after.callback(model.train, was_training)
-        after.enter_context(model.sampling())
         N = len(prompts) * group_size
         segments = Segments.build([len(p) for p in prompts], device=device)
         tokens = torch.tensor([token for p in prompts for token in p], device=device)  # (S,) packed: no padding
@@ -130,7 +139,12 @@ def decode(
             drawn, logp = sample(logits, uniforms[step, rows], temperature, top_k, top_p)  # (n,), (n,)
             ends = torch.isin(drawn, stop)  # (n,)
             live = running.nonzero().squeeze(1)
-            yield rows[live].tolist(), drawn[live].tolist(), logp[live].tolist(), ends[live].tolist()
+            kept = logp[live].tolist()
+            if not all(map(math.isfinite, kept)):
+                raise FloatingPointError(
+                    "the model's scores are not finite numbers any more; its weights have diverged"
+                )
+            yield rows[live].tolist(), drawn[live].tolist(), kept, ends[live].tolist()
             running &= ~ends
             left = int(running.sum())
             if left == 0 or step + 1 == max_new_tokens:
@@ -180,8 +194,9 @@ def sample(
     columns = block * BLOCK + torch.arange(BLOCK, device=z.device)  # (N, BLOCK)
     inside = p.gather(1, columns.clamp(max=z.shape[1] - 1)).double()  # (N, BLOCK)
     inside = inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)
-    share = (rest / sums.gather(1, block)).clamp(max=1 - 2**-53)  # (N, 1) of the block, below 1 as the uniform is
+    share = (rest / sums.gather(1, block)).clamp(0, 1 - 2**-53)  # (N, 1) of the block, below 1 as the uniform is
     token = block * BLOCK + _invert(inside, share * inside[:, -1:])[0]  # (N, 1)
+    token = token.clamp(max=z.shape[1] - 1)  # only scores that are nan get that far
     best, likeliest = z.amax(-1, keepdim=True), p.amax(-1, keepdim=True)  # the log of a rare p has lost its digits
     return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)
 

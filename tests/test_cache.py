@@ -107,3 +107,8 @@ def test_16_bits_are_kept_as_they_are_but_wider():
     assert torch.equal(cache.prefix_k[1][:, 0, :3], prompts[1][0][:3].transpose(0, 1).float())  # (K, n, D)
     assert torch.equal(cache.prefix_v[0][:, 1, :1], prompts[0][1][3:].transpose(0, 1).float())
     assert torch.equal(cache.v[1][:, :, 1], rows[1][1][1].transpose(0, 1).float())  # (K, N, D)
+
+
+def test_prompts_have_no_prefix_themselves():
+    with pytest.raises(ValueError, match="want prompts, which have none"):
+        KVCache(CONFIG, Segments.build([3, 2], [-1, 0]), 1, 2, dtype=torch.float32)

@@ -26,7 +26,9 @@ from nanogspo import checkpoint, tiny
 from nanogspo import model as model_file
 from nanogspo.cache import KVCache
 from nanogspo.families import GELU_TANH, ModelConfig, model_config
-from nanogspo.model import RMSNorm, Transformer, attend, inverse_frequencies
+from nanogspo.lora import ALL_LINEAR, add_lora, lora_layers
+from nanogspo.model import Projections, RMSNorm, Transformer, attend, inverse_frequencies
+from nanogspo.quant import pack as pack_weight
 
 EPS = torch.finfo(torch.float32).eps
 NAMES = references.NAMES
@@ -149,6 +151,13 @@ def test_a_packed_row_is_its_sequences_one_by_one(name):
             assert (got[where] - want[len(before) :]).abs().max() <= 1e-5
             if len(before):
                 assert (got[where - 1 if where != 2 else 0] - want[: len(before)]).abs().max() <= 1e-5
+
+
+def test_a_cache_keeps_no_graph():
+    model, segments = ours("llama"), Segments.build([4])
+    cache = KVCache(model.config, segments, 1, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="got a cache and gradients, want one of them"):
+        model(references.tokens(1, 4), segments=segments, cache=cache)
 
 
 def test_packed_tokens_are_one_row():
@@ -281,6 +290,32 @@ def test_weights_in_blocks_give_the_same_model(name):
         blocked.clear()
         assert torch.equal(model.logits(model(tokens)), want) and not blocked
     assert not any("block" in key for key in model.state_dict())
+
+
+@pytest.mark.skipif(not can_block(torch.ones(1, 1, dtype=torch.bfloat16)), reason="no bf16 in oneDNN here")
+@pytest.mark.parametrize("targets", [ALL_LINEAR, ("q_proj", "v_proj", "up_proj", "down_proj")])
+def test_adapters_are_sampled_with(targets):
+    """In blocks as beside them: on all layers of one x or on some, one of them merged, one over packed weights. The
+    adapters move the hidden states thirty times as far as bf16 rounds them."""
+    model = checkpoint.load(references.folder("qwen3"), dtype=torch.bfloat16)
+    tokens = references.tokens(1, 12)  # (1, T)
+    with torch.no_grad():
+        mlp = model.layers[1].mlp
+        mlp.up_proj = pack_weight(mlp.up_proj.weight.data, None, "int8")  # beside a plain gate_proj
+        base = model(tokens).float()  # (1, T, C)
+        add_lora(model, r=4, alpha=8.0, targets=targets)
+        g = torch.Generator().manual_seed(0)
+        for layer in lora_layers(model).values():
+            layer.lora_B.weight.normal_(generator=g).mul_(0.3)
+        merged = model.layers[0].self_attn.v_proj
+        merged.base.weight.data, merged.merged = merged.merged_weight(), True
+        want = model(tokens).float()
+        with model.sampling():
+            joined = [names for m in model.modules() if isinstance(m, Projections) for names in m._blocked]
+            got = model(tokens).float()
+    assert len(joined) == 4 * model.config.num_layers - 1  # all but gate and up of layer 1
+    moved = (want - base).norm() / want.norm()
+    assert (got - want).norm() / want.norm() < min(0.03, moved / 10), (moved, (got - want).norm() / want.norm())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

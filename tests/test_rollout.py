@@ -238,6 +238,23 @@ def test_refuses_in_one_line(prompts, settings, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_scores_that_are_not_finite_end_the_rollout(broken, temperature):
+    model = tiny()
+    model.norm.weight.data[0] = broken
+    with pytest.raises(FloatingPointError, match="scores are not finite numbers any more"):
+        generate(model, [[1, 2]], group_size=3, max_new_tokens=2, temperature=temperature)
+
+
+def test_weights_are_laid_out_once_for_all_slices():
+    model, entered = tiny(), []
+    sampling = Transformer.sampling
+    with patch.object(Transformer, "sampling", lambda self: entered.append(1) or sampling(self)):
+        generate(model, PROMPTS, max_new_tokens=2, max_rows=1)
+    assert len(entered) == 1
+
+
 def test_a_row_may_fill_the_context_to_the_last_position():
     [answer] = generate(tiny(), [[1] * 59], max_new_tokens=5)
     assert len(answer.tokens) == 5

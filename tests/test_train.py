@@ -389,9 +389,24 @@ def test_the_first_rollout_of_a_run_compares_two_passes(tmp_path, monkeypatch):
     monkeypatch.setattr("nanogspo.experience.score", lambda *a, **k: calls.append(1) or score(*a, **k))
     train(tmp_path / "right", *run)
     assert len(calls) == 4 + 3
+    train(tmp_path / "half", *run[:-4], *"--steps 6 --lr 1e-3".split())  # ends in the middle of the second rollout
+    calls.clear()
+    resume(tmp_path / "half", "--steps", 12)  # what it goes on with shows nothing; the third rollout is compared
+    assert len(calls) == 4
     monkeypatch.setattr("nanogspo.experience.score", lambda *a, **k: [x * (1 + 2**-20) for x in score(*a, **k)[:2]])
     with pytest.raises(AssertionError, match="want exactly 1.0; old and new log-probs were not scored the same way"):
         train(tmp_path / "wrong", *run)
+
+
+def test_another_versions_rollout_is_refused():
+    model, _, examples = drawn_examples()
+    how = {"updates": 4, "max_tokens": 8}
+    state = experience(model, examples, torch.arange(1.0, 9.0), **how, temperature=1.0, device="cpu").state()
+    state["tensors"]["old_logp"] = torch.zeros(99)
+    with pytest.raises(
+        ValueError, match="got a saved rollout with 99 old log-probs, want .*; finish the run with that"
+    ):
+        from_state(state, **how)
 
 
 # ----------------------------------------------------------------------------

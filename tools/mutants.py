@@ -239,11 +239,27 @@ GROUPS = [
         ],
     ),
     (
+        "nanogspo/lora.py",
+        "tests/test_model.py",
+        [
+            (
+                "self.lora_B.weight, self.scale)\n\n    def merged",
+                "self.lora_B.weight, 0.0)\n\n    def merged",
+                "sampled without the adapter",
+            ),
+            (
+                "            return Layer(self.base.weight, self.base.bias)\n",
+                "            pass\n",
+                "a merged adapter is sampled twice",
+            ),
+        ],
+    ),
+    (
         "nanogspo/experience.py",
         "tests/test_train.py",
         [
             ("if advantages[i] != 0]", "]", "answers with nothing to teach are trained on"),
-            ("torch.tensor(kept)[b.index]", "b.index + first", "advantages of other answers, once some are left out"),
+            ("torch.tensor(kept)[b.index]", "b.index + rows[0]", "advantages of other answers, once some are left out"),
             (
                 "min(rows, key=lambda",
                 "max(rows, key=lambda",
@@ -258,6 +274,11 @@ GROUPS = [
         [
             ("loss * share", "loss", "what is left out does not count in the average"),
             ("score_first=not proved", "score_first=False", "nothing compares the two passes"),
+            (
+                "                    proved = True",
+                "                proved = True",
+                "a resumed run trusts in what it has not seen",
+            ),
         ],
     ),
     (
@@ -291,7 +312,7 @@ GROUPS = [
                 "an adapter beside the layer before its own",
             ),
             ("zero if b is None else b", "zero", "biases are dropped"),
-            ("weight.dtype != torch.bfloat16", "not weight.dtype.is_floating_point", "blocks of fp16"),
+            ("weight.dtype == torch.bfloat16 and", "weight.dtype.is_floating_point and", "blocks of fp16"),
         ],
     ),
     (
@@ -668,7 +689,6 @@ GROUPS = [
                 "inside.cumsum_(-1)",
                 "the last token stands for what is missing of its block",
             ),
-            (".clamp(max=1 - 2**-53)", "", "the end of a block is passed, by a rounding"),
             (
                 "target - F.pad(cumulative, (1, 0))",
                 "target - F.pad(cumulative, (0, 1))",
@@ -847,7 +867,11 @@ GROUPS = [
         "nanogspo/experience.py",
         "tests/test_train.py",
         [
-            ("b.index + first", "b.index", "every minibatch gets the advantages of the first"),
+            (
+                "[examples[i] for i in kept]",
+                "[examples[i - first] for i in kept]",
+                "every minibatch trains on the answers of the first",
+            ),
         ],
     ),
     (
@@ -860,8 +884,8 @@ GROUPS = [
                 "problems asked again and again",
             ),
             (
-                "weight = len(batch.index) / total",
-                "weight = 1 / len(batches)",
+                "weight, loss = len(batch.index) / trained, loss * share",
+                "weight, loss = 1 / len(batches), loss * share",
                 "an answer weighs more in a small micro-batch",
             ),
             ("weight = len(logp) / total", "weight = 1 / len(batches)", "a token weighs more in a small micro-batch"),
@@ -934,7 +958,7 @@ GROUPS = [
         "tests/test_rollout.py",
         [
             (
-                "return token.squeeze(1), logp.gather(1, token).squeeze(1)",
+                "return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)",
                 "return token.squeeze(1), logits.log_softmax(-1).gather(1, token).squeeze(1)",
                 "log-prob kept at another temperature than it was drawn with",
             ),
