@@ -28,6 +28,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanogspo import checkpoint, tiny
+from nanogspo.cache import KVCache
 from nanogspo.config import ROOT, TrainConfig
 from nanogspo.experience import experience, from_state, plan
 from nanogspo.families import model_config
@@ -396,6 +397,21 @@ def test_the_first_rollout_of_a_run_compares_two_passes(tmp_path, monkeypatch):
     monkeypatch.setattr("nanogspo.experience.score", lambda *a, **k: [x * (1 + 2**-20) for x in score(*a, **k)[:2]])
     with pytest.raises(AssertionError, match="want exactly 1.0; old and new log-probs were not scored the same way"):
         train(tmp_path / "wrong", *run)
+
+
+def test_an_exam_takes_no_more_memory_than_a_rollout(tmp_path, monkeypatch):
+    """A group shares its prompt, and in an exam every row has its own: fewer rows at a time."""
+    caches, init = {1: [], 4: []}, KVCache.__init__
+
+    def spy(self, config, prompts, group_size, capacity, **more):
+        P = len(prompts.lengths)
+        caches[group_size].append((P, P * max(prompts.lengths) + P * group_size * capacity))
+        init(self, config, prompts, group_size, capacity, **more)
+
+    monkeypatch.setattr(KVCache, "__init__", spy)
+    train(tmp_path / "run", *TINY, *"--steps 4 --eval-size 40".split())
+    assert sum(rows for rows, _ in caches[1]) == 2 * 40  # before and after
+    assert max(slots for _, slots in caches[1]) <= max(slots for _, slots in caches[4])
 
 
 def test_another_versions_rollout_is_refused():
