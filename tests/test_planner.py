@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernels import blocked
@@ -149,6 +149,7 @@ def test_a_micro_batch_is_as_large_as_its_budget_its_minibatch_or_its_longest_ex
     answer=st.sampled_from([1, 9]),
     budget=st.sampled_from([1, 50, 130, 10**6]),
 )
+@example(P=3, G=4, updates=4, prompt=40, answer=9, budget=10**6)  # updates of 3: the second has parts of two groups
 def test_a_micro_batch_has_the_tokens_that_are_announced(P, G, updates, prompt, answer, budget):
     """Laid out by the planner and by pack(), when all prompts and all answers are as long as they may be: equal where
     the budget does not cut, and never more."""
