@@ -64,6 +64,16 @@ def test_logits_are_those_of_transformers(name):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_sliding"])
+def test_a_window_bites_from_the_first_row_that_is_longer(name):
+    """Rows of 7 to 10 tokens under a window of 8: up to 8 no mask is made."""
+    for T in (7, 8, 9, 10):
+        tokens = references.tokens(2, T)  # (B, T)
+        with torch.no_grad():
+            want = references.reference(name)(input_ids=tokens).logits  # (B, T, V)
+        assert (logits(ours(name), tokens) - want).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_transformers(name):
     tokens = references.tokens(2, 20)
