@@ -99,11 +99,21 @@ def late_tokens(model, prompts: list[list[int]], early: int = 32, late: int = 51
     a, b = (statistics.median(taken[at - around : at + around]) for at in (early, late))
     return {
         "rows": rows,
+        "early": early,
+        "late": late,
         "early_s": a,
         "late_s": b,
         "bytes_s": read / bandwidth,
         "beyond": (b - read / bandwidth) / a - 1,
     }
+
+
+def said(late: dict) -> str:
+    return (
+        f"{late['rows']} rows: {1e3 * late['early_s']:.1f} ms a step around token {late['early']}, "
+        f"{1e3 * late['late_s']:.1f} around {late['late']}; reading their keys takes "
+        f"{1e3 * late['bytes_s']:.1f} of it; {100 * late['beyond']:+.0f} % beyond that"
+    )
 
 
 def shared_prompt(model, tokens: int = 512, group: int = 16, answer: int = 64, rounds: int = 3) -> dict:
@@ -160,11 +170,7 @@ def main() -> None:
     result = {"threads": args.threads, "lora": args.lora or args.alone, "torch": torch.__version__}
     if args.alone:
         late = result["late"] = late_tokens(model, [tokenizer.chat(prompt(i)) for i in range(4)])
-        print(
-            f"{late['rows']} rows: {1e3 * late['early_s']:.1f} ms a step around token {late['early']}, "
-            f"{1e3 * late['late_s']:.1f} around {late['late']}; reading their keys takes "
-            f"{1e3 * late['bytes_s']:.1f} of it; {100 * late['beyond']:+.0f} % beyond that"
-        )
+        print(said(late))
         for name, row in result.setdefault("shared", shared_prompt(model)).items():
             print(
                 f"{name}: 512 tokens shared by 16 answers {row['shared_s']:.2f} s, apart {row['apart_s']:.2f} s; "

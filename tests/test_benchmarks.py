@@ -381,6 +381,7 @@ def test_sampling_alone_measures_late_tokens_and_shared_prompts():
     c = model.config
     assert late["bytes_s"] == 2 * 4 * c.num_layers * c.num_kv_heads * c.head_dim * 16 * 8 / 4e8
     assert late["beyond"] == pytest.approx(-late["bytes_s"], rel=1e-9)
+    assert generate.said(late).startswith("16 rows: 1000.0 ms a step around token 4, 1000.0 around 12; reading their")
     # a prompt's last token stands once for each answer, an answer's last token never
     assert {name: row["share"] for name, row in shared.items()} == {
         "prefill": 1 / 4,
