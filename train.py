@@ -418,9 +418,9 @@ def combine(metrics: list[tuple[float, dict]]) -> dict[str, float]:
 def count_exact(model, chat: Chat, task, problems: list[Problem], config: TrainConfig) -> int:
     """How many problems are answered exactly right, greedily."""
     prompts = [chat.prompt(p) for p in problems]
-    longest, rows = max(map(len, prompts)), planner.rollout_rows(config)
+    longest = max(map(len, prompts))
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
-    slots = planner.cache_slots(rows, config, longest)
+    slots = planner.cache_slots(config, longest)
     answers = generate(
         model,
         prompts,

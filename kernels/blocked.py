@@ -92,14 +92,16 @@ def _linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
 
 
+def _has_layout(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
 def can_block(weight: Tensor) -> bool:
     """Whether products with this weight gain here: bf16, on a CPU that multiplies it. (fp32 of a small model loses: at
     512 rows of 128 channels MKL, which takes rows as they are, is faster.)"""
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return on_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _has_layout(weight) and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def can_block_head(weight: Tensor) -> bool:
     """The same of a head, whose products are fp32: of 16 bits, because widening it takes longer than multiplying."""
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return on_cpu and weight.dtype in (torch.bfloat16, torch.float16)
+    return _has_layout(weight) and weight.dtype in (torch.bfloat16, torch.float16)

@@ -307,7 +307,7 @@ def _prefix_kernel(
 
 @triton.jit
 def _suffix_kernel(
-    q_ptr, k_ptr, v_ptr, prompt_ptr, prefix_lengths_ptr, lengths_ptr, m_ptr, s_ptr, acc_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, m_ptr, s_ptr, acc_ptr,
     stride_qn, stride_qh, stride_kk, stride_kn, stride_ks, stride_vk, stride_vn, stride_vs,
     H, D, capacity, chunk, window, first_part, scale, softcap,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
@@ -384,13 +384,13 @@ def _launch(
         "SOFTCAP": softcap is not None, "WINDOW": window > 0, "G": G, "PARTS": parts, "BLOCK_S": block_s,
         "BLOCK_D": block_d, "num_warps": 4 if block_d <= 128 else 8, "num_stages": 2, "enable_fp_fusion": False,
     }  # fmt: skip
-    shared = (prompt, prefix_lengths, lengths, m, s, acc, q.stride(0), q.stride(1))
+    shared = (lengths, m, s, acc, q.stride(0), q.stride(1))
     cap = 0.0 if softcap is None else softcap
     if prefix_splits:
         block_m = max(16 if fp32 else PREFIX_QUERIES, heads)
         rows = block_m // G
         _prefix_kernel[(triton.cdiv(N, rows), K, prefix_splits)](
-            q, prefix_k, prefix_v, *shared, *prefix_k.stride()[:3], *prefix_v.stride()[:3],
+            q, prefix_k, prefix_v, prompt, prefix_lengths, *shared, *prefix_k.stride()[:3], *prefix_v.stride()[:3],
             N, H, D, Sp, prefix_chunk, window, scale, cap, ROWS=rows, BLOCK_M=block_m, **options,
         )  # fmt: skip
     _suffix_kernel[(N, K, splits)](

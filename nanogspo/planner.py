@@ -43,24 +43,18 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
         "vocabulary tiles": 2 * 32 * 1024**2 if c.vocab_size > 8192 else 2 * T * c.vocab_size * 4,
     }
     if rl:
-        rows = rollout_rows(config)
         on_gpu = model.head_weight.is_cuda
         slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
-        parts["KV cache of a rollout"] = cache_slots(rows, config, longest_prompt) * slot
+        parts["KV cache of a rollout"] = cache_slots(config, longest_prompt) * slot
         parts["weights in blocks"] = blocked_bytes(model)
     return {name: size for name, size in parts.items() if size}
 
 
-def rollout_rows(config: TrainConfig) -> int:
-    """Answers sampled at a time: a whole rollout, or whole groups of --rollout-rows, as `generate` slices them."""
+def cache_slots(config: TrainConfig, longest_prompt: int) -> int:
+    """Tokens a rollout's KVCache has room for: a prompt once for its group; an answer's last token is never fed."""
     rows = config.prompts_per_rollout * config.group_size
-    if config.rollout_rows:
+    if config.rollout_rows:  # whole groups, as rollout.generate slices them
         rows = min(rows, max(1, config.rollout_rows // config.group_size) * config.group_size)
-    return rows
-
-
-def cache_slots(rows: int, config: TrainConfig, longest_prompt: int) -> int:
-    """Tokens that KVCache has room for: a prompt once for its group; an answer's last token is never fed."""
     return rows // config.group_size * longest_prompt + rows * (config.max_new_tokens - 1)
 
 

@@ -272,7 +272,7 @@ GROUPS = [
         "train.py",
         "tests/test_train.py",
         [
-            ("planner.cache_slots(rows, config, longest)", "10**9", "an exam of 500 rows at a time"),
+            ("planner.cache_slots(config, longest)", "10**9", "an exam of 500 rows at a time"),
             ("loss * share", "loss", "what is left out does not count in the average"),
             ("score_first=not proved", "score_first=False", "nothing compares the two passes"),
             (
