@@ -223,6 +223,35 @@ def check_decode_attention(device: torch.device, big: bool) -> str:
     return f"{N} rows of {P} prompts, {k.numel():.1e} numbers of keys"
 
 
+def check_decode_graph(device: torch.device, big: bool) -> str:
+    """Answers sampled by a replayed CUDA graph, and step by step: the same tokens, and how much faster."""
+    from nanogspo import rollout
+    from nanogspo.rollout import generate
+
+    model, _ = small_model(device)
+    prompts, seconds, answers = [[1, 2, 3], list(range(40))], {}, {}
+    settings = {"group_size": 32 if big else 2, "max_new_tokens": 200 if big else 4, "eos_ids": range(20)}
+    recordings, record, can_record = [], rollout.record, rollout.can_record
+    try:
+        for name in ("step by step", "replayed"):
+            rollout.can_record = (lambda cache: False) if name == "step by step" else can_record
+            rollout.record = lambda step: recordings.append(1) or record(step)
+            for _ in range(2):  # the first compiles
+                started = time.perf_counter()
+                answers[name] = generate(model, prompts, seed=1, **settings)
+                seconds[name] = time.perf_counter() - started
+    finally:
+        rollout.record, rollout.can_record = record, can_record
+    if device.type == "cuda":
+        assert len(recordings) >= 4, f"{len(recordings)} recordings in two rollouts whose rows leave at all times"
+    for a, b in zip(*answers.values(), strict=True):
+        assert a.tokens == b.tokens, f"tokens differ: {a.tokens[:9]} and {b.tokens[:9]}"
+        off = max(abs(x - y) for x, y in zip(a.logp, b.logp, strict=True))
+        assert off < 1e-5, f"log-probs differ by {off:.1e}"
+    ratio = seconds["step by step"] / seconds["replayed"]
+    return f"{len(answers['replayed'])} answers, {len(recordings)} recordings in 2 rollouts, {ratio:.1f} x as fast"
+
+
 def check_products_come_out_as_fp32(device: torch.device, big: bool) -> str:
     """torch.mm and torch.addmm with out_dtype: what every exact logit here leans on."""
     a, b = randn(64, 256, device=device), randn(256, 32, device=device, seed=1)

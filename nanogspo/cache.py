@@ -4,6 +4,8 @@
     suffix   (K, N, Ss, D)   what each row (each answer) has added; all rows are equally long
 
 Sp and Ss are fixed at the start: nothing is concatenated or moved while decoding. A row that has finished leaves.
+A step's numbers (which slot is written, how long rows are) lie on the device and change in place, so that a CUDA graph
+of one step is a graph of every step.
 
 Bytes: 2 * L * K * D * element size a slot; 112 KiB for Qwen3-0.6B in bf16. A CPU keeps 16-bit numbers as fp32, which
 changes none of them: widening them at every step would take it longer than reading twice the bytes.
@@ -37,7 +39,8 @@ class KVCache:
         self.prefix_lengths = torch.tensor(prompts.lengths, device=device)  # (P,)
         self.prompt = torch.arange(P, device=device).repeat_interleave(group_size)  # (N,) never falls
         self.lengths = torch.zeros_like(self.prompt)  # (N,) slots in use of each row
-        self.extent, self.capacity = 0, capacity  # the same as a Python number: reading it never waits for a GPU
+        self.slot = torch.full((1,), -1, device=device)  # the newest token's
+        self.extent, self.capacity = 0, capacity  # slots in use as a Python number: reading it never waits for a GPU
         segment = torch.arange(P, device=device).repeat_interleave(self.prefix_lengths)  # (S,)
         self._prefill_at = (segment, prompts.positions)  # where each token of the packed row belongs
 
@@ -58,23 +61,27 @@ class KVCache:
 
     def step(self) -> Tensor:
         """Announce one more token a row: the position (N,) of each. ValueError when there is no slot left."""
+        self.count()
+        positions = self.prefix_lengths[self.prompt] + self.lengths  # (N,)
+        self.lengths += 1
+        self.slot += 1
+        return positions
+
+    def count(self) -> None:
+        """What a step does in Python. A CUDA graph repeats all the rest."""
         if self.extent == self.capacity:
             raise ValueError(
                 f"got token {self.extent + 1} for a cache of {self.capacity} a row, want a larger capacity"
             )
-        positions = self.prefix_lengths[self.prompt] + self.lengths  # (N,)
-        self.extent += 1
-        self.lengths = self.lengths + 1
-        self._plans = {}
-        return positions
+        self.extent, self._plans = self.extent + 1, {}
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int
     ) -> Tensor:
         """Store the newest token's k, v (N, K, D); what its q (N, H, D) finds among all tokens of its row. (N, H, D)"""
-        self.k[layer][:, :, self.extent - 1] = k.transpose(0, 1)  # (K, N, D)
-        self.v[layer][:, :, self.extent - 1] = v.transpose(0, 1)  # (K, N, D)
-        if window not in self._plans and choose_backend(q, self.k[layer]) == "torch":
+        for storage, x in ((self.k[layer], k), (self.v[layer], v)):
+            storage.index_copy_(2, self.slot, x.transpose(0, 1).unsqueeze(2).to(storage.dtype))  # (K, N, 1, D)
+        if window not in self._plans and choose_backend(q, storage) == "torch":
             self._plans[window] = Plan.build(self.prompt, self.prefix_lengths, self.lengths, window=window)
         return decode_attention(
             q,

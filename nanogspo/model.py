@@ -343,7 +343,7 @@ class Transformer(nn.Module):
         if (
             config.scale_embedding
         ):  # sqrt(C) is rounded to the weight dtype first: 50.5, not 50.596, for C = 2560 in bf16
-            x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+            x = x * x.new_full((), config.hidden_size**0.5)
         turns = {kind: self._cos_sin(kind, positions, x.dtype) for kind in config.rope}
         masks = {kind: None if segments or cache else self._mask(kind, order) for kind in config.rope}
         for kind, block in zip(config.layer_types, self.layers, strict=True):

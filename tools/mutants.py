@@ -297,8 +297,70 @@ GROUPS = [
                 "self.prompt, self.lengths, self._plans = self.prompt[: len(rows)]",
                 "rows that stay read another prompt",
             ),
-            ("        self._plans = {}\n        return", "        return", "every step sees what the first one saw"),
-            ("self.v[layer][:, :, self.extent - 1]", "self.v[layer][:, :, 0]", "each value replaces the first"),
+            (
+                "self.extent, self._plans = self.extent + 1, {}",
+                "self.extent += 1",
+                "every step sees what the first one saw",
+            ),
+            ("        self.slot += 1\n", "        self.slot += self.extent == 1\n", "each key replaces the first"),
+        ],
+    ),
+    (
+        "nanogspo/rollout.py",
+        "tests/test_recorded.py",
+        [
+            (
+                "        self.number += 1\n",
+                "        self.number = self.number + 1\n",
+                "a graph that draws one number for ever",
+            ),
+            (
+                "        self.tokens.copy_(tokens)\n",
+                "        self.tokens = tokens\n",
+                "a graph that goes on from a token of its own past",
+            ),
+            ("            self.cache.count()\n", "", "a cache that leaves no trace of replayed steps to copy"),
+            (
+                "            self.cache.extent = extent  # recording ran nothing but Python\n",
+                "",
+                "a slot counted and never filled",
+            ),
+            (
+                "self._warm, self._replay = False, None  # first",
+                "self._warm = False  # first",
+                "the graph of rows that left",
+            ),
+            (
+                "(tokens[:, None] == self.stop).any(1)",
+                "torch.tensor([t in self.stop.tolist() for t in tokens.tolist()])",
+                "a step that waits for the GPU",
+            ),
+            ("self.record and self._warm and left", "self.record and left", "recorded before its kernels are compiled"),
+            ("left >= RECORD_FROM", "left > RECORD_FROM", "recorded one step too late"),
+            ("                self.record = False\n", "", "a refusal at every step"),
+        ],
+    ),
+    (
+        "nanogspo/cache.py",
+        "tests/test_recorded.py",
+        [
+            (
+                "        self.lengths += 1\n",
+                "        self.lengths = self.lengths + 1\n",
+                "a graph in which no row grows",
+            ),
+            ("        self.slot += 1\n", "        self.slot.fill_(self.extent - 1)\n", "a slot that Python counts"),
+        ],
+    ),
+    (
+        "nanogspo/model.py",
+        "tests/test_recorded.py",
+        [
+            (
+                "x.new_full((), config.hidden_size**0.5)",
+                "torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)",
+                "a number that Python sends at every step",
+            ),
         ],
     ),
     (
@@ -675,16 +737,17 @@ GROUPS = [
                 "the first token is drawn after the prompt's first",
             ),
             (
-                "rows, drawn, running = rows[keep], drawn[keep], running[keep]",
-                "rows, drawn, running = rows[: len(keep)], drawn[keep], running[keep]",
+                "                rows = [rows[n] for n in running]\n",
+                "                rows = rows[: len(running)]\n",
                 "answers mixed up once the batch shrinks",
             ),
             (
-                "                cache.keep(keep)\n",
-                "                cache.keep(keep - keep[0])\n",
+                "        self.cache.keep(kept)\n",
+                "        self.cache.keep(kept - kept[0])\n",
                 "rows go on in others' caches",
             ),
-            ("uniforms[step, rows]", "uniforms[step, : len(rows)]", "draws that depend on who has finished"),
+            ("self.uniforms[:, kept]", "self.uniforms[:, : len(rows)]", "draws that depend on who has finished"),
+            ("if not running or not left:", "if not running or left == 1:", "an answer one token short"),
             (
                 "inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)",
                 "inside.cumsum_(-1)",

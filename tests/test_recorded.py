@@ -1,0 +1,219 @@
+"""A decode step as a CUDA graph (nanogspo/rollout.py::Batch), without a GPU: tools/recorder.py plays the graph.
+
+Recorded and replayed, with the Triton kernels in the interpreter, against the same kernels launched step by step: the
+same bits, because they are the same calls. That those are right is tests/test_rollout.py's business.
+
+Run: python -m pytest tests/test_recorded.py
+"""
+
+import contextlib
+from unittest.mock import patch
+
+import pytest
+import torch
+from recorder import record
+
+import kernels.decode_attention
+import kernels.glu
+import kernels.rms_norm
+import kernels.rope
+from kernels.backend import INTERPRETED
+from nanogspo import rollout
+from nanogspo.families import model_config
+from nanogspo.lora import add_lora, lora_layers
+from nanogspo.model import Transformer
+from nanogspo.quant import pack_model
+from nanogspo.rollout import generate
+from tests.test_rollout import FAMILIES, PROMPTS, SHAPE
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter plays the GPU here")
+# a prompt above the windows and one below; four steps, of which the first runs by itself. The interpreter takes 0.1 s a
+# row, layer and step
+SETTINGS = {"group_size": 1, "max_new_tokens": 5, "seed": 0}
+SHORT = {"num_hidden_layers": 2, "sliding_window_pattern": 2}
+
+
+@contextlib.contextmanager
+def like_a_gpu(recorder=record):
+    """Triton for everything that a step launches, and steps that can be recorded. Gives the recordings made."""
+    replays, launched = [], [kernels.decode_attention, kernels.glu, kernels.rms_norm, kernels.rope]
+
+    def kept(step):
+        replay = recorder(step)
+        replays.append(replay)
+        replay.calls = 0
+
+        def counted():
+            replay.calls += 1
+            replay()
+
+        return counted
+
+    with contextlib.ExitStack() as stack:
+        for module in launched:
+            stack.enter_context(patch.object(module, "choose", lambda backend, x: backend or "triton"))
+        stack.enter_context(patch.object(rollout, "can_record", lambda cache: recorder is not None))
+        stack.enter_context(patch.object(rollout, "record", kept))
+        yield replays
+
+
+def tiny(family="qwen3"):
+    model = Transformer(model_config({**SHAPE, **FAMILIES[family], **SHORT})).init_weights(0, std=0.3)
+    g = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data += 0.2 * torch.randn(p.shape, generator=g)
+    model.norm.weight.data -= 0.7  # tied heads would else repeat the last token for ever
+    return model.eval()
+
+
+def eager_and_recorded(model, prompts=PROMPTS[1:3], record_from=1, **settings):
+    settings = SETTINGS | settings
+    with like_a_gpu(None):
+        eager = generate(model, prompts, **settings)
+    with like_a_gpu() as replays, patch.object(rollout, "RECORD_FROM", record_from):
+        recorded = generate(model, prompts, **settings)
+    assert recorded == eager  # tokens, log-probs and ends
+    return eager, replays
+
+
+@needs_interpreter
+def test_rows_that_leave_mean_a_new_recording():
+    answers, replays = eager_and_recorded(tiny(), group_size=3, max_new_tokens=10, eos_ids=[1, 4, 9])
+    assert sorted(len(a.tokens) for a in answers) == [3, 4, 4, 6, 8, 10]  # so half of the batch has left after 4 and 8
+    assert [replay.calls for replay in replays] == [2, 3, 1]  # of 3, 4 and 2 steps: the first of each runs by itself
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    list(zip(FAMILIES, [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}, {}], strict=True)),
+)
+def test_a_replayed_step_is_the_step(family, settings):
+    """Every family, and every way to sample."""
+    _, [replay] = eager_and_recorded(tiny(family), **settings)
+    assert replay.calls == 3
+
+
+@needs_interpreter
+@pytest.mark.parametrize("packed", ["nf4", "int8"])
+def test_with_adapters_on_packed_weights(packed):
+    model = tiny()
+    pack_model(model, packed)
+    add_lora(model, r=3, alpha=6.0)
+    for layer in lora_layers(model).values():
+        layer.lora_B.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    eager_and_recorded(model)
+
+
+@needs_interpreter
+def test_how_many_launches_a_layer_is():
+    """Lesson 16 multiplies by it."""
+    launches = []
+    for layers in (1, 2):
+        with patch.dict(SHORT, num_hidden_layers=layers):
+            _, [replay] = eager_and_recorded(tiny(), PROMPTS[:1], max_new_tokens=3)
+        launches.append(replay.launches)
+    assert launches[1] - launches[0] == 17
+
+
+@needs_interpreter
+def test_updated_weights_are_seen():
+    model = tiny()
+    before, _ = eager_and_recorded(model, PROMPTS[:1])
+    for p in model.parameters():
+        p.data.mul_(1.1)
+    after, _ = eager_and_recorded(model, PROMPTS[:1])
+    assert before != after
+
+
+@needs_interpreter
+def test_short_answers_are_not_recorded():
+    """Of 4 steps, 3 are left once the first has run."""
+    for least, recordings in ((3, 1), (4, 0)):
+        assert len(eager_and_recorded(tiny(), PROMPTS[:1], record_from=least)[1]) == recordings
+    assert rollout.RECORD_FROM > 3  # recording takes as long as two steps that run by themselves
+
+
+@needs_interpreter
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_so(capsys):
+    """A step that waits for the GPU; the refusal comes in the middle of it, after lengths and slot have moved."""
+    logits = Transformer.logits
+
+    def waiting(self, hidden):
+        assert hidden.sum().item() == hidden.sum().item()
+        return logits(self, hidden)
+
+    with patch.object(Transformer, "logits", waiting):
+        _, replays = eager_and_recorded(tiny(), PROMPTS[:1])
+    assert replays == []
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("decoding without a CUDA graph, which could not be recorded: ")
+
+
+def test_a_cpu_records_nothing():
+    with patch.object(rollout, "record", side_effect=AssertionError):
+        generate(tiny(), PROMPTS, **SETTINGS)
+
+
+# ----------------------------------------------------------------------------
+# the recorder itself
+
+
+def test_recording_leaves_no_trace_and_replays_start_from_what_is_there():
+    x, y = torch.arange(4.0), torch.zeros(4)
+
+    def step():
+        x.add_(1)
+        y.copy_(x.view(2, 2).flip(0).flatten() * 2)
+
+    replay = record(step)
+    assert x.tolist() == [0, 1, 2, 3] and y.tolist() == [0] * 4
+    replay()
+    assert x.tolist() == [1, 2, 3, 4] and y.tolist() == [6, 8, 2, 4]
+    x.fill_(10)
+    replay()
+    assert x.tolist() == [11] * 4 and y.tolist() == [22] * 4
+
+
+def test_numbers_of_python_and_tensors_that_moved_stay_what_they_were():
+    state = {"n": 1, "x": torch.ones(2)}
+    out, first = torch.zeros(2), state["x"]
+    replay = record(lambda: out.copy_(state["x"] * state["n"]))
+    state["n"], state["x"] = 5, torch.full((2,), 7.0)
+    replay()
+    assert out.tolist() == [1, 1]
+    first.fill_(3)
+    replay()
+    assert out.tolist() == [3, 3]
+
+
+def test_what_was_computed_while_recording_is_junk():
+    x, kept = torch.ones(2), []
+    record(lambda: kept.append(x + 1))
+    assert kept[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.tolist(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.tensor([1.0, 2.0]),
+        lambda x: torch.arange(2).repeat_interleave(torch.arange(2)),
+        lambda x: x.index_put_((x > 0,), x[0]),
+    ],
+)
+def test_refuses_what_a_graph_refuses(step):
+    x = torch.ones(2)
+
+    def moved_then():
+        x.add_(1)
+        step(x)
+
+    with pytest.raises(RuntimeError, match="while recording, want nothing that (waits for|sends numbers to) a GPU"):
+        record(moved_then)
+    assert x.tolist() == [1, 1]
