@@ -46,7 +46,7 @@ from nanogspo.experience import Experience, experience, from_state, sampler_gap 
 from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import Example, pack, score  # noqa: E402
-from nanogspo.process import StopRequest, peak_memory, run_folder, summary  # noqa: E402
+from nanogspo.process import StopRequest, available_memory, peak_memory, run_folder, summary  # noqa: E402
 from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
 from nanogspo.rollout import generate  # noqa: E402
 from nanogspo.runlog import RunLog, read_rows  # noqa: E402
@@ -124,7 +124,6 @@ def run(config: TrainConfig) -> None:
             dropout=config.lora_dropout,
             seed=config.seed,
         )
-    model.gradient_checkpointing = config.gradient_checkpointing
     model.train()
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
 
@@ -169,6 +168,8 @@ def run(config: TrainConfig) -> None:
                 f"want at least {longest_answer}"
             )
     exam = task.held_out(config.eval_size) if task and config.eval_size else []
+    config = planner.decide_checkpointing(config, model, longest_prompt, available_memory(config.device))
+    model.gradient_checkpointing = config.gradient_checkpointing == "on"
     print(planner.plan(config, model, longest_prompt))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         sys.exit(print(f"train.py: {error}; try a lower --lr; the last saved state is intact", file=sys.stderr) or 2)
     except torch.OutOfMemoryError:
-        hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing"
+        hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing on"
         sys.exit(
             print(f"train.py: the GPU is out of memory; {hint}; the last saved state is intact", file=sys.stderr) or 2
         )

@@ -84,8 +84,10 @@ class TrainConfig:
     batch_size: int = flag(16, "examples per SFT update")
     max_length: int = flag(2048, "longer SFT rows are left out, and counted")
     micro_batch_tokens: int = flag(4096, "tokens per forward and backward pass; bounds activation memory")
-    gradient_checkpointing: bool = flag(
-        False, "keep one tensor per layer and recompute the rest: less memory, about a third slower"
+    gradient_checkpointing: str = flag(
+        "auto",
+        "keep one tensor per layer and recompute the rest, about a third slower; auto: where memory needs it",
+        ("auto", "on", "off"),
     )
     # what is trained
     lora_r: int = flag(16, "LoRA rank; 0: full fine-tuning")
@@ -227,7 +229,9 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
             raise ValueError(f"{path}: unknown field {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        kind = fields[name].type
+        kind, choices = fields[name].type, fields[name].metadata["choices"]
+        if isinstance(value, bool) and "on" in choices:  # YAML 1.1 reads on and off as true and false
+            values[name] = value = "on" if value else "off"
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             values[name] = value = float(value)
         if kind is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
@@ -237,7 +241,6 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
                 pass
         if type(value) is not kind:
             raise ValueError(f"{path}: {name} is {value!r} ({type(value).__name__}), want {kind.__name__}")
-        choices = fields[name].metadata["choices"]
         if choices and value not in choices:
             raise ValueError(f"{path}: {name} is {value!r}, want one of {', '.join(choices)}")
     return values

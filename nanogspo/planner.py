@@ -6,6 +6,8 @@ Weights, adapter, gradients, optimiser and KV cache are counted exactly. Activat
 Tests: tests/test_planner.py
 """
 
+import dataclasses
+
 from kernels.blocked import can_block_head, nbytes
 from nanogspo.checkpoint import tensor_bytes
 from nanogspo.config import TrainConfig
@@ -30,7 +32,7 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     T = batch_tokens(config, longest_prompt)
     layer = T * layer_bytes(config, c, element)
     kept = T * c.hidden_size * element  # what gradient checkpointing keeps of a layer: its input
-    activations = layer + c.num_layers * kept if config.gradient_checkpointing else c.num_layers * layer
+    activations = layer + c.num_layers * kept if config.gradient_checkpointing == "on" else c.num_layers * layer
     parts = {
         "weights": weights,
         f"{kind} weights": sum(layer.nbytes for layer in packed),
@@ -45,9 +47,33 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     if rl:
         on_gpu = model.head_weight.is_cuda
         slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
-        parts["KV cache of a rollout"] = cache_slots(config, longest_prompt) * slot
-        parts["weights in blocks"] = blocked_bytes(model)
+        parts |= dict(
+            zip(OF_A_ROLLOUT, (cache_slots(config, longest_prompt) * slot, blocked_bytes(model)), strict=True)
+        )
     return {name: size for name, size in parts.items() if size}
+
+
+OF_A_ROLLOUT = ("KV cache of a rollout", "weights in blocks")  # gone before anything is trained
+
+
+def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt: int, available: int) -> TrainConfig:
+    """The config with gradient_checkpointing "on" or "off" where it said "auto": on where training would otherwise take
+    more than FILL of the available bytes. Recomputing costs a third of the time, and changes no bit of a gradient."""
+    if config.gradient_checkpointing != "auto":
+        return config
+    config = dataclasses.replace(config, gradient_checkpointing="off")
+    parts = memory_parts(config, model, longest_prompt)
+    needed = sum(size for name, size in parts.items() if name not in OF_A_ROLLOUT)
+    if needed <= FILL * available:
+        return config
+    print(
+        f"gradient checkpointing is on: training would take {human(needed)} without it, {human(available)} are free "
+        "(--gradient-checkpointing off to try)"
+    )
+    return dataclasses.replace(config, gradient_checkpointing="on")
+
+
+FILL = 0.85  # the rest is for temporaries of the backward pass, and for what an allocator cannot use
 
 
 def cache_slots(config: TrainConfig, longest_prompt: int) -> int:

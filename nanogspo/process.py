@@ -4,6 +4,7 @@ Tests: tests/test_train.py
 """
 
 import itertools
+import os
 import pathlib
 import signal
 import sys
@@ -43,6 +44,22 @@ def peak_memory(device: str) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory(device: str) -> int:
+    """Bytes that this process can hold, those included that it holds already: of the GPU, or as Linux estimates them.
+    Elsewhere all that the machine has."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    page = os.sysconf("SC_PAGE_SIZE")
+    try:
+        facts = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * page
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * page
+    return int(facts["MemAvailable"].split()[0]) * 1024 + resident
 
 
 class StopRequest:

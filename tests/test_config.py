@@ -102,6 +102,15 @@ def test_plain_train_reads_tiny_yaml_and_a_real_model_does_not():
     assert train("--model", REAL)[0] == TrainConfig(model=REAL)
 
 
+@pytest.mark.parametrize("text", ["on", "off", "true", "'on'", "auto"])
+def test_on_and_off_need_no_quotes_in_yaml(tmp_path, text):
+    """YAML 1.1 takes them for truth values."""
+    (tmp_path / "c.yaml").write_text(f"gradient_checkpointing: {text}\nthinking: {text}\n")
+    config, _ = train("--config", str(tmp_path / "c.yaml"))
+    want = {"true": "on", "'on'": "on"}.get(text, text)
+    assert config.gradient_checkpointing == config.thinking == want
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_load_and_pass_the_checks(path):
     values = load_yaml(path, TrainConfig, "")

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_planner.py
 """
 
 import dataclasses
+import os
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,8 @@ from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import SHARE_FROM, Example, pack, score
-from nanogspo.planner import batch_tokens, human, memory_parts, plan
+from nanogspo.planner import FILL, batch_tokens, decide_checkpointing, human, memory_parts, plan
+from nanogspo.process import available_memory, peak_memory
 
 SHAPE = {
     "vocab_size": 50,
@@ -124,8 +126,33 @@ def test_gradient_checkpointing_keeps_one_layer_and_every_input():
     model = tiny()
     config = TrainConfig(algo="sft", batch_size=4, micro_batch_tokens=256, max_new_tokens=1, lora_r=0)
     whole = memory_parts(config, model, 64)["activations (estimate)"]
-    less = memory_parts(dataclasses.replace(config, gradient_checkpointing=True), model, 64)["activations (estimate)"]
+    less = memory_parts(dataclasses.replace(config, gradient_checkpointing="on"), model, 64)["activations (estimate)"]
     assert less == whole / 3 + 3 * 256 * 64 * 4  # layers; tokens, width, fp32
+
+
+def test_checkpointing_is_chosen_where_training_needs_it(capsys):
+    """What a rollout holds is gone by then, so that it does not count."""
+    model, config = tiny(), TrainConfig(lora_r=0, group_size=2, prompts_per_rollout=64)
+    parts = memory_parts(config, model, 20)
+    training = sum(parts.values()) - parts["KV cache of a rollout"]
+    enough, short = training / FILL + 1, training / FILL - 1
+    assert short < sum(parts.values())
+    assert decide_checkpointing(config, model, 20, enough).gradient_checkpointing == "off"
+    assert not capsys.readouterr().out
+    assert decide_checkpointing(config, model, 20, short).gradient_checkpointing == "on"
+    said = capsys.readouterr().out
+    assert f"would take {human(training)} without it, {human(short)} are free" in said and said.count("\n") == 1
+    for word in ("on", "off"):  # who says so is not asked
+        asked = dataclasses.replace(config, gradient_checkpointing=word)
+        assert decide_checkpointing(asked, model, 20, 1) == decide_checkpointing(asked, model, 20, 10**15) == asked
+
+
+def test_available_memory_is_between_what_is_held_and_what_there_is():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    before = available_memory("cpu")
+    assert peak_memory("cpu") / 2 < before <= total
+    held = torch.ones(50_000_000)  # 200 MB of it move from free to held
+    assert abs(available_memory("cpu") - before) < held.nbytes / 2
 
 
 def test_a_micro_batch_is_as_large_as_its_budget_its_minibatch_or_its_longest_example():

@@ -582,10 +582,19 @@ def test_a_signal_at_any_moment_costs_at_most_what_was_not_saved(tmp_path, numbe
 # settings that must not matter, or not break
 
 
+def test_too_little_memory_switches_recomputing_on_and_says_so(tmp_path, whole):
+    with patch("nanogspo.process.available_memory", lambda device: 1000):
+        done = train(tmp_path / "gspo", *RUNS["gspo"])
+    assert "gradient checkpointing is on: training would take " in done.out and "1 kB are free" in done.out
+    assert "gradient_checkpointing: 'on'" in (tmp_path / "gspo" / "config.yaml").read_text()
+    assert weights_of(tmp_path / "gspo") == weights_of(whole("gspo"))
+    assert "gradient_checkpointing: 'off'" in (whole("gspo") / "config.yaml").read_text()
+
+
 def test_memory_savers_change_rounding_only(tmp_path, whole):
     """Recomputing gives the same bits. Other micro-batches sum in another order: fp32 rounding in the gradient."""
     for name in ("gspo", "sft"):
-        train(tmp_path / name, *RUNS[name], "--gradient-checkpointing")
+        train(tmp_path / name, *RUNS[name], "--gradient-checkpointing", "on")
         assert weights_of(tmp_path / name) == weights_of(whole(name))
         small = tmp_path / f"{name}-small"
         train(small, *RUNS[name], "--micro-batch-tokens", 9)  # one row at a time

@@ -383,6 +383,8 @@ GROUPS = [
         "tests/test_planner.py",
         [
             ("max(element, 4)", "element", "a CPU's cache counted in bf16"),
+            ("if name not in OF_A_ROLLOUT", "if name", "checkpointing for the sake of a cache that is gone by then"),
+            ("if needed <= FILL * available:", "if needed >= FILL * available:", "checkpointing where memory abounds"),
             (
                 "rows * (config.max_new_tokens - 1)",
                 "rows * config.max_new_tokens",
