@@ -24,6 +24,7 @@ V vocabulary.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,35 +143,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
 class Projections(nn.Module):
     """A module with linear layers, some of which read the same x: PRODUCTS names them, those of one x together.
 
-    While answers are sampled on a CPU from bf16 weights, the layers of one x are one product, with all their adapters
-    in it (kernels/blocked.py). Otherwise they are what they are: a layer each.
+    While answers are sampled they work together, and so do their adapters: on a CPU with bf16 weights as one product
+    (kernels/blocked.py), else with one product for the first half of all adapters (lora.py). Otherwise they are what
+    they are: a layer each.
     """
 
     PRODUCTS: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self):
         super().__init__()
-        self._blocked: dict[tuple[str, ...], Blocked] = {}
+        self._together: dict[tuple[str, ...], Any] = {}  # Blocked or lora.Adapters: something with .linear(x)
 
     def project(self, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
         """What the layers of these names make of x (..., in): (..., out) each."""
-        if names in self._blocked and not torch.is_grad_enabled():
-            return self._blocked[names].linear(x)
+        if names in self._together and not torch.is_grad_enabled():
+            return self._together[names].linear(x)
         return [getattr(self, name)(x) for name in names]
 
-    def joined(self) -> Iterator[tuple[tuple[str, ...], list[Layer]]]:
+    def blockable(self) -> Iterator[tuple[tuple[str, ...], list[Layer]]]:
         """The layers of one x that can be one product here, and their names."""
         for names in self.PRODUCTS:
             layers = [dense_layer(getattr(self, name)) for name in names]
             if all(layer is not None and can_block(layer.weight) for layer in layers):
                 yield names, layers
 
-    def block(self) -> None:
-        """Lay out weights for few rows. The copies do not follow updates: `unblock` drops them."""
-        self._blocked = {names: Blocked(layers) for names, layers in self.joined()}
+    def join(self, dtype: torch.dtype) -> None:
+        """Lay out weights and adapters for few rows of the model's dtype. Updates do not reach these copies, which
+        `part` drops."""
+        self._together = {names: Blocked(layers) for names, layers in self.blockable()}
+        for names in set(self.PRODUCTS) - set(self._together):
+            layers = [getattr(self, name) for name in names]
+            adapted = [layer for layer in layers if hasattr(layer, "together")]
+            if adapted and (together := adapted[0].together(layers, dtype)):
+                self._together[names] = together
 
-    def unblock(self) -> None:
-        self._blocked = {}
+    def part(self) -> None:
+        self._together = {}
 
 
 def dense_layer(layer: nn.Module) -> Layer | None:
@@ -377,21 +385,22 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Within it, and without gradients, products read weights in blocks where that is faster: bf16 weights on a
-        CPU with bf16 units. The head becomes fp32, because its scores are; also where it is fp16, or units are missing.
+        """Within it, and without gradients, layers that read the same x work together (Projections), and a CPU has its
+        16-bit weights in blocks. The head's become fp32, because its scores are.
 
-        For Qwen3-0.6B in bf16 the copies are 0.9 and 0.6 GB; updates of the weights do not reach them.
+        For Qwen3-0.6B in bf16 a CPU's copies are 0.9 and 0.6 GB, a GPU's those of the adapter, 20 MB. Updates of the
+        weights do not reach them.
         """
         modules = [m for m in self.layers.modules() if isinstance(m, Projections)]
         try:
             for module in modules:
-                module.block()
+                module.join(self.norm.weight.dtype)
             if can_block_head(self.head_weight):
                 self._blocked_head = Blocked([Layer(self.head_weight.float())])
             yield
         finally:
             for module in modules:
-                module.unblock()
+                module.part()
             self._blocked_head = None
 
     def _cos_sin(self, kind: str, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

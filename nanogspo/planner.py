@@ -86,7 +86,7 @@ def cache_slots(config: TrainConfig, longest_prompt: int) -> int:
 
 def blocked_bytes(model: Transformer) -> int:
     """What `Transformer.sampling` lays out in blocks."""
-    joined = [layers for m in model.modules() if isinstance(m, Projections) for _, layers in m.joined()]
+    joined = [layers for m in model.modules() if isinstance(m, Projections) for _, layers in m.blockable()]
     head = model.head_weight.numel() * 4 if can_block_head(model.head_weight) else 0
     return sum(map(nbytes, joined)) + head
 

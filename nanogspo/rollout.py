@@ -161,8 +161,8 @@ class Batch:
     drawn   (3, n) float64: every row's token, its log-prob, and 1 where it is a stop token
 
     A step reads and writes tensors that stay where they are and takes no number from Python, so on a GPU it can be
-    recorded: its launches become one CUDA graph, which one call replays. For Qwen3-0.6B in bf16 they are 550, and 1,530
-    with adapters: 3 and 8 ms of Python at 5 us each, where a GPU reads the weights in 0.4 ms. The first step of a batch
+    recorded: its launches become one CUDA graph, which one call replays. For Qwen3-0.6B in bf16 they are 550, and 860
+    with adapters: 3 and 4 ms of Python at 5 us each, where a GPU reads the weights in 0.4 ms. The first step of a batch
     runs as it is (kernels are compiled for its sizes), the second is recorded. When rows leave, both are due again.
 
     Tests: tests/test_recorded.py

@@ -26,7 +26,7 @@ from nanogspo import checkpoint, tiny
 from nanogspo import model as model_file
 from nanogspo.cache import KVCache
 from nanogspo.families import GELU_TANH, ModelConfig, model_config
-from nanogspo.lora import ALL_LINEAR, add_lora, lora_layers
+from nanogspo.lora import ALL_LINEAR, Adapters, add_lora, lora_layers
 from nanogspo.model import Projections, RMSNorm, Transformer, attend, inverse_frequencies
 from nanogspo.quant import pack as pack_weight
 
@@ -302,11 +302,15 @@ def test_weights_in_blocks_give_the_same_model(name):
     assert not any("block" in key for key in model.state_dict())
 
 
-@pytest.mark.skipif(not can_block(torch.ones(1, 1, dtype=torch.bfloat16)), reason="no bf16 in oneDNN here")
+@pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("targets", [ALL_LINEAR, ("q_proj", "v_proj", "up_proj", "down_proj")])
-def test_adapters_are_sampled_with(targets):
+def test_adapters_are_sampled_with(targets, blocks, monkeypatch):
     """In blocks as beside them: on all layers of one x or on some, one of them merged, one over packed weights. The
     adapters move the hidden states thirty times as far as bf16 rounds them."""
+    if not blocks:
+        monkeypatch.setattr("nanogspo.model.can_block", lambda weight: False)
+    elif not can_block(torch.ones(1, 1, dtype=torch.bfloat16)):
+        pytest.skip("no bf16 in oneDNN here")
     model = checkpoint.load(references.folder("qwen3"), dtype=torch.bfloat16)
     tokens = references.tokens(1, 12)  # (1, T)
     with torch.no_grad():
@@ -321,9 +325,14 @@ def test_adapters_are_sampled_with(targets):
         merged.base.weight.data, merged.merged = merged.merged_weight(), True
         want = model(tokens).float()
         with model.sampling():
-            joined = [names for m in model.modules() if isinstance(m, Projections) for names in m._blocked]
+            groups = [group for m in model.modules() if isinstance(m, Projections) for group in m._together.values()]
             got = model(tokens).float()
-    assert len(joined) == 4 * model.config.num_layers - 1  # all but gate and up of layer 1
+    L, kinds = model.config.num_layers, [type(group) for group in groups]
+    if blocks:
+        assert kinds.count(Blocked) == 4 * L - 1 and kinds.count(Adapters) == 1  # gate and up of layer 1
+    else:
+        assert kinds == [Adapters] * (4 * L if targets == ALL_LINEAR else 3 * L)  # o_proj has none
+    assert not any(m._together for m in model.modules() if isinstance(m, Projections))
     moved = (want - base).norm() / want.norm()
     assert (got - want).norm() / want.norm() < min(0.03, moved / 10), (moved, (got - want).norm() / want.norm())
 

@@ -7,6 +7,7 @@ Run: python -m pytest tests/test_recorded.py
 """
 
 import contextlib
+import itertools
 from unittest.mock import patch
 
 import pytest
@@ -109,12 +110,16 @@ def test_with_adapters_on_packed_weights(packed):
 @needs_interpreter
 def test_how_many_launches_a_layer_is():
     """Lesson 16 multiplies by it."""
-    launches = []
-    for layers in (1, 2):
+    launches = {}
+    for layers, r in itertools.product((1, 2), (0, 3)):
         with patch.dict(SHORT, num_hidden_layers=layers):
-            _, [replay] = eager_and_recorded(tiny(), PROMPTS[:1], max_new_tokens=3)
-        launches.append(replay.launches)
-    assert launches[1] - launches[0] == 17
+            model = tiny()
+        if r:
+            add_lora(model, r=r, alpha=6.0)
+        _, [replay] = eager_and_recorded(model, PROMPTS[:1], max_new_tokens=3)
+        launches[layers, r] = replay.launches
+    assert launches[2, 0] - launches[1, 0] == 17
+    assert launches[2, 3] - launches[1, 3] == 17 + 7 + 4  # a product for each adapter, and one for each x
 
 
 @needs_interpreter

@@ -617,7 +617,7 @@ GROUPS = [
                 "fp16 heads and fp32 hidden states rounded to bf16",
             ),
             (
-                "                module.unblock()\n",
+                "                module.part()\n",
                 "                pass\n",
                 "sampling goes on with the weights of the last rollout",
             ),
@@ -627,8 +627,8 @@ GROUPS = [
                 "sampling goes on with the head of the last rollout",
             ),
             (
-                "if names in self._blocked and not torch.is_grad_enabled():",
-                "if names in self._blocked:",
+                "if names in self._together and not torch.is_grad_enabled():",
+                "if names in self._together:",
                 "training reads the copies that carry no gradient",
             ),
             (
@@ -721,6 +721,8 @@ GROUPS = [
                 "nn.init.normal_(self.lora_B.weight, std=1e-3)",
                 "a fresh adapter that changes the model",
             ),
+            ("(m.lora_B.weight * m.scale).to(dtype)", "m.lora_B.weight.to(dtype)", "sampling forgets the scale"),
+            ("if m in adapted else None", "if hasattr(m, 'r') else None", "a merged adapter is added once more"),
             (
                 "device=device, dtype=torch.float32)\n        self.lora_B",
                 "device=device, dtype=base.weight.dtype)\n        self.lora_B",
