@@ -38,7 +38,8 @@ class KVCache:
         dtype = torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
         self.prefix_lengths = torch.tensor(prompts.lengths, device=device)  # (P,)
         self.prompt = torch.arange(P, device=device).repeat_interleave(group_size)  # (N,) never falls
-        self.lengths = torch.zeros_like(self.prompt)  # (N,) slots in use of each row
+        self.lengths = torch.zeros_like(self.prompt)  # (N,) slots that each row reads
+        self.running = torch.ones_like(self.prompt)  # (N,) 1, or 0 where a row has finished and reads nothing any more
         self.slot = torch.full((1,), -1, device=device)  # the newest token's
         self.extent, self.capacity = 0, capacity  # slots in use as a Python number: reading it never waits for a GPU
         segment = torch.arange(P, device=device).repeat_interleave(self.prefix_lengths)  # (S,)
@@ -63,9 +64,15 @@ class KVCache:
         """Announce one more token a row: the position (N,) of each. ValueError when there is no slot left."""
         self.count()
         positions = self.prefix_lengths[self.prompt] + self.lengths  # (N,)
-        self.lengths += 1
+        self.lengths += self.running
         self.slot += 1
         return positions
+
+    def finish(self, ends: Tensor) -> None:
+        """Rows (N,) bool that are done stop costing what reading their slots costs, until `keep` drops them. For the
+        Triton kernel: the plans of the other one have no rows without a slot."""
+        self.running.masked_fill_(ends, 0)
+        self.lengths *= self.running
 
     def count(self) -> None:
         """What a step does in Python. A CUDA graph repeats all the rest."""
@@ -109,4 +116,5 @@ class KVCache:
         for layer in range(len(self.k)):  # one at a time: never twice the cache
             self.k[layer] = kept(self.k[layer])
             self.v[layer] = kept(self.v[layer])
-        self.prompt, self.lengths, self._plans = self.prompt[rows], self.lengths[rows], {}
+        self.prompt, self.lengths, self.running = self.prompt[rows], self.lengths[rows], self.running[rows]
+        self._plans = {}

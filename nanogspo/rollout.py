@@ -189,6 +189,8 @@ class Batch:
         self.drawn.copy_(torch.stack((tokens.double(), logp.double(), ends.double())))  # (3, n) an id is exact
         self.tokens.copy_(tokens)
         self.number += 1
+        if self.record:
+            self.cache.finish(ends)
 
     def step(self, left: int) -> None:
         """One token more for every row, finished or not. left: steps that may follow, this one included."""
@@ -233,7 +235,8 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
 
 
 # The batch is rebuilt without its finished rows once this share of it, or less, is running. Copying the others costs
-# about a step; a graph has to be recorded anew besides, which costs two steps' worth of Python.
+# about a step; a graph has to be recorded anew besides, which costs two steps' worth of Python, and there finished rows
+# have no slots to read until then (KVCache.finish).
 KEEP = 0.75
 KEEP_RECORDED = 0.5
 RECORD_FROM = 8  # steps left; recording pays from about four

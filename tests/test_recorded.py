@@ -108,6 +108,20 @@ def test_with_adapters_on_packed_weights(packed):
 
 
 @needs_interpreter
+def test_finished_rows_read_nothing_while_they_wait_to_be_dropped():
+    """The slots that attention is told of. Answers have 3, 10, 4, 6, 4 and 8 tokens; half has left after 4 and 8."""
+    told, attend = [], rollout.KVCache.attend
+
+    def spy(self, layer, *tensors, **settings):
+        told.extend([self.lengths.tolist()] if layer == 0 else [])
+        return attend(self, layer, *tensors, **settings)
+
+    with like_a_gpu(), patch.object(rollout, "RECORD_FROM", 99), patch.object(rollout.KVCache, "attend", spy):
+        generate(tiny(), PROMPTS[1:3], group_size=3, max_new_tokens=10, eos_ids=[1, 4, 9], seed=0)
+    assert told == [[1] * 6, [2] * 6, [0, 3, 3, 3, 3, 3], [4] * 3, [5] * 3, [6, 0, 6], [7, 0, 7], [8], [9]]
+
+
+@needs_interpreter
 def test_how_many_launches_a_layer_is():
     """Lesson 16 multiplies by it."""
     launches = {}

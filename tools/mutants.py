@@ -293,8 +293,8 @@ GROUPS = [
             ),
             ("self.prefix_lengths[self.prompt] + self.lengths", "self.lengths", "answers begin at position 0"),
             (
-                "self.prompt, self.lengths, self._plans = self.prompt[rows]",
-                "self.prompt, self.lengths, self._plans = self.prompt[: len(rows)]",
+                "self.prompt, self.lengths, self.running = self.prompt[rows]",
+                "self.prompt, self.lengths, self.running = self.prompt[: len(rows)]",
                 "rows that stay read another prompt",
             ),
             (
@@ -345,10 +345,17 @@ GROUPS = [
         "tests/test_recorded.py",
         [
             (
-                "        self.lengths += 1\n",
-                "        self.lengths = self.lengths + 1\n",
+                "        self.lengths += self.running\n",
+                "        self.lengths = self.lengths + self.running\n",
                 "a graph in which no row grows",
             ),
+            ("        self.lengths *= self.running\n", "", "finished rows are read to the end"),
+            (
+                "self.running.masked_fill_(ends, 0)",
+                "self.running.masked_fill_(~ends, 0)",
+                "only finished rows are read",
+            ),
+            (", self.running[rows]\n", ", self.running[: len(rows)]\n", "rows that go on read nothing"),
             ("        self.slot += 1\n", "        self.slot.fill_(self.extent - 1)\n", "a slot that Python counts"),
         ],
     ),
