@@ -4,7 +4,8 @@
              gradients, cuBLAS products of bf16 that come out as fp32, attention over a cache of 2.6e9 numbers
     tests    the kernels' own tests, on silicon
     kernels  benchmarks/kernels.py: every kernel against its floor, plain torch and its peers
-    step     one GSPO cycle of a model of Qwen3-0.6B's shape with random weights: rollout, scoring, four updates
+    step     one GSPO cycle of a model of Qwen3-0.6B's shape with random weights: rollout, scoring, four updates;
+             sampling against what it must read, and against transformers' generate
 
 Each part is a process of its own under a time limit: one that hangs, crashes, runs out of memory or leaves the GPU
 unusable (an illegal access does) costs its own results and no others. What a part has found so far is printed as it
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -35,8 +37,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 # name -> the most seconds it may take. What the four do not use is left over: the sum is under the nine minutes.
-LIMITS = {"checks": 80, "tests": 160, "kernels": 180, "step": 100}
-STEP = {"prompts": 8, "group": 16, "prompt_tokens": 128, "tokens": 256, "updates": 4, "max_tokens": 16384}
+LIMITS = {"checks": 80, "tests": 160, "kernels": 170, "step": 120}
+STEP = {"prompts": 8, "group": 16, "prompt_tokens": 512, "tokens": 1024, "updates": 4, "max_tokens": 16384}
+WARM_TOKENS, PEER_TOKENS = 32, 256  # of the first cycle, which compiles; of the answers that transformers writes too
 QWEN3_0_6B = {
     "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072,
     "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
@@ -385,7 +388,7 @@ def run_checks(device: torch.device, big: bool, names: list[str] | None = None) 
 
 
 def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16, cycles: int = 2) -> list[dict]:
-    """GSPO as train.py does it, with the reward a function of the tokens. The first cycle warms up; both are shown."""
+    """GSPO as train.py does it, with the reward a function of the tokens. The first cycle is short and warms up."""
     from benchmarks.gspo_step import reward, train_on
     from nanogspo.experience import experience
     from nanogspo.families import model_config
@@ -399,23 +402,17 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
     config = model_config(file)
     model = Transformer(config).init_weights(0).to(device, dtype)
     add_lora(model, r=16, alpha=32.0)
-    optimizer, rows = Optimizer(model), []
+    optimizer, rows, bandwidth = Optimizer(model), [], copy_speed(device)
     generator = torch.Generator().manual_seed(0)
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     for cycle in range(cycles):
+        length = shape["tokens"] if cycle else min(WARM_TOKENS, shape["tokens"])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         ids = torch.randint(0, config.vocab_size, (shape["prompts"], shape["prompt_tokens"]), generator=generator)
-        prompts, times = ids.tolist(), [now()]
-        answers = generate(
-            model, prompts, group_size=shape["group"], max_new_tokens=shape["tokens"], eos_ids=(), seed=cycle
-        )
-        times.append(now())
+        prompts, times = ids.tolist(), [now(device)]
+        answers = generate(model, prompts, group_size=shape["group"], max_new_tokens=length, eos_ids=(), seed=cycle)
+        times.append(now(device))
         rewards = torch.tensor([reward(a.tokens) for a in answers]).view(-1, shape["group"])  # (P, G)
         rollout = experience(
             model,
@@ -427,20 +424,83 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
             device=device,
             score_first=cycle == 0,  # as train.py
         )
-        times.append(now())
+        times.append(now(device))
         ratios, norms = train_on(rollout, model, optimizer, device)
-        times.append(now())
+        times.append(now(device))
         first = ratios[: len(rollout.minibatches[0])]
         tokens = sum(len(a.tokens) for a in answers)
         row = {"cycle": cycle, "rollout_s": times[1] - times[0], "score_s": times[2] - times[1]}
         row |= {"train_s": times[3] - times[2], "cycle_s": times[3] - times[0], "sampled_tokens": tokens}
         row |= {"tokens_per_s": tokens / row["cycle_s"], "first_ratios_are_1": all(r == (1.0, 1.0) for r in first)}
         row |= {"grad_norms": norms, "last_ratios": ratios[-1]}
+        row["decode_over_floor"] = row["rollout_s"] / decode_floor(model, shape, length, bandwidth)
+        trained = sum(len(batch.tokens) for batches in rollout.minibatches for batch in batches)
+        row["trained_tokens_per_s"] = trained / row["train_s"]
         row["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         row["passed"] = row["first_ratios_are_1"] and all(0 < n < float("inf") for n in norms)
         rows.append(row)
         result(row)
+    if importable("transformers"):
+        rows.append(against_transformers(model, device, file, shape, dtype))
+        result(rows[-1])
     return rows
+
+
+def copy_speed(device: torch.device) -> float:
+    """Bytes a second of the best of three copies of 1 GiB, each read and written; of 16 MiB on a CPU."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), math.inf
+    for _ in range(3):
+        started = now(device)
+        target.copy_(source)
+        best = min(best, now(device) - started)
+    return 2 * source.nbytes / best
+
+
+def decode_floor(model, shape: dict, tokens: int, bandwidth: float) -> float:
+    """Seconds that reading takes: weights once a step, prompts once a step, and what each answer has added."""
+    c, element = model.config, model.norm.weight.element_size()
+    weights = sum(p.nbytes for p in model.parameters())
+    slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * element
+    rows, steps = shape["prompts"] * shape["group"], tokens - 1
+    slots = steps * shape["prompts"] * shape["prompt_tokens"] + rows * steps * tokens / 2
+    return (steps * weights + slots * slot) / bandwidth
+
+
+def against_transformers(model, device: torch.device, file: dict, shape: dict, dtype: torch.dtype) -> dict:
+    """Sampled tokens a second, ours over theirs: random weights of one shape, one batch, the whole vocabulary. Ours has
+    an adapter on every layer, theirs none."""
+    import transformers
+
+    from nanogspo.rollout import generate
+
+    transformers.utils.logging.set_verbosity_error()
+    settings = {name: value for name, value in file.items() if name != "model_type"}
+    config = transformers.AutoConfig.for_model(file["model_type"], **settings)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
+    ids = torch.randint(0, file["vocab_size"], (shape["prompts"], shape["prompt_tokens"]), device=device)
+    tokens = min(PEER_TOKENS, shape["tokens"])
+    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "eos_token_id": None}
+    length = {"max_new_tokens": tokens, "num_return_sequences": shape["group"]}
+    turns = {
+        "ours": lambda: generate(model, ids.tolist(), group_size=shape["group"], max_new_tokens=tokens),
+        "transformers": lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **whole, **length),
+    }
+    seconds = {}
+    for name, turn in turns.items():
+        started = now(device)
+        turn()
+        seconds[name] = now(device) - started
+    rows = shape["prompts"] * shape["group"]
+    return {"peer": "transformers.generate", "rows": rows, "tokens": tokens, "seconds": seconds, "passed": True} | {
+        "ratio": seconds["transformers"] / seconds["ours"]
+    }
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # ----------------------------------------------------------------------------
@@ -522,10 +582,17 @@ def markdown(parts: dict[str, dict], facts: dict) -> str:
         lines.append(
             f"| checks: {row['check']} | {'passed' if row['passed'] else 'FAILED'} | {row['seconds']} | {row['said']} |"
         )
-    for row in parts.get("step", {}).get("results", []):
+    steps = parts.get("step", {}).get("results", [])
+    for row in (row for row in steps if "peer" in row):
+        a, b = (f"{row['rows'] * row['tokens'] / row['seconds'][side]:.0f}" for side in ("ours", "transformers"))
+        said = f"{row['rows']} x {row['tokens']}: {a} tokens a second, {row['peer']} {b}: {row['ratio']:.1f} x"
+        lines.append(f"| step: sampling | passed | {sum(row['seconds'].values()):.1f} | {said} |")
+    for row in (row for row in steps if "peer" not in row):
         phases = ", ".join(f"{name} {row[f'{name}_s']:.2f} s" for name in ("rollout", "score", "train"))
         peak = f", peak {row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""
         said = f"{phases}, {row['tokens_per_s']:.0f} sampled tokens a second{peak}"
+        said += f"; decoding {row['decode_over_floor']:.1f} x its reading"
+        said += f", {row['trained_tokens_per_s']:.0f} trained tokens a second"
         verdict = "passed" if row["passed"] else "FAILED"
         lines.append(f"| step: cycle {row['cycle']} | {verdict} | {row['cycle_s']:.1f} | {said} |")
     return "\n".join(lines)

@@ -295,10 +295,23 @@ def test_a_failing_check_says_where(capsys, monkeypatch):
 def test_the_gspo_step_runs(capsys):
     shape = {"prompts": 2, "group": 4, "prompt_tokens": 5, "tokens": 6, "updates": 2, "max_tokens": 64}
     rows = gpu_suite.run_step(CPU, {**gpu_suite.QWEN3_0_6B, **SIZES}, shape, cycles=2)
+    *rows, peer = rows
     assert len(rows) == 2 and all(row["passed"] and row["first_ratios_are_1"] for row in rows)
+    assert all(row["decode_over_floor"] > 1 and row["trained_tokens_per_s"] > 0 for row in rows)
+    assert (peer["rows"], peer["tokens"]) == (8, 6) and peer["ratio"] > 0
     assert rows[0]["sampled_tokens"] == 2 * 4 * 6 and len(rows[0]["grad_norms"]) == 2
     assert rows[1]["last_ratios"] != (1.0, 1.0)  # the second update sees what the first has done
-    assert capsys.readouterr().out.count("RESULT ") == 2
+    assert capsys.readouterr().out.count("RESULT ") == 3
+
+
+def test_what_a_decode_step_reads():
+    """By hand: 2 layers, 2 kv heads of 64, bf16; 3 steps of 6 answers to 2 prompts of 5 tokens, at 1 byte a second."""
+    model, _ = gpu_suite.small_model(CPU)
+    shape = {"prompts": 2, "group": 3, "prompt_tokens": 5}
+    weights = sum(p.nbytes for p in model.parameters())
+    slot = 2 * 2 * 2 * 64 * 2
+    want = 3 * weights + slot * (3 * 2 * 5 + 6 * (1 + 2 + 3))
+    assert gpu_suite.decode_floor(model, shape, 4, 1.0) == want
 
 
 def python(code: str) -> list[str]:
@@ -327,12 +340,14 @@ def test_a_part_is_kept_until_it_ends_or_its_limit(tmp_path):
 
 def test_a_part_that_fails_costs_no_other(tmp_path, capsys):
     step = {"cycle": 0, "passed": True, "rollout_s": 1, "score_s": 2, "train_s": 3, "cycle_s": 6, "tokens_per_s": 7}
-    step["peak_bytes"] = 5_000_000_000
+    step |= {"peak_bytes": 5_000_000_000, "decode_over_floor": 1.5, "trained_tokens_per_s": 8}
+    peer = {"peer": "transformers.generate", "rows": 4, "tokens": 5, "seconds": {"ours": 2, "transformers": 20}}
+    peer |= {"ratio": 10.0, "passed": True}
     commands = {
         "checks": "import os; os.abort()",
         "tests": "print('3 passed')",
         "kernels": "import time; time.sleep(60)",
-        "step": f"print('RESULT {json.dumps(step)}')",
+        "step": f"print('RESULT {json.dumps(step)}'); print('RESULT {json.dumps(peer)}')",
     }
     limits = {"checks": 20, "tests": 20, "kernels": 5, "step": 20}
     out = gpu_suite.run_suite(
@@ -345,6 +360,8 @@ def test_a_part_that_fails_costs_no_other(tmp_path, capsys):
     saved = json.loads(file.read_text())
     assert saved["parts"].keys() == commands.keys() and file.name.startswith("suite_2026-01-02")
     assert "rollout 1.00 s, score 2.00 s, train 3.00 s, 7 sampled tokens a second, peak 5.00 GB" in saved["markdown"]
+    assert "decoding 1.5 x its reading, 8 trained tokens a second" in saved["markdown"]
+    assert "4 x 5: 10 tokens a second, transformers.generate 1: 10.0 x" in saved["markdown"]
     assert "| kernels | FAILED |" in saved["markdown"] and "| tests | passed |" in capsys.readouterr().out
     late = gpu_suite.run_suite(["tests"], 1, tmp_path, facts() | {"commit": "c"}, lambda *_: ["never"], limits)
     assert late["tests"]["said"] == "not run: out of time"
