@@ -234,7 +234,8 @@ def check_decode_graph(device: torch.device, big: bool) -> str:
     model, _ = small_model(device)
     prompts, seconds, answers = [[1, 2, 3], list(range(40))], {}, {}
     settings = {"group_size": 32 if big else 2, "max_new_tokens": 200 if big else 4, "eos_ids": range(20)}
-    recordings, record, can_record = [], rollout.record, rollout.can_record
+    recordings, record, can_record, keep = [], rollout.record, rollout.can_record, rollout.KEEP
+    rollout.KEEP = rollout.KEEP_RECORDED  # batches of equal sizes: cuBLAS may choose another kernel for another size
     try:
         for name in ("step by step", "replayed"):
             rollout.can_record = (lambda cache: False) if name == "step by step" else can_record
@@ -244,7 +245,7 @@ def check_decode_graph(device: torch.device, big: bool) -> str:
                 answers[name] = generate(model, prompts, seed=1, **settings)
                 seconds[name] = time.perf_counter() - started
     finally:
-        rollout.record, rollout.can_record = record, can_record
+        rollout.record, rollout.can_record, rollout.KEEP = record, can_record, keep
     if device.type == "cuda":
         assert len(recordings) >= 4, f"{len(recordings)} recordings in two rollouts whose rows leave at all times"
     for a, b in zip(*answers.values(), strict=True):
@@ -410,7 +411,9 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         ids = torch.randint(0, config.vocab_size, (shape["prompts"], shape["prompt_tokens"]), generator=generator)
-        prompts, times = ids.tolist(), [now(device)]
+        prompts = ids.tolist()
+        warm(model, prompts, shape["group"], length)
+        times = [now(device)]
         answers = generate(model, prompts, group_size=shape["group"], max_new_tokens=length, eos_ids=(), seed=cycle)
         times.append(now(device))
         rewards = torch.tensor([reward(a.tokens) for a in answers]).view(-1, shape["group"])  # (P, G)
@@ -441,9 +444,24 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
         rows.append(row)
         result(row)
     if importable("transformers"):
-        rows.append(against_transformers(model, device, file, shape, dtype))
+        try:
+            rows.append(against_transformers(model, device, file, shape, dtype))
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            rows.append({"peer": "transformers.generate", "passed": False, "said": said})
         result(rows[-1])
     return rows
+
+
+def warm(model, prompts: list[list[int]], group: int, tokens: int) -> None:
+    """A few steps of a rollout of this size: kernels are compiled for the number of splits, which depends on tokens."""
+    from nanogspo.rollout import decode
+
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_ids": (), "seed": 0}
+    steps = decode(model, prompts, group_size=group, max_new_tokens=tokens, **settings)
+    for _ in zip(range(4), steps, strict=False):
+        pass
+    steps.close()
 
 
 def copy_speed(device: torch.device) -> float:
@@ -487,6 +505,8 @@ def against_transformers(model, device: torch.device, file: dict, shape: dict, d
         "transformers": lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **whole, **length),
     }
     seconds = {}
+    warm(model, ids.tolist(), shape["group"], tokens)
+    theirs.generate(ids, attention_mask=torch.ones_like(ids), **whole, **length | {"max_new_tokens": 4})
     for name, turn in turns.items():
         started = now(device)
         turn()
@@ -584,6 +604,9 @@ def markdown(parts: dict[str, dict], facts: dict) -> str:
         )
     steps = parts.get("step", {}).get("results", [])
     for row in (row for row in steps if "peer" in row):
+        if not row["passed"]:
+            lines.append(f"| step: sampling | FAILED | | {row['said']} |")
+            continue
         a, b = (f"{row['rows'] * row['tokens'] / row['seconds'][side]:.0f}" for side in ("ours", "transformers"))
         said = f"{row['rows']} x {row['tokens']}: {a} tokens a second, {row['peer']} {b}: {row['ratio']:.1f} x"
         lines.append(f"| step: sampling | passed | {sum(row['seconds'].values()):.1f} | {said} |")

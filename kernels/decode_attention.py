@@ -289,7 +289,7 @@ def _prefix_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)  # (M, BLOCK_D)
     for p in range(tl.load(prompt_ptr + tile * ROWS).to(tl.int32), last + 1):
         end = tl.minimum(tl.load(prefix_lengths_ptr + p).to(tl.int32), capacity)  # never past the memory
-        alive = valid & (prompt == p)  # (M,)
+        alive = valid & (prompt == p) & (length > 0)  # (M,)
         oldest = tl.zeros((BLOCK_M,), dtype=tl.int32)  # (M,)
         if WINDOW:
             oldest = tl.maximum(end + length - window, 0)  # (M,) position of the query - window + 1
@@ -433,7 +433,8 @@ def decode_attention(
     prefix_k        (K, P, Sp, D) keys of the prompts, prefix_v their values; query head h reads kv head h // (H // K)
     prefix_lengths  (P,) int32 or int64: slots in use, 0 allowed
     k, v            (K, N, Ss, D) keys and values of the rows, the newest token's included; any strides but the last
-    lengths         (N,) int: slots in use, at least 1. The query stands at position prefix_length + length - 1
+    lengths         (N,) int: slots in use, at least 1. The query stands at position prefix_length + length - 1.
+                    Triton: 0 for a row that reads nothing, neither prefix nor slots, and gives 0
     prompt          (N,) int, never falling: which prefix a row has. A prompt may have any number of rows, also none
     scale           what q . k is multiplied with, 1 / sqrt(D) for most
     softcap         Gemma 2's attn_logit_softcapping; None for none
@@ -445,7 +446,7 @@ def decode_attention(
     Keys and values have one dtype: q's, or for torch fp32 under a bf16 q, where 16-bit slots in use would be widened at
     every call. Sums are fp32. Slots behind a length may hold anything.
     Triton: the bits of a row depend on the capacities Sp and Ss, and not on the other rows. Lengths and prompts are
-    read on the device, unchecked but for the memory's end; a row that sees no key (unused, in a CUDA graph) gives 0.
+    read on the device, unchecked but for the memory's end.
 
     Raises ValueError when shapes, dtypes or strides do not fit; torch: and when a length or prompt is out of range.
 

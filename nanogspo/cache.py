@@ -1,7 +1,7 @@
 """The KV cache: keys and values of every token so far, so that a new token costs one row of work, not all.
 
     prefix   (K, P, Sp, D)   the prompts, each once, however many answers are sampled to it
-    suffix   (K, N, Ss, D)   what each row (each answer) has added; all rows are equally long
+    suffix   (K, N, Ss, D)   what each row (each answer) has added; all rows that have not finished are equally long
 
 Sp and Ss are fixed at the start: nothing is concatenated or moved while decoding. A row that has finished leaves.
 A step's numbers (which slot is written, how long rows are) lie on the device and change in place, so that a CUDA graph
@@ -69,8 +69,8 @@ class KVCache:
         return positions
 
     def finish(self, ends: Tensor) -> None:
-        """Rows (N,) bool that are done stop costing what reading their slots costs, until `keep` drops them. For the
-        Triton kernel: the plans of the other one have no rows without a slot."""
+        """Rows (N,) bool that are done read nothing any more, until `keep` drops them. For the Triton kernel: the plans
+        of the other one have no rows without a slot."""
         self.running.masked_fill_(ends, 0)
         self.lengths *= self.running
 
@@ -86,10 +86,15 @@ class KVCache:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int
     ) -> Tensor:
         """Store the newest token's k, v (N, K, D); what its q (N, H, D) finds among all tokens of its row. (N, H, D)"""
-        for storage, x in ((self.k[layer], k), (self.v[layer], v)):
-            storage.index_copy_(2, self.slot, x.transpose(0, 1).unsqueeze(2).to(storage.dtype))  # (K, N, 1, D)
-        if window not in self._plans and choose_backend(q, storage) == "torch":
-            self._plans[window] = Plan.build(self.prompt, self.prefix_lengths, self.lengths, window=window)
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # (K, N, D)
+        if choose_backend(q, self.k[layer]) == "torch":  # which a plan, made in Python, goes before
+            self.k[layer][:, :, self.extent - 1] = k  # (K, N, D)
+            self.v[layer][:, :, self.extent - 1] = v  # (K, N, D)
+            if window not in self._plans:
+                self._plans[window] = Plan.build(self.prompt, self.prefix_lengths, self.lengths, window=window)
+        else:  # a CUDA graph cannot count; on a CPU this takes two to three times as long
+            self.k[layer].index_copy_(2, self.slot, k.unsqueeze(2))  # (K, N, 1, D)
+            self.v[layer].index_copy_(2, self.slot, v.unsqueeze(2))  # (K, N, 1, D)
         return decode_attention(
             q,
             self.prefix_k[layer],

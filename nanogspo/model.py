@@ -173,7 +173,7 @@ class Projections(nn.Module):
         self._together = {names: Blocked(layers) for names, layers in self.blockable()}
         for names in set(self.PRODUCTS) - set(self._together):
             layers = [getattr(self, name) for name in names]
-            adapted = [layer for layer in layers if hasattr(layer, "together")]
+            adapted = [layer for layer in layers if hasattr(layer, "together")]  # lora.py stands above this file
             if adapted and (together := adapted[0].together(layers, dtype)):
                 self._together[names] = together
 
@@ -385,8 +385,9 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Within it, and without gradients, layers that read the same x work together (Projections), and a CPU has its
-        16-bit weights in blocks. The head's become fp32, because its scores are.
+        """Within it, and without gradients, layers that read the same x work together (Projections), and products read
+        weights in blocks where that is faster: bf16 weights on a CPU with bf16 units. The head becomes fp32, because
+        its scores are; also where it is fp16, or units are missing.
 
         For Qwen3-0.6B in bf16 a CPU's copies are 0.9 and 0.6 GB, a GPU's those of the adapter, 20 MB. Updates of the
         weights do not reach them.

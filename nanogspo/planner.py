@@ -47,13 +47,11 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     if rl:
         on_gpu = model.head_weight.is_cuda
         slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
-        parts |= dict(
-            zip(OF_A_ROLLOUT, (cache_slots(config, longest_prompt) * slot, blocked_bytes(model)), strict=True)
-        )
+        parts[CACHE], parts[BLOCKS] = cache_slots(config, longest_prompt) * slot, blocked_bytes(model)
     return {name: size for name, size in parts.items() if size}
 
 
-OF_A_ROLLOUT = ("KV cache of a rollout", "weights in blocks")  # gone before anything is trained
+CACHE, BLOCKS = "KV cache of a rollout", "weights in blocks"  # gone before anything is trained
 
 
 def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt: int, available: int) -> TrainConfig:
@@ -63,7 +61,7 @@ def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt
         return config
     config = dataclasses.replace(config, gradient_checkpointing="off")
     parts = memory_parts(config, model, longest_prompt)
-    needed = sum(size for name, size in parts.items() if name not in OF_A_ROLLOUT)
+    needed = sum(size for name, size in parts.items() if name not in (CACHE, BLOCKS))
     if needed <= FILL * available:
         return config
     print(
@@ -86,9 +84,9 @@ def cache_slots(config: TrainConfig, longest_prompt: int) -> int:
 
 def blocked_bytes(model: Transformer) -> int:
     """What `Transformer.sampling` lays out in blocks."""
-    joined = [layers for m in model.modules() if isinstance(m, Projections) for _, layers in m.blockable()]
+    groups = [layers for m in model.modules() if isinstance(m, Projections) for _, layers in m.blockable()]
     head = model.head_weight.numel() * 4 if can_block_head(model.head_weight) else 0
-    return sum(map(nbytes, joined)) + head
+    return sum(map(nbytes, groups)) + head
 
 
 def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:

@@ -46,20 +46,25 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def available_memory(device: str) -> int:
-    """Bytes that this process can hold, those included that it holds already: of the GPU, or as Linux estimates them.
-    Elsewhere all that the machine has."""
+def available_memory(device: str, root: str = "/") -> int:
+    """Bytes that this process can hold, those included that it holds already: of the GPU; as Linux estimates them, and
+    no more than a container is allowed; elsewhere all that the machine has."""
     if device == "cuda":
         import torch
 
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    page = os.sysconf("SC_PAGE_SIZE")
+    page, top = os.sysconf("SC_PAGE_SIZE"), pathlib.Path(root)
     try:
-        facts = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
-        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * page
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * page
-    return int(facts["MemAvailable"].split()[0]) * 1024 + resident
+        facts = dict(line.split(":") for line in (top / "proc/meminfo").read_text().splitlines())
+        resident, shared = (int(n) for n in (top / "proc/self/statm").read_text().split()[1:3])
+        # pages shared with files are available: they can be read again
+        available = int(facts["MemAvailable"].split()[0]) * 1024 + (resident - shared) * page
+    except (OSError, KeyError):
+        available = os.sysconf("SC_PHYS_PAGES") * page
+    for limit in (top / "sys/fs/cgroup/memory.max", top / "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if limit.is_file() and (words := limit.read_text().strip()).isdigit():  # "max": none
+            available = min(available, int(words))
+    return available
 
 
 class StopRequest:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import choose
 from kernels.int8 import Int8Tensor, dequantize_int8, int8_matmul, quantize_int8
 from kernels.nf4 import NESTED, NF4Tensor, dequantize_nf4, nf4_matmul, quantize_nf4
 
@@ -46,7 +47,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        if x.is_cuda and x.shape[:-1].numel() <= SMALL:
+        if choose(None, x) == "triton" and x.shape[:-1].numel() <= SMALL:
             y = layer.small_product(x.reshape(-1, layer.in_features)).view(*x.shape[:-1], -1)  # (..., out)
             return y if bias is None else y + bias  # (..., out)
         return F.linear(x, layer.unpack(x.dtype), bias)  # (..., out)

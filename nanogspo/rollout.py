@@ -18,6 +18,7 @@ Lessons: lessons/04_sampling_and_cache.md, 16_a_decode_step.md       Tests: test
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -168,6 +169,8 @@ class Batch:
     Tests: tests/test_recorded.py
     """
 
+    graphs_work = True  # in this process; the first recording that fails is the last
+
     def __init__(self, model: Transformer, cache: KVCache, uniforms: Tensor, settings: tuple, stop: Sequence[int]):
         device, N = uniforms.device, uniforms.shape[1]
         self.model, self.cache, self.settings = model, cache, settings  # of `sample`: temperature, top_k, top_p
@@ -175,11 +178,11 @@ class Batch:
         self.stop = torch.tensor(stop, dtype=torch.int64, device=device)  # (ids,)
         self.tokens = torch.zeros(N, dtype=torch.int64, device=device)  # (n,)
         self.drawn = torch.zeros(3, N, dtype=torch.float64, device=device)  # (3, n)
-        self.record, self._warm, self._replay = can_record(cache), False, None
+        self.graphs, self._warm, self._replay = Batch.graphs_work and can_record(cache), False, None
 
     @property
     def fair_share(self) -> float:
-        return KEEP_RECORDED if self.record else KEEP
+        return KEEP_RECORDED if self.graphs else KEEP
 
     def draw(self, logits: Tensor) -> None:
         """The next token of every row, from logits (n, V)."""
@@ -189,19 +192,20 @@ class Batch:
         self.drawn.copy_(torch.stack((tokens.double(), logp.double(), ends.double())))  # (3, n) an id is exact
         self.tokens.copy_(tokens)
         self.number += 1
-        if self.record:
+        if self.graphs:
             self.cache.finish(ends)
 
     def step(self, left: int) -> None:
         """One token more for every row, finished or not. left: steps that may follow, this one included."""
-        if self._replay is None and self.record and self._warm and left >= RECORD_FROM:
+        if self._replay is None and self.graphs and self._warm and left >= RECORD_FROM:
             extent = self.cache.extent
             try:
                 self._replay = record(self._step)
-            except RuntimeError as error:  # a driver, a library or memory that does not play along: slower, not wrong
-                said = str(error).strip().splitlines()[0]
-                print(f"decoding without a CUDA graph, which could not be recorded: {said}", file=sys.stderr)
-                self.record = False
+            except RuntimeError as error:  # a driver, a library or memory that does not play along: it goes on without
+                while error.__context__ is not None:  # what broke the recording; the last one says that it is broken
+                    error = error.__context__
+                print(f"decoding without a CUDA graph, which could not be recorded: {error!r:.300}", file=sys.stderr)
+                self.graphs = Batch.graphs_work = False
             self.cache.extent = extent  # recording ran nothing but Python
         if self._replay is None:
             self._step()
@@ -227,19 +231,33 @@ def can_record(cache: KVCache) -> bool:
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
-    """What `step` launches, as one launch. It is recorded and does not run; what it allocates stays allocated."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    """What `step` launches, as one launch. It is recorded and does not run; what it allocates stays allocated.
+
+    torch.cuda.graph would do, but it first gives all cached memory back to the driver, and when a recording fails it
+    leaves the process on its own stream.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _recording_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the default stream cannot be recorded
+        graph.capture_begin()
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
 
 
+@functools.cache
+def _recording_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one for all: cuBLAS keeps memory for every stream it has seen
+
+
 # The batch is rebuilt without its finished rows once this share of it, or less, is running. Copying the others costs
-# about a step; a graph has to be recorded anew besides, which costs two steps' worth of Python, and there finished rows
-# have no slots to read until then (KVCache.finish).
+# about a step. A graph has to be recorded anew besides; but there finished rows read nothing (KVCache.finish).
 KEEP = 0.75
 KEEP_RECORDED = 0.5
-RECORD_FROM = 8  # steps left; recording pays from about four
+RECORD_FROM = 8  # steps left. Recording is a step's worth of Python and the driver's work on it: a guess, not measured
 
 
 def sample(

@@ -16,10 +16,12 @@ from recorder import record
 
 import kernels.decode_attention
 import kernels.glu
+import kernels.int8
+import kernels.nf4
 import kernels.rms_norm
 import kernels.rope
 from kernels.backend import INTERPRETED
-from nanogspo import rollout
+from nanogspo import quant, rollout
 from nanogspo.families import model_config
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
@@ -31,6 +33,7 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpr
 # a prompt above the windows and one below; four steps, of which the first runs by itself. The interpreter takes 0.1 s a
 # row, layer and step
 SETTINGS = {"group_size": 1, "max_new_tokens": 5, "seed": 0}
+LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 245}  # answers of 6, 3, 8 and 2 tokens
 SHORT = {"num_hidden_layers": 2, "sliding_window_pattern": 2}
 
 
@@ -38,6 +41,7 @@ SHORT = {"num_hidden_layers": 2, "sliding_window_pattern": 2}
 def like_a_gpu(recorder=record):
     """Triton for everything that a step launches, and steps that can be recorded. Gives the recordings made."""
     replays, launched = [], [kernels.decode_attention, kernels.glu, kernels.rms_norm, kernels.rope]
+    launched += [kernels.nf4, kernels.int8, quant]
 
     def kept(step):
         replay = recorder(step)
@@ -55,6 +59,7 @@ def like_a_gpu(recorder=record):
             stack.enter_context(patch.object(module, "choose", lambda backend, x: backend or "triton"))
         stack.enter_context(patch.object(rollout, "can_record", lambda cache: recorder is not None))
         stack.enter_context(patch.object(rollout, "record", kept))
+        stack.enter_context(patch.object(rollout.Batch, "graphs_work", True))
         yield replays
 
 
@@ -70,7 +75,7 @@ def tiny(family="qwen3"):
 
 def eager_and_recorded(model, prompts=PROMPTS[1:3], record_from=1, **settings):
     settings = SETTINGS | settings
-    with like_a_gpu(None):
+    with like_a_gpu(None), patch.object(rollout, "KEEP", rollout.KEEP_RECORDED):  # batches of equal sizes
         eager = generate(model, prompts, **settings)
     with like_a_gpu() as replays, patch.object(rollout, "RECORD_FROM", record_from):
         recorded = generate(model, prompts, **settings)
@@ -80,9 +85,9 @@ def eager_and_recorded(model, prompts=PROMPTS[1:3], record_from=1, **settings):
 
 @needs_interpreter
 def test_rows_that_leave_mean_a_new_recording():
-    answers, replays = eager_and_recorded(tiny(), group_size=3, max_new_tokens=10, eos_ids=[1, 4, 9])
-    assert sorted(len(a.tokens) for a in answers) == [3, 4, 4, 6, 8, 10]  # so half of the batch has left after 4 and 8
-    assert [replay.calls for replay in replays] == [2, 3, 1]  # of 3, 4 and 2 steps: the first of each runs by itself
+    answers, replays = eager_and_recorded(tiny(), PROMPTS[2:3], **LEAVING)
+    assert [len(a.tokens) for a in answers] == [6, 3, 8, 2]  # so half of the batch has left after 3 and 6
+    assert [replay.calls for replay in replays] == [1, 2, 1]  # of 2, 3 and 2 steps: the first of each runs by itself
 
 
 @needs_interpreter
@@ -97,19 +102,31 @@ def test_a_replayed_step_is_the_step(family, settings):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("packed", ["nf4", "int8"])
-def test_with_adapters_on_packed_weights(packed):
+@pytest.mark.parametrize(("packed", "small"), [("nf4", 16), ("int8", 16), ("nf4", 1)])
+def test_with_adapters_on_packed_weights(packed, small, monkeypatch):
+    """Few rows multiply straight from the packed weights; more than `small` of them from weights that are unpacked."""
+    monkeypatch.setattr(quant, "SMALL", small)
     model = tiny()
     pack_model(model, packed)
     add_lora(model, r=3, alpha=6.0)
     for layer in lora_layers(model).values():
         layer.lora_B.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    eager_and_recorded(model)
+    from triton.runtime.interpreter import GridExecutor
+
+    run, launched = GridExecutor.__call__, set()
+
+    def spy(executor, *args, **kwargs):
+        launched.add(executor.fn.__name__)
+        return run(executor, *args, **kwargs)
+
+    with patch.object(GridExecutor, "__call__", spy):
+        eager_and_recorded(model)
+    assert [name for name in launched if packed in name or "dequantize" in name or "matmul" in name], launched
 
 
 @needs_interpreter
 def test_finished_rows_read_nothing_while_they_wait_to_be_dropped():
-    """The slots that attention is told of. Answers have 3, 10, 4, 6, 4 and 8 tokens; half has left after 4 and 8."""
+    """The slots that attention is told of; what it makes of 0 is tests/test_decode_attention.py's business."""
     told, attend = [], rollout.KVCache.attend
 
     def spy(self, layer, *tensors, **settings):
@@ -117,8 +134,8 @@ def test_finished_rows_read_nothing_while_they_wait_to_be_dropped():
         return attend(self, layer, *tensors, **settings)
 
     with like_a_gpu(), patch.object(rollout, "RECORD_FROM", 99), patch.object(rollout.KVCache, "attend", spy):
-        generate(tiny(), PROMPTS[1:3], group_size=3, max_new_tokens=10, eos_ids=[1, 4, 9], seed=0)
-    assert told == [[1] * 6, [2] * 6, [0, 3, 3, 3, 3, 3], [4] * 3, [5] * 3, [6, 0, 6], [7, 0, 7], [8], [9]]
+        generate(tiny(), PROMPTS[2:3], **LEAVING)
+    assert told == [[1] * 4, [2, 2, 2, 0], [3] * 2, [4] * 2, [5] * 2, [6], [7]]
 
 
 @needs_interpreter
@@ -139,10 +156,10 @@ def test_how_many_launches_a_layer_is():
 @needs_interpreter
 def test_updated_weights_are_seen():
     model = tiny()
-    before, _ = eager_and_recorded(model, PROMPTS[:1])
+    before, _ = eager_and_recorded(model, PROMPTS[:1], max_new_tokens=3)
     for p in model.parameters():
         p.data.mul_(1.1)
-    after, _ = eager_and_recorded(model, PROMPTS[:1])
+    after, _ = eager_and_recorded(model, PROMPTS[:1], max_new_tokens=3)
     assert before != after
 
 
@@ -167,7 +184,63 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so(capsys):
         _, replays = eager_and_recorded(tiny(), PROMPTS[:1])
     assert replays == []
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("decoding without a CUDA graph, which could not be recorded: ")
+    assert len(lines) == 1 and lines[0].startswith(
+        "decoding without a CUDA graph, which could not be recorded: Runtime"
+    )
+
+
+class Refusing:
+    """torch.cuda.CUDAGraph, when something in the middle has broken the recording."""
+
+    ended = 0
+
+    def capture_begin(self):
+        pass
+
+    def capture_end(self):
+        Refusing.ended += 1
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_a_failed_recording_says_what_failed_leaves_its_stream_and_is_the_last(capsys):
+    depth = [0]  # how often the stream has been entered and not left
+
+    @contextlib.contextmanager
+    def entered(stream):
+        depth[0] += 1
+        try:
+            yield
+        finally:
+            depth[0] -= 1
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    step, calls = rollout.Batch._step, []
+
+    def breaks_while_recorded(self):
+        calls.append(depth[0])
+        if depth[0]:
+            raise RuntimeError("a library that waits for the GPU\nwith a second line")
+        step(self)
+
+    with contextlib.ExitStack() as stack:
+        for name, value in {"CUDAGraph": Refusing, "Stream": Stream, "stream": entered}.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        stack.enter_context(patch.object(torch.cuda, "current_stream", Stream))
+        stack.enter_context(patch.object(rollout, "can_record", lambda cache: True))
+        stack.enter_context(patch.object(rollout, "RECORD_FROM", 1))
+        stack.enter_context(patch.object(rollout.KVCache, "finish", lambda self, ends: None))
+        stack.enter_context(patch.object(rollout.Batch, "_step", breaks_while_recorded))
+        stack.enter_context(patch.object(rollout.Batch, "graphs_work", True))
+        rollout._recording_stream.cache_clear()
+        answers = [generate(tiny(), PROMPTS, **SETTINGS) for _ in range(2)]
+        rollout._recording_stream.cache_clear()
+    assert answers[0] == answers[1] == generate(tiny(), PROMPTS, **SETTINGS)
+    assert depth == [0] and Refusing.ended == sum(calls) == 1  # one attempt in two rollouts
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a library that waits for the GPU" in line
 
 
 def test_a_cpu_records_nothing():

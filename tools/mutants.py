@@ -335,9 +335,19 @@ GROUPS = [
                 "torch.tensor([t in self.stop.tolist() for t in tokens.tolist()])",
                 "a step that waits for the GPU",
             ),
-            ("self.record and self._warm and left", "self.record and left", "recorded before its kernels are compiled"),
+            ("self.graphs and self._warm and left", "self.graphs and left", "recorded before its kernels are compiled"),
             ("left >= RECORD_FROM", "left > RECORD_FROM", "recorded one step too late"),
-            ("                self.record = False\n", "", "a refusal at every step"),
+            ("self.graphs = Batch.graphs_work = False", "self.graphs = False", "a refusal at every rollout"),
+            (
+                "                while error.__context__ is not None:",
+                "                while False:",
+                "what the last call says in place of what went wrong",
+            ),
+            (
+                "        try:\n            step()\n        finally:\n            graph.capture_end()\n",
+                "        step()\n        graph.capture_end()\n",
+                "a recording that failed and never ends",
+            ),
         ],
     ),
     (
@@ -390,7 +400,7 @@ GROUPS = [
         "tests/test_planner.py",
         [
             ("max(element, 4)", "element", "a CPU's cache counted in bf16"),
-            ("if name not in OF_A_ROLLOUT", "if name", "checkpointing for the sake of a cache that is gone by then"),
+            ("if name not in (CACHE, BLOCKS)", "if name", "checkpointing for the sake of a cache that is gone by then"),
             ("if needed <= FILL * available:", "if needed >= FILL * available:", "checkpointing where memory abounds"),
             (
                 "rows * (config.max_new_tokens - 1)",
@@ -414,10 +424,11 @@ GROUPS = [
                 "values are not rescaled to a new maximum",
             ),
             (
-                "alive = valid & (prompt == p)",
-                "alive = valid & (prompt >= p)",
+                "alive = valid & (prompt == p) & (length > 0)",
+                "alive = valid & (prompt >= p) & (length > 0)",
                 "rows see the prompts before theirs as well",
             ),
+            ("alive = valid & (prompt == p) & (length > 0)", "alive = valid & (prompt == p)", "the dead read prompts"),
             (
                 "oldest = tl.maximum(end + length - window, 0)",
                 "oldest = tl.maximum(end + length - window - 1, 0)",
@@ -584,7 +595,7 @@ GROUPS = [
                 "the shortcut skips a window that already bites",
             ),
             (
-                "x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)",
+                "x = x * x.new_full((), config.hidden_size**0.5)",
                 "x = x * config.hidden_size**0.5",
                 "embedding scale not rounded to the weight dtype",
             ),

@@ -10,7 +10,8 @@
 
 So a step that leans on a Python number that changes, on a tensor that has moved, or on anything computed while it was
 recorded gives other results when replayed, and one that waits for the GPU is refused: the four ways to get it wrong.
-What this cannot show: streams, the allocator's pools, what cuBLAS and the driver make of it, and speed.
+What this cannot show: streams, the allocator's pools, what cuBLAS and the driver make of it, speed, and a copy from one
+device to another (x.to("cpu"), or the other way), because all tensors here are on one.
 
     replay = record(step)           as nanogspo/rollout.py's
 
@@ -28,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # What waits for a GPU to tell Python something (the size of a result too), and what copies from Python's memory
-READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "bincount"}
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount"}
+READS |= {"_unique2", "unique_dim", "unique_consecutive"}
 SENDS = {"lift_fresh"}  # torch.tensor(numbers)
 METHODS = ("tolist", "numpy", "cpu")  # on a CPU these are no operations
 
