@@ -302,7 +302,7 @@ GROUPS = [
                 "self.extent += 1",
                 "every step sees what the first one saw",
             ),
-            ("        self.slot += 1\n", "        self.slot += self.extent == 1\n", "each key replaces the first"),
+            ("self.k[layer][:, :, self.extent - 1] = k", "self.k[layer][:, :, 0] = k", "each key replaces the first"),
         ],
     ),
     (
@@ -367,6 +367,11 @@ GROUPS = [
             ),
             (", self.running[rows]\n", ", self.running[: len(rows)]\n", "rows that go on read nothing"),
             ("        self.slot += 1\n", "        self.slot.fill_(self.extent - 1)\n", "a slot that Python counts"),
+            (
+                "self.v[layer].index_copy_(2, self.slot, v.unsqueeze(2))",
+                "self.v[layer][:, :, self.extent - 1] = v",
+                "a value's slot that Python counts",
+            ),
         ],
     ),
     (
