@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -29,6 +28,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -234,18 +234,15 @@ def check_decode_graph(device: torch.device, big: bool) -> str:
     model, _ = small_model(device)
     prompts, seconds, answers = [[1, 2, 3], list(range(40))], {}, {}
     settings = {"group_size": 32 if big else 2, "max_new_tokens": 200 if big else 4, "eos_ids": range(20)}
-    recordings, record, can_record, keep = [], rollout.record, rollout.can_record, rollout.KEEP
-    rollout.KEEP = rollout.KEEP_RECORDED  # batches of equal sizes: cuBLAS may choose another kernel for another size
-    try:
-        for name in ("step by step", "replayed"):
-            rollout.can_record = (lambda cache: False) if name == "step by step" else can_record
-            rollout.record = lambda step: recordings.append(1) or record(step)
+    recordings, record, can_record = [], rollout.record, rollout.can_record
+    for name, can in (("step by step", lambda cache: False), ("replayed", can_record)):
+        counted = lambda step: recordings.append(1) or record(step)  # noqa: E731
+        # batches of equal sizes: cuBLAS may choose another kernel for another size
+        with patch.multiple(rollout, KEEP=rollout.KEEP_RECORDED, can_record=can, record=counted):
             for _ in range(2):  # the first compiles
                 started = time.perf_counter()
                 answers[name] = generate(model, prompts, seed=1, **settings)
                 seconds[name] = time.perf_counter() - started
-    finally:
-        rollout.record, rollout.can_record, rollout.KEEP = record, can_record, keep
     if device.type == "cuda":
         assert len(recordings) >= 4, f"{len(recordings)} recordings in two rollouts whose rows leave at all times"
     for a, b in zip(*answers.values(), strict=True):
@@ -465,14 +462,18 @@ def warm(model, prompts: list[list[int]], group: int, tokens: int) -> None:
 
 
 def copy_speed(device: torch.device) -> float:
-    """Bytes a second of the best of three copies of 1 GiB, each read and written; of 16 MiB on a CPU."""
-    source = torch.zeros(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), math.inf
-    for _ in range(3):
+    """Bytes a second of a copy, as benchmarks/kernels.py measures them for its floors; of a small one on a CPU."""
+    from benchmarks.kernels import CudaTimer, measure_machine
+
+    if device.type == "cuda":
+        return measure_machine(CudaTimer(), device)["bandwidth"]
+
+    def once(run) -> float:
         started = now(device)
-        target.copy_(source)
-        best = min(best, now(device) - started)
-    return 2 * source.nbytes / best
+        run()
+        return now(device) - started
+
+    return measure_machine(once, device, size=2**24, width=64)["bandwidth"]
 
 
 def decode_floor(model, shape: dict, tokens: int, bandwidth: float) -> float:

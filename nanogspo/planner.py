@@ -22,7 +22,8 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     """Bytes by part. longest_prompt: tokens."""
     c = model.config
     trained = [p for p in model.parameters() if p.requires_grad]
-    weights = tensor_bytes(p for p in model.parameters() if not p.requires_grad or not lora_layers(model))
+    adapted = bool(lora_layers(model))
+    weights = tensor_bytes(p for p in model.parameters() if not p.requires_grad or not adapted)
     numbers = sum(p.numel() for p in trained)
     packed = packed_layers(model).values()
     kind = "nf4" if any(isinstance(layer, NF4Linear) for layer in packed) else "int8"
@@ -37,7 +38,7 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
         "weights": weights,
         f"{kind} weights": sum(layer.nbytes for layer in packed),
         "one layer unpacked": max((layer.in_features * layer.out_features for layer in packed), default=0) * element,
-        "adapter": tensor_bytes(trained) if lora_layers(model) else 0,
+        "adapter": tensor_bytes(trained) if adapted else 0,
         "gradients": numbers * 4,
         "optimiser (two moments)": numbers * 8,
         "fp32 masters": masters,

@@ -22,19 +22,18 @@ import kernels.rms_norm
 import kernels.rope
 from kernels.backend import INTERPRETED
 from nanogspo import quant, rollout
-from nanogspo.families import model_config
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
 from nanogspo.quant import pack_model
 from nanogspo.rollout import generate
-from tests.test_rollout import FAMILIES, PROMPTS, SHAPE
+from tests import test_rollout
+from tests.test_rollout import FAMILIES, PROMPTS
 
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter plays the GPU here")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="wants Triton's interpreter, which plays the GPU here")
 # One row, of a prompt longer than the windows; four steps, the first of which runs by itself. The interpreter takes 0.1
 # s a row, layer and step; several rows are in the test of rows that leave
 SETTINGS = {"group_size": 1, "max_new_tokens": 5, "seed": 0}
 LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 245}  # answers of 6, 3, 8 and 2 tokens
-SHORT = {"num_hidden_layers": 2, "sliding_window_pattern": 2}
 
 
 @contextlib.contextmanager
@@ -63,14 +62,8 @@ def like_a_gpu(recorder=record):
         yield replays
 
 
-def tiny(family="qwen3"):
-    model = Transformer(model_config({**SHAPE, **FAMILIES[family], **SHORT})).init_weights(0, std=0.3)
-    g = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.ndim == 1:
-            p.data += 0.2 * torch.randn(p.shape, generator=g)
-    model.norm.weight.data -= 0.7  # tied heads would else repeat the last token for ever
-    return model.eval()
+def tiny(family="qwen3", layers=2):
+    return test_rollout.tiny(family, num_hidden_layers=layers, sliding_window_pattern=2)
 
 
 def eager_and_recorded(model, prompts=PROMPTS[1:2], record_from=1, **settings):
@@ -143,8 +136,7 @@ def test_how_many_launches_a_layer_is():
     """Lesson 16 multiplies by it."""
     launches = {}
     for layers, r in itertools.product((1, 2), (0, 3)):
-        with patch.dict(SHORT, num_hidden_layers=layers):
-            model = tiny()
+        model = tiny(layers=layers)
         if r:
             add_lora(model, r=r, alpha=6.0)
         _, [replay] = eager_and_recorded(model, PROMPTS[:1], max_new_tokens=3)
@@ -168,7 +160,7 @@ def test_short_answers_are_not_recorded():
     """Of 4 steps, 3 are left once the first has run."""
     for least, recordings in ((3, 1), (4, 0)):
         assert len(eager_and_recorded(tiny(), PROMPTS[:1], record_from=least)[1]) == recordings
-    assert rollout.RECORD_FROM > 3  # recording takes as long as two steps that run by themselves
+    assert rollout.RECORD_FROM > 3  # recording takes longer than a step that runs by itself
 
 
 @needs_interpreter

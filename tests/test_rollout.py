@@ -44,8 +44,8 @@ PROMPTS = [[5], [7, 7, 2, 19, 4, 11, 3], [1, 2, 3], [22, 0, 22, 0, 22]]  # width
 CACHE_NOISE = 100 * 10 * 2**-24
 
 
-def tiny(family="qwen3", seed=0):
-    model = Transformer(model_config({**SHAPE, **FAMILIES[family]})).init_weights(seed, std=0.3)
+def tiny(family="qwen3", seed=0, **changes):
+    model = Transformer(model_config({**SHAPE, **FAMILIES[family], **changes})).init_weights(seed, std=0.3)
     g = torch.Generator().manual_seed(seed + 1)
     for p in model.parameters():
         if p.ndim == 1:
