@@ -55,25 +55,7 @@ def against_transformers(args, model, tokenizer) -> list[dict]:
     out = []
     for rows in args.rows:
         prompts = [tokenizer.chat(prompt(i)) for i in range(max(1, rows // GROUP))]
-        group, widest = rows // len(prompts), max(map(len, prompts))
-        padded = [[0] * (widest - len(p)) + p for p in prompts]  # on the left, as their generate wants it
-        seen = [[0] * (widest - len(p)) + [1] * len(p) for p in prompts]
-        inputs = {"input_ids": torch.tensor(padded, device=DEVICE), "attention_mask": torch.tensor(seen, device=DEVICE)}
-        whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
-        exact = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "num_return_sequences": group}
-
-        def their_turn(inputs=inputs, keywords=whole | exact, rows=rows, widest=widest):
-            drawn = theirs.generate(**inputs, **keywords)
-            assert drawn.shape == (rows, widest + args.tokens), drawn.shape
-
-        def our_turn(prompts=prompts, group=group, rows=rows):
-            answers = generate(model, prompts, group_size=group, max_new_tokens=args.tokens)
-            assert sum(len(a.tokens) for a in answers) == rows * args.tokens
-
-        seconds = {"ours": [], "transformers": []}
-        for _ in range(args.rounds + 1):
-            seconds["ours"].append(timed(our_turn))
-            seconds["transformers"].append(timed(their_turn))
+        seconds = take_turns(model, theirs, prompts, rows // len(prompts), args.tokens, args.rounds)
         mid = {side: statistics.median(times[1:]) for side, times in seconds.items()}
         speeds = {side: rows * args.tokens / s for side, s in mid.items()}
         ratio = mid["transformers"] / mid["ours"]
@@ -83,6 +65,31 @@ def against_transformers(args, model, tokenizer) -> list[dict]:
         )
         out.append({"rows": rows, "tokens": args.tokens, "seconds": seconds, "ratio": ratio})
     return out
+
+
+def take_turns(model, theirs, prompts: list[list[int]], group: int, tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of rounds + 1 turns of either side; the first warms up. Exactly `tokens` tokens for every answer."""
+    rows, widest = len(prompts) * group, max(map(len, prompts))
+    padded = [[0] * (widest - len(p)) + p for p in prompts]  # on the left, as their generate wants it
+    seen = [[0] * (widest - len(p)) + [1] * len(p) for p in prompts]
+    inputs = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(seen)}
+    inputs = {name: x.to(theirs.device) for name, x in inputs.items()}
+    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    exact = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_return_sequences": group}
+
+    def their_turn():
+        drawn = theirs.generate(**inputs, **whole, **exact)
+        assert drawn.shape == (rows, widest + tokens), drawn.shape
+
+    def our_turn():
+        answers = generate(model, prompts, group_size=group, max_new_tokens=tokens)
+        assert sum(len(a.tokens) for a in answers) == rows * tokens
+
+    seconds = {"ours": [], "transformers": []}
+    for _ in range(rounds + 1):
+        seconds["ours"].append(timed(our_turn))
+        seconds["transformers"].append(timed(their_turn))
+    return seconds
 
 
 def late_tokens(model, prompts: list[list[int]], early: int = 32, late: int = 512, around: int = 16) -> dict:

@@ -491,31 +491,19 @@ def against_transformers(model, device: torch.device, file: dict, shape: dict, d
     an adapter on every layer, theirs none."""
     import transformers
 
-    from nanogspo.rollout import generate
+    from benchmarks.generate import take_turns
 
     transformers.utils.logging.set_verbosity_error()
     settings = {name: value for name, value in file.items() if name != "model_type"}
     config = transformers.AutoConfig.for_model(file["model_type"], **settings)
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
-    ids = torch.randint(0, file["vocab_size"], (shape["prompts"], shape["prompt_tokens"]), device=device)
-    tokens = min(PEER_TOKENS, shape["tokens"])
-    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "eos_token_id": None}
-    length = {"max_new_tokens": tokens, "num_return_sequences": shape["group"]}
-    turns = {
-        "ours": lambda: generate(model, ids.tolist(), group_size=shape["group"], max_new_tokens=tokens),
-        "transformers": lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **whole, **length),
-    }
-    seconds = {}
-    warm(model, ids.tolist(), shape["group"], tokens)
-    theirs.generate(ids, attention_mask=torch.ones_like(ids), **whole, **length | {"max_new_tokens": 4})
-    for name, turn in turns.items():
-        started = now(device)
-        turn()
-        seconds[name] = now(device) - started
-    rows = shape["prompts"] * shape["group"]
-    return {"peer": "transformers.generate", "rows": rows, "tokens": tokens, "seconds": seconds, "passed": True} | {
-        "ratio": seconds["transformers"] / seconds["ours"]
-    }
+    prompts = torch.randint(0, file["vocab_size"], (shape["prompts"], shape["prompt_tokens"])).tolist()
+    tokens, rows = min(PEER_TOKENS, shape["tokens"]), shape["prompts"] * shape["group"]
+    turns = take_turns(model, theirs, prompts, shape["group"], tokens, rounds=1)
+    seconds = {side: times[-1] for side, times in turns.items()}
+    ratio = seconds["transformers"] / seconds["ours"]
+    facts = {"rows": rows, "tokens": tokens, "seconds": seconds, "ratio": ratio, "passed": True}
+    return {"peer": "transformers.generate"} | facts
 
 
 def now(device: torch.device) -> float:
