@@ -13,6 +13,7 @@ Run: python tools/mutate.py [--only SUBSTRING]      exit code 1: a mutant surviv
 import argparse
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,15 +22,34 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis  # noqa: F401  imported once here, and inherited by every run
 import pytest
 import torch  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mutants import MUTANTS, Mutant  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """One wrong edit, from a file of tests/mutants/: FILE, and MUTANTS = {test file: [(right, wrong, why), ...]}."""
+
+    file: str
+    right: str  # occurs exactly once in the file
+    wrong: str
+    test: str  # the test file that must fail
+    why: str  # what a reader of the code would get wrong
+
+
+def all_mutants() -> list[Mutant]:
+    found = []
+    for path in sorted((ROOT / "tests" / "mutants").glob("*.py")):
+        listed = runpy.run_path(str(path))
+        for test, rows in listed["MUTANTS"].items():
+            found += [Mutant(listed["FILE"], right, wrong, test, why) for right, wrong, why in rows]
+    return found
+
+
 TIME_LIMIT = 600  # seconds for one test run: a mutant may loop forever, and that is noticed too
 FORK = multiprocessing.get_context("fork")
 ENVIRONMENT = {
@@ -109,9 +129,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="mutants with this in their file, edit or why")
     only = parser.parse_args().only
-    mutants = [mutant for mutant in MUTANTS if only in "\n".join(mutant)]
+    mutants = [mutant for mutant in all_mutants() if only in "\n".join(mutant)]
     if not mutants:
-        print(f"got --only {only!r}, want a part of a mutant's file, edit or why; see tools/mutants.py")
+        print(f"got --only {only!r}, want a part of a mutant's file, edit or why; see tests/mutants/")
         return 2
     misfits = [m for m in mutants if not (ROOT / m.file).exists() or (ROOT / m.file).read_text().count(m.right) != 1]
     for mutant in misfits:

@@ -1,0 +1,23 @@
+"""Wrong edits of kernels/backend.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "kernels/backend.py"
+MUTANTS = {
+    "tests/test_backend.py": [
+        (
+            "    finally:\n        torch.backends.mkldnn.matmul.fp32_precision = before\n",
+            "    finally:\n        pass\n",
+            "every later fp32 product is rounded to bf16",
+        ),
+        (
+            "    try:\n        yield\n    finally:\n",
+            "    yield\n    if True:\n",
+            "the same, after an exception",
+        ),
+        (
+            "    if wanted:\n        torch.backends",
+            "    if True:\n        torch.backends",
+            "fp32 operands lose 16 of their bits",
+        ),
+    ],
+}

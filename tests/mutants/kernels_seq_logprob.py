@@ -1,0 +1,168 @@
+"""Wrong edits of kernels/seq_logprob.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "kernels/seq_logprob.py"
+MUTANTS = {
+    "tests/test_seq_logprob.py": [
+        ("_put(z, column, inside, z.new_full((), -math.inf))", "pass", "target counted among the others"),
+        ("torch.maximum(m, z.amax(1))", "torch.maximum(m, 0 * z.amax(1))", "no running maximum"),
+        ("s[:] = s * scale + e.sum(1)", "s[:] = s + e.sum(1)", "old sum not rescaled"),
+        ("a[:] = (a + s * down) * scale", "a[:] = a * scale", "entropy sum not shifted to the new maximum"),
+        ("state[:, 0] = info.min / 2", "state[:, 0] = -math.inf", "start from -inf"),
+        ("torch.where(s == 0, UNDERFLOW, s.log())", "s.log()", "V = 1 has log 0"),
+        (".clamp_min_(UNDERFLOW)", "", "-inf * 0 in the entropy"),
+        (
+            "logp = logsigmoid(margin)",
+            "logp = gap - torch.logaddexp(log_s, gap)",
+            "equation (1): logp of -1e-8 rounds to 0",
+        ),
+        ("logp.expm1() * (logp_m", "(logp.exp() - 1) * (logp_m", "1 - p_y cancels in the entropy"),
+        ("logp.clamp_min(floor)", "logp", "0 * -inf for a banned target"),
+        ("z_y >= m", "z_y > m", "ties are not top"),
+        (
+            "sums = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32",
+            "sums = hidden.dtype",
+            "logits in bf16",
+        ),
+        (
+            "torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)",
+            "torch.mm(a.to(out.dtype), b.to(out.dtype))",
+            "autocast takes the logits to bf16",
+        ),
+        ("z.div_(options.temperature)", "z.mul_(options.temperature)", "temperature the wrong way"),
+        (".tanh_().mul_(options.softcap)", ".tanh_()", "soft-cap does not scale back"),
+        ("(column >= 0) & (column < width)", "column >= 0", "a target of a later tile is found in this one"),
+        (
+            "slice(v, min(v + width, V))",
+            "slice(v, min(v + width, V - 1))",
+            "last token of the vocabulary forgotten",
+        ),
+        ("dz_y = -logp.expm1() * dlogp", "dz_y = (1 - logp.exp()) * dlogp", "1 - p_y cancels in the gradient"),
+        (
+            "dz_y = dz_y - logp.exp() * dentropy * (logp + entropy)",
+            "dz_y = dz_y + logp.exp() * dentropy * (logp + entropy)",
+            "sign of the entropy at the target",
+        ),
+        ("dlogp = dlogp / options.temperature", "dlogp = dlogp * 1", "no 1 / T in the gradient"),
+        (
+            "dentropy = dentropy / options.temperature if",
+            "dentropy = dentropy * 1 if",
+            "no 1 / T in the entropy's gradient",
+        ),
+        (
+            "return (4 * t).div_((1 + t).square_())",
+            "return 1 - ((1 - t) / (1 + t)).square_()",
+            "1 - tanh^2 cancels",
+        ),
+        ("dz.mul_(slope)", "dz.mul_(1)", "no slope of the soft-cap in the gradient of the tiles"),
+        ("e.mul_(slope)", "e.mul_(1)", "no slope of the soft-cap in G"),
+        (
+            "_cap(x, options).sub_(m).add_(logp_m)",
+            "_cap(x, options).sub_(m - logp_m)",
+            "one large number instead of two small",
+        ),
+        ("exp_().mul_(pull).neg_()", "exp_().mul_(pull)", "sign of the gradient"),
+        ("_put(dz, *_find(targets, vocab), dz_y)", "pass", "target's own gradient forgotten"),
+        (
+            "dw = numbers.new_zeros(w.shape) if",
+            "dw = numbers.new_zeros(w.shape, dtype=weight.dtype) if",
+            "dweight summed in 16 bits",
+        ),
+        (
+            "_addmm(dhidden[rows], dx, w)",
+            "torch.mm(dx, w, out=dhidden[rows])",
+            "only the last tile of the vocabulary",
+        ),
+        ("g[rows].mul_(scale[:, None])", "pass", "G not rescaled to the new maximum"),
+        ("-logp.expm1() / options.temperature,", "(1 - logp.exp()) / options.temperature,", "1 - p_y cancels in G"),
+        ("g.mul_(-others[:, None])", "g.mul_(others[:, None])", "sign of the others in G"),
+        ("own = own * _slope(x_y, options.softcap)", "own = own * 1", "no slope of the target in G"),
+        (
+            "min(TILE // width, TALLEST) // ALIGN",
+            "min(N, TILE // width, TALLEST) // ALIGN",
+            "the product's shape follows N, and so do the bits",
+        ),
+        ("TALLEST) // ALIGN * ALIGN)", "TALLEST))", "blocks of 9 rows"),
+        ("if odd := -weight.shape[1] % ALIGN:", "if odd := 0:", "rows that begin anywhere in memory"),
+        ("if G and dentropy is None:", "if G:", "the entropy's gradient is dropped under a frozen head"),
+        (
+            "torch.float32 if hidden.dtype == torch.float16 else hidden.dtype",
+            "hidden.dtype",
+            "G stored in fp16: small ones are 0",
+        ),
+        ("keep = torch.is_grad_enabled() and hidden", "keep = hidden", "a scoring pass pays for G"),
+        (
+            "hidden.requires_grad and not weight.requires_grad",
+            "hidden.requires_grad",
+            "a trained head gets no gradient",
+        ),
+        (
+            "wrong = scored & ((targets < 0) | (targets >= V))",
+            "wrong = scored & (targets >= V)",
+            "-1 is let through",
+        ),
+        (
+            "wrong = scored & ((targets < 0) | (targets >= V))",
+            "wrong = scored & ((targets < 0) | (targets > V))",
+            "V is let through",
+        ),
+        ("targets != IGNORE", "targets != -1", "IGNORE is not ignored"),
+        ("values.double()", "values", "sums of answers in fp32"),
+        (
+            'sums = torch.segment_reduce(column, "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)',
+            "sums = torch.cat([values.new_zeros(1), values.cumsum(0)])[cu_seqlens.long()].diff()[:, None]",
+            "cumulative sum: bits depend on neighbours",
+        ),
+    ],
+    "tests/test_seq_logprob_triton.py": [
+        (
+            'z = tl.where((v == y) | (v >= width), -float("inf"), z) - m',
+            'z = tl.where(v >= width, -float("inf"), z) - m',
+            "target counted among the others of a row",
+        ),
+        (
+            "z = tl.where(z < UNDERFLOW, UNDERFLOW, z)  # not",
+            "z = tl.where(z > UNDERFLOW, z, UNDERFLOW)  # not",
+            "a nan becomes a probability of 0",
+        ),
+        ("s_old * scale + s)", "s_old + s)", "old sum of a row not rescaled"),
+        ("(a_old + s_old * down) * scale + a)", "a_old * scale + a)", "entropy sum of a row not shifted"),
+        (
+            "mask=c[None, :] < C, other=0.0)  # (BLOCK_N, BLOCK_C)",
+            "mask=c[None, :] < C + BLOCK_C, other=0.0)  # (BLOCK_N, BLOCK_C)",
+            "hidden is read into the next row",
+        ),
+        (
+            "mask=(v[None, :] < width) & (c[:, None] < C)",
+            "mask=v[None, :] < width",
+            "weight is read beyond its columns",
+        ),
+        (
+            'z = tl.where(hit | (v[None, :] >= width), -float("inf"), z)',
+            'z = tl.where(hit, -float("inf"), z)',
+            "padding of the vocabulary is counted",
+        ),
+        ("_damped(e, x, softcap, SOFTCAP), mask=kept", "e, mask=kept", "no slope of the soft-cap in the epilogue"),
+        ("4.0 * r * (1.0 - r)", "1.0 - (1.0 - 2.0 * r) * (1.0 - 2.0 * r)", "1 - tanh^2 cancels"),
+        ("far = peak > FAR", "far = peak > 1e30", "exp overflows for targets far below the maximum"),
+        (
+            "_addmm(g, e[:, : len(w)], w)",
+            "_addmm(g[:N], e[:N, : len(w)], w)",
+            "the second product's shape follows N, and so do the bits",
+        ),
+        ("gap >= peak", "gap > peak", "ties are not top"),
+        ("+ first_tile + tile", "+ tile", "parts of a later slice overwrite those of the first"),
+        (
+            "dz = tl.where(v == tl.load(targets_ptr + n) - start, tl.load(numbers_ptr + 5), dz)",
+            "dz = dz * 1.0",
+            "target's own gradient forgotten",
+        ),
+        (
+            "pull = pull + tl.load(numbers_ptr + 4)",
+            "pull = pull - tl.load(numbers_ptr + 4)",
+            "sign of the entropy's gradient",
+        ),
+        ("shape[1] < EPILOGUE_BELOW", "shape[1] <= EPILOGUE_BELOW", "the wrong path at the very width"),
+        ("s += tl.sum(tl.load(part + plane", "s = tl.sum(tl.load(part + plane", "only the last step of the parts"),
+    ],
+}

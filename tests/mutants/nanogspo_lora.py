@@ -1,0 +1,92 @@
+"""Wrong edits of nanogspo/lora.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/lora.py"
+MUTANTS = {
+    "tests/test_model.py": [
+        (
+            "self.lora_B.weight, self.scale)\n\n    def merged",
+            "self.lora_B.weight, 0.0)\n\n    def merged",
+            "sampled without the adapter",
+        ),
+        (
+            "            return Layer(self.base.weight, self.base.bias)\n",
+            "            pass\n",
+            "a merged adapter is sampled twice",
+        ),
+    ],
+    "tests/test_lora.py": [
+        ("if self.dropout and self.training:", "if self.dropout:", "dropout while sampling and scoring"),
+        (
+            "        dh = wide @ B * layer.scale  # (n, r)\n",
+            "        dh = wide @ B  # (n, r)\n",
+            "dA and the adapter's dx without alpha / r",
+        ),
+        (
+            "dB = wide.T @ (x_wide @ A.T * layer.scale)",
+            "dB = wide.T @ (x_wide @ A.T)",
+            "dB without alpha / r",
+        ),
+        (
+            "dx = _add(dy @ dense_weight(layer.base, dy.dtype), dh, A, 1.0)",
+            "dx = _add(dy @ dense_weight(layer.base, dy.dtype), dh, A, layer.scale)",
+            "alpha / r twice in dx",
+        ),
+        (
+            "        dA = dh.T @ x_wide  # (r, in)\n",
+            "        dA = (dh.to(x.dtype).T @ x).float()  # (r, in)\n",
+            "dA out of bf16 products: a sum over all tokens, rounded to 8 bits",
+        ),
+        (
+            "ctx.save_for_backward(x, A, B)",
+            "ctx.save_for_backward(x.float(), A, B)",
+            "a copy of x in fp32 for every adapter, as autograd would keep it",
+        ),
+        (
+            "torch.addmm(y.float(), a, b, alpha=scale).to(y.dtype)",
+            "torch.addmm(y, a.to(y.dtype), b.to(y.dtype), alpha=scale)",
+            "the update multiplied in bf16",
+        ),
+        (
+            "bound = 1 / math.sqrt(base.in_features)",
+            "bound = 1 / math.sqrt(base.out_features)",
+            "A drawn for another width",
+        ),
+        ("    model.requires_grad_(False)\n", "", "the base is trained as well"),
+        (
+            "nn.init.zeros_(self.lora_B.weight)",
+            "nn.init.normal_(self.lora_B.weight, std=1e-3)",
+            "a fresh adapter that changes the model",
+        ),
+        ("(m.lora_B.weight * m.scale).to(dtype)", "m.lora_B.weight.to(dtype)", "sampling forgets the scale"),
+        ("if m in adapted else None", "if hasattr(m, 'r') else None", "a merged adapter is added once more"),
+        (
+            "device=device, dtype=torch.float32)\n        self.lora_B",
+            "device=device, dtype=base.weight.dtype)\n        self.lora_B",
+            "bf16 adapters, which round GSPO's updates away",
+        ),
+        (
+            "draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound",
+            "draw = torch.zeros(layer.lora_A.weight.shape)",
+            "A and B both zero: no gradient ever",
+        ),
+        (
+            "return (weight.float() + update * self.scale).to(weight.dtype)",
+            "return weight + (update * self.scale).to(weight.dtype)",
+            "merging rounds twice",
+        ),
+    ],
+    "tests/test_quant.py": [
+        (
+            "        weight = dense_weight(self.base, dtype)  # (out, in)\n",
+            "        weight = dense_weight(self.base, torch.float32)  # (out, in)\n",
+            "another base than the one that was trained over",
+        ),
+        ("    if packed:\n", "    if False:\n", "merging writes into a packed weight"),
+        (
+            "    total = weight_count(model)\n",
+            "    total = sum(p.numel() for p in model.parameters())\n",
+            "trained 30 % of all parameters",
+        ),
+    ],
+}

@@ -1,0 +1,62 @@
+"""Wrong edits of nanogspo/objectives.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/objectives.py"
+MUTANTS = {
+    "tests/test_objectives.py": [
+        (
+            "rewards.mean(dim=1, keepdim=True)",
+            "rewards.mean(dim=0, keepdim=True)",
+            "centred down the columns: groups leak",
+        ),
+        ("rewards.std(dim=1, keepdim=True)", "rewards.std()", "one std for the batch"),
+        (
+            "rewards.std(dim=1, keepdim=True)",
+            "rewards.std(dim=1, correction=0, keepdim=True)",
+            "std over G, not over G - 1",
+        ),
+        ("keepdim=True) + 1e-4)", "keepdim=True) + 1e-8)", "another epsilon than TRL's"),
+        (
+            "centred = centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)",
+            "pass",
+            "float noise of equal rewards",
+        ),
+        ("rewards.shape[1] < 2", "rewards.shape[1] < 1", "G = 1 is let through"),
+        (
+            "- old_seq_logp.detach()) / lengths",
+            "- old_seq_logp.detach()) / lengths.max()",
+            "padded length in the ratio",
+        ),
+        ("- old_seq_logp.detach()) / lengths", "- old_seq_logp.detach())", "ratio of the whole sequence"),
+        ("- old_seq_logp.detach()) / lengths", "- old_seq_logp) / lengths", "gradient into the old policy"),
+        ("torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages", "max for min"),
+        ("ratio.clamp(low, high) * advantages", "ratio.clamp(low, low) * advantages", "high bound lost"),
+        (
+            "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+            "ratio.clamp(low, high) * advantages",
+            "clipped whatever the sign of A",
+        ),
+        ("return -objective.mean(), metrics", "return objective.mean(), metrics", "sign of the loss"),
+        (
+            "return -objective.mean(), metrics",
+            "return -(objective * lengths).sum() / lengths.sum(), metrics",
+            "mean over tokens, not sequences",
+        ),
+        (
+            "-(sequence_sums(objective, cu_seqlens) / lengths).mean()",
+            "-objective.mean()",
+            "long answers count more",
+        ),
+        ("((ratio < low) & (advantages < 0))", "(ratio < low)", "clip_low_frac counts answers that still learn"),
+        (
+            "((ratio > high) & (advantages > 0))",
+            "((ratio > high) & (advantages < 0))",
+            "clip_high_frac of the wrong sign",
+        ),
+        ("ratio.std(correction=0)", "ratio.std()", "nan for one answer"),
+        ("torch.promote_types(x.dtype, torch.float32)", "x.dtype", "ratios in bf16"),
+        ("(lengths < 1).any()", "(lengths < 0).any()", "an empty answer is let through"),
+        ("or any(t.shape != first.shape for t in others.values())", "", "shapes broadcast in silence"),
+        ("loss = -_at_least_float32(logp).mean()", "loss = -_at_least_float32(logp).sum()", "sum for mean in SFT"),
+    ],
+}

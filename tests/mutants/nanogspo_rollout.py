@@ -1,0 +1,85 @@
+"""Wrong edits of nanogspo/rollout.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/rollout.py"
+MUTANTS = {
+    "tests/test_recorded.py": [
+        (
+            "        self.number += 1\n",
+            "        self.number = self.number + 1\n",
+            "a graph that draws one number for ever",
+        ),
+        (
+            "        self.tokens.copy_(tokens)\n",
+            "        self.tokens = tokens\n",
+            "a graph that goes on from a token of its own past",
+        ),
+        ("            self.cache.count()\n", "", "a cache that leaves no trace of replayed steps to copy"),
+        (
+            "            self.cache.extent = extent  # recording ran nothing but Python\n",
+            "",
+            "a slot counted and never filled",
+        ),
+        (
+            "self._warm, self._replay = False, None  # first",
+            "self._warm = False  # first",
+            "the graph of rows that left",
+        ),
+        (
+            "(tokens[:, None] == self.stop).any(1)",
+            "torch.tensor([t in self.stop.tolist() for t in tokens.tolist()])",
+            "a step that waits for the GPU",
+        ),
+        ("self.graphs and self._warm and left", "self.graphs and left", "recorded before its kernels are compiled"),
+        ("left >= RECORD_FROM", "left > RECORD_FROM", "recorded one step too late"),
+        ("self.graphs = Batch.graphs_work = False", "self.graphs = False", "a refusal at every rollout"),
+        (
+            "                while error.__context__ is not None:",
+            "                while False:",
+            "what the last call says in place of what went wrong",
+        ),
+        (
+            "        try:\n            step()\n        finally:\n            graph.capture_end()\n",
+            "        step()\n        graph.capture_end()\n",
+            "a recording that failed and never ends",
+        ),
+    ],
+    "tests/test_rollout.py": [
+        ("right=True)", "right=False)", "a token of probability 0 is drawn at uniform 0"),
+        (
+            "model.logits(hidden[segments.cu_seqlens[1:].long() - 1])",
+            "model.logits(hidden[segments.cu_seqlens[:-1].long()])",
+            "the first token is drawn after the prompt's first",
+        ),
+        (
+            "                rows = [rows[n] for n in running]\n",
+            "                rows = rows[: len(running)]\n",
+            "answers mixed up once the batch shrinks",
+        ),
+        (
+            "        self.cache.keep(kept)\n",
+            "        self.cache.keep(kept - kept[0])\n",
+            "rows go on in others' caches",
+        ),
+        ("self.uniforms[:, kept]", "self.uniforms[:, : len(rows)]", "draws that depend on who has finished"),
+        ("if not running or not left:", "if not running or left == 1:", "an answer one token short"),
+        (
+            "inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)",
+            "inside.cumsum_(-1)",
+            "the last token stands for what is missing of its block",
+        ),
+        (
+            "target - F.pad(cumulative, (1, 0))",
+            "target - F.pad(cumulative, (0, 1))",
+            "each block searched from the end of it",
+        ),
+        ("- best + likeliest.log()", "- best", "log-probs that are not normalised"),
+        ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
+        ("seed=seed + first,", "seed=seed,", "equal draws in every slice"),
+        (
+            "return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)",
+            "return token.squeeze(1), logits.log_softmax(-1).gather(1, token).squeeze(1)",
+            "log-prob kept at another temperature than it was drawn with",
+        ),
+    ],
+}

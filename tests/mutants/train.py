@@ -1,0 +1,52 @@
+"""Wrong edits of train.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "train.py"
+MUTANTS = {
+    "tests/test_train.py": [
+        ("planner.cache_slots(config, longest)", "10**9", "an exam of 500 rows at a time"),
+        ("loss * share", "loss", "what is left out does not count in the average"),
+        ("score_first=not proved", "score_first=False", "nothing compares the two passes"),
+        (
+            "                    proved = True",
+            "                proved = True",
+            "a resumed run trusts in what it has not seen",
+        ),
+        (
+            "progress.rl_cursor += config.prompts_per_rollout",
+            "progress.rl_cursor += 1",
+            "problems asked again and again",
+        ),
+        (
+            "weight, loss = len(batch.index) / trained, loss * share",
+            "weight, loss = 1 / len(batches), loss * share",
+            "an answer weighs more in a small micro-batch",
+        ),
+        ("weight = len(logp) / total", "weight = 1 / len(batches)", "a token weighs more in a small micro-batch"),
+        ("                progress.sft_cursor += config.batch_size\n", "", "the same examples for ever"),
+        ("rollout and rollout.state()", "None", "a rollout in progress is lost"),
+        (
+            "                progress.phase_step,\n                peak",
+            "                progress.step,\n                peak",
+            "RL starts without a warm-up of its learning rate",
+        ),
+        (
+            "score(model, batch, temperature=config.temperature)",
+            "score(model, batch)",
+            "new and old log-probs at different temperatures",
+        ),
+        (
+            "        temperature=config.temperature,\n        device=config.device,",
+            "        temperature=1.0,\n        device=config.device,",
+            "old log-probs scored at another temperature",
+        ),
+    ],
+    "tests/test_quant.py": [
+        (
+            "    if packed_layers(model) and not config.lora_r:",
+            "    if False:",
+            "full fine-tuning of a 4-bit folder",
+        ),
+        ("dtype=DTYPES[config.dtype], quant=quant)", "dtype=DTYPES[config.dtype])", "--quant is ignored"),
+    ],
+}
