@@ -4,16 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import matmul
 
 from kernels.backend import INTERPRETED, bf16_products, choose, tl, triton
 from kernels.glu import glu
 from kernels.int8 import Int8Tensor
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
+from tests.strategies import SEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.zeros(1)
@@ -156,3 +159,21 @@ def test_bf16_in_a_kernel_rounds_as_torch_does(seed, scale):
     truth = x.double() @ y.double()
     bound = 16 * torch.finfo(torch.float32).eps * (x.double().abs() @ y.double().abs())
     assert ((dot.double() - truth).abs() <= bound).all()
+
+
+@pytest.mark.isa
+@given(seed=SEEDS, M=st.integers(1, 65), K=st.sampled_from([1, 3, 16, 64, 129]), N=st.sampled_from([1, 7, 16, 33, 64]))
+def test_a_row_of_a_tile_has_its_bits_wherever_it_stands(seed, M, K, N):
+    """As on a GPU, whose tensor cores know no rows. Without it numpy's BLAS multiplies, and on CPUs without AVX-512 a
+    row's last bits follow its place in the tile: every test of batch invariance then fails on right kernels."""
+    rng = np.random.default_rng(seed)
+    a, b, d = (rng.standard_normal(shape, dtype=np.float32) for shape in ((M, K), (K, N), (M, N)))
+    whole, rows, columns = matmul(a, b, d), rng.permutation(M), rng.permutation(N)
+    assert np.array_equal(matmul(a[rows], b, d[rows]), whole[rows])
+    assert np.array_equal(matmul(a[:, :], np.ascontiguousarray(b[:, columns]), d[:, columns]), whole[:, columns])
+    alone = [matmul(a[m : m + 1], b, d[m : m + 1])[0] for m in rows[:5]]
+    assert np.array_equal(alone, whole[rows[:5]])
+    assert np.array_equal(matmul(np.stack([a, a]), np.stack([b, b]), np.stack([d, d])), [whole, whole])
+    truth = a.astype(np.float64) @ b.astype(np.float64) + d
+    bound = (K + 1) * np.finfo(np.float32).eps * (np.abs(a).astype(np.float64) @ np.abs(b) + np.abs(d))
+    assert (np.abs(whole - truth) <= bound).all()  # K products and K + 1 sums round once each

@@ -406,11 +406,10 @@ def test_weights_in_the_product_are_the_dequantised_ones(backend, dtype, block_s
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_see_its_batch(dtype):
-    """The interpreter multiplies tiles with numpy, whose order of additions depends on the tile's shape; a GPU's does
-    not. So on a CPU only batches of one tile are compared."""
+    """Batches of one tile and of several, a tile's every second row nan: the others keep their bits."""
     x, q = operands(64, 17, 160, 8, dtype)
     alone = torch.cat([nf4_matmul(row[None], q, backend="triton") for row in x[::9]])  # (8, N)
-    for M in (2, 16) + ((17, 32, 33, 64) if DEVICE == "cuda" else ()):
+    for M in (2, 16, 33, 64):
         together = nf4_matmul(x[:M], q, backend="triton")[::9]
         assert same_bits(together, alone[: len(together)])
     poisoned = x[:16].clone()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kernels import blocked
 from kernels.attention import Segments
-from kernels.blocked import can_block
+from kernels.blocked import can_block, can_block_head
 from nanogspo.cache import KVCache
 from nanogspo.config import TrainConfig
 from nanogspo.experience import plan as minibatches
@@ -85,7 +85,9 @@ def test_weights_in_blocks_are_counted(dtype, lora_r):
     with patch.object(blocked, "_blocks", lambda weight: handed.append(weight)), model.sampling():
         pass
     parts = memory_parts(TrainConfig(lora_r=lora_r), model, longest_prompt=7)
-    assert len(handed) == (3 * 4 * (2 if lora_r else 1) + 1 if can_block(model.head_weight) else 0)
+    layers = 3 * 4 * (2 if lora_r else 1)  # q k v, out, gate up, down; of an adapter A and B beside W
+    weight = model.head_weight  # the head of 16 bits is laid out as fp32, also where bf16 layers gain nothing
+    assert len(handed) == layers * can_block(weight) + can_block_head(weight)
     assert parts.get("weights in blocks", 0) == sum(weight.nbytes for weight in handed)
 
 

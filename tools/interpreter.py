@@ -1,9 +1,13 @@
-"""Makes Triton's CPU interpreter exact in bf16, so that kernels can be proved on machines without a GPU.
+"""Makes Triton's CPU interpreter exact, so that kernels can be proved on machines without a GPU.
 
-Triton 3.9's interpreter keeps bf16 as raw 16-bit integers. Left alone, tl.dot and arithmetic on them are garbage, and a
-cast from fp32 truncates where every GPU rounds to nearest even: half of all values differ in the last bit. The four
+bf16: Triton 3.9's interpreter keeps it as raw 16-bit integers. Left alone, tl.dot and arithmetic on them are garbage,
+and a cast from fp32 truncates where every GPU rounds to nearest even: half of all values differ in the last bit. The
 functions below widen to fp32, compute, and round properly. Comparisons and negation are not covered: kernels
 widen with .to(tl.float32) before anything but tl.dot, which is good style on a GPU as well.
+
+tl.dot: the interpreter multiplies tiles with numpy's BLAS. Its kernels give a row of a tile other last bits in another
+place of the tile on some CPUs (OpenBLAS on Haswell does), where a GPU's tensor cores treat every row alike. Here the
+products of a row are added one after the other, so a row's bits depend on that row alone, on every CPU.
 
 The tests' conftest.py and the kernel lessons call exact_bf16() once, before the first kernel runs. It does nothing when
 Triton is missing or kernels are compiled. It patches Triton in this process only; nanogspo and kernels never do.
@@ -29,6 +33,20 @@ def narrow(numbers: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(numbers), np.uint16(0x7FC0), rounded)
 
 
+def matmul(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """a @ b + d for a (..., M, K), b (..., K, N) and d (..., M, N), in d's dtype and without BLAS.
+
+    K is summed from first to last, each product and each sum rounded by itself. Every entry is made by the same
+    sequence of additions wherever it stands.
+    """
+    total = np.zeros(d.shape, d.dtype)  # (..., M, N)
+    a, b, product = a.astype(d.dtype, copy=False), b.astype(d.dtype, copy=False), np.empty_like(total)
+    for k in range(a.shape[-1]):
+        np.multiply(a[..., :, k, None], b[..., k, None, :], out=product)
+        total += product
+    return total + d
+
+
 def exact_bf16() -> None:
     """Patch the interpreter of this process. Calling it twice is harmless."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("1", "true", "on", "yes", "y"):
@@ -44,11 +62,10 @@ def exact_bf16() -> None:
     dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+        if 8 in (a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth):  # fp8: no kernel here multiplies it
             return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
         wide = [widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b)]
-        product = np.matmul(*(x.astype(d.data.dtype) for x in wide))
-        return Handle(product + d.data, d.dtype.scalar)
+        return Handle(matmul(*wide, d.data), d.dtype.scalar)
 
     def cast_impl(self, x, to):
         pair = (x.dtype.scalar, to.scalar)
