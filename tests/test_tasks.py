@@ -7,6 +7,7 @@ import difflib
 import itertools
 import json
 import os
+import re
 import string
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogspo.tasks import Problem, get_task, is_held_out, shuffled
-from nanogspo.tasks.addition import Addition
+from nanogspo.tasks.addition import Addition, last_number
 from nanogspo.tasks.jsonl import load_jsonl
 from nanogspo.tasks.reverse import Reverse, longest_common_subsequence
 from nanogspo.tokenizer import Tokenizer, character_tokenizer
@@ -177,7 +178,9 @@ def test_reward_is_in_0_1_and_1_means_exact(case):
     task, problem, text = case
     reward = task.reward(problem, text)
     assert 0 <= reward <= 1
-    assert (reward == 1) == task.exact(problem, text) == (text.strip() == problem.answer)
+    assert (reward == 1) == task.exact(problem, text)
+    if task.name == "reverse" or re.fullmatch("[0-9]*", text.strip()):  # digits alone are compared as they are written
+        assert task.exact(problem, text) == (text.strip() == problem.answer)
 
 
 @given(task=TASKS, n=DRAWS, seed=SEEDS)
@@ -202,10 +205,47 @@ def test_the_reference_answer_is_right(task, n, seed):
         ("205", 0.5 * 2 / 3),
         ("", 0),
         ("soup", 0),
+        ("0105", 0.5 * 3 / 4),
+        ("-105", 0.5 * 3 / 4),
+        ("62+45", 0.5 / 3),
+        ("99 + 6 = 105, not 104", 0.5 * 2 / 3),
     ],
 )
 def test_addition_rewards_digits_from_the_right(answer, reward):
     assert Addition().reward(Problem("62+43=", [], "105"), answer) == pytest.approx(reward)
+
+
+@given(number=st.integers(-(10**15), 10**15), data=st.data())
+def test_addition_reads_the_last_number(number, data):
+    """However it is written, and whatever stands before it: the reward is that of the bare digits. The right answer
+    earns 1 and is exact; one that is off by anything earns less."""
+    digits = data.draw(st.sampled_from([f"{number}", f"{number:,}", f"{number:,}".replace(",", "\u202f")]))
+    written = digits.replace("-", data.draw(st.sampled_from("-−"))) + data.draw(st.sampled_from(["", ".0", ".000"]))
+    before = data.draw(st.sampled_from(["", "38 + 47 = ", "It is **", "\\boxed{", "1. 38+47=", "3.5, then (", "x=1\n"]))
+    after = data.draw(st.sampled_from(["", ".", ",", "!\n", "**.", "}$", " apples", "?), as 'e-' says", "-"]))
+    assert last_number(before + written + after) == f"{number}"
+    problem = Problem("?", [], f"{abs(number)}")
+    assert Addition().exact(problem, before + written + after) == (number >= 0)
+    assert Addition().reward(problem, before + written + after) == Addition().reward(problem, f"{number}")
+    other = Problem("?", [], f"{abs(number) + data.draw(st.integers(1, 10**6))}")
+    assert Addition().reward(other, before + written + after) <= 0.5
+
+
+@given(text=st.text(st.characters(exclude_characters=string.digits)))
+def test_an_answer_without_a_number_earns_nothing(text):
+    assert last_number(text) == "" and Addition().reward(Problem("62+43=", [], "105"), text) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("47-38", "38"), ("5 -3", "-3"), ("(2)-7", "7"), ("1,2345", "2345"), ("1,234,5678", "5678"), ("12,34", "34"),
+        ("1,234.50", "1234.50"), ("85.5", "85.5"), ("1,2,3", "3"), ("38 47", "47"), ("a-1", "1"), ("٨٥", ""),
+        ("9" * 5000, "9" * 5000),  # int() refuses that many
+    ],
+)  # fmt: skip
+def test_where_a_number_begins_and_ends(text, number):
+    assert last_number(text) == number
 
 
 @given(n=DRAWS, position=st.integers(0, 2), wrong=st.integers(1, 9))

@@ -1,9 +1,12 @@
 """Addition of whole numbers: "47+38=" -> "85". A human checks an answer at a glance; guessing gets 1 in 200.
 
-    reward = 1                                     if answer == reference
+    reward = 1                                     if number == reference
              0.5 * right_digits / longer_length    otherwise, digits compared from the right       (1)
 
     reference 105:   "105" 1     "115" 0.5 * 2/3     "5" 0.5 * 1/3     "1105" 0.5 * 3/4     "soup" 0
+
+The number is the last one of the answer (`last_number`), because a chat model writes "62 + 43 = 105." and is right. It
+is compared as it is written: "0105" is four digits, and not 105.
 
 Digits are lined up from the right because that is how addition makes them: the ones digit first, then the carry. The
 half keeps a gap of at least 0.5 between right and almost right; without it a policy that gets all but one digit has
@@ -18,6 +21,7 @@ Up to 3 digits all pairs are listed and an epoch shows each of them once. From 4
 
 import functools
 import random
+import re
 from array import array
 
 from nanogspo.tasks import Problem, first_distinct, is_held_out, refuse_count, shuffled
@@ -54,16 +58,16 @@ class Addition:
         return [_problem(a, b) for a, b in pairs]
 
     def reward(self, problem: Problem, answer_text: str) -> float:
-        """Equation (1). Text around the number costs: "The sum is 105" has 3 right characters of 14."""
-        if self.exact(problem, answer_text):
+        """Equation (1). Text around the number is free; without a number the reward is 0."""
+        number, reference = last_number(answer_text), problem.answer
+        if number == reference:
             return 1.0
-        answer, reference = answer_text.strip(), problem.answer
-        right = sum(a == b for a, b in zip(reversed(answer), reversed(reference), strict=False))
-        return 0.5 * right / max(len(answer), len(reference))
+        right = sum(a == b for a, b in zip(reversed(number), reversed(reference), strict=False))
+        return 0.5 * right / max(len(number), len(reference))
 
     def exact(self, problem: Problem, answer_text: str) -> bool:
-        """The number and nothing else: "085" and "85." are not exact."""
-        return answer_text.strip() == problem.answer
+        """Whether the last number is the sum: "85." and "38 + 47 = 85" are exact, "085" and "85, or 84" are not."""
+        return last_number(answer_text) == problem.answer
 
     def _draw(self, stream: str, *, held_out: bool) -> tuple[int, int]:
         dice = random.Random(stream)
@@ -71,6 +75,25 @@ class Addition:
             a, b = dice.randrange(10**self.size), dice.randrange(10**self.size)
             if _is_held_out(a, b) == held_out:
                 return a, b
+
+
+SIGN = r"(?:(?<![\w)])[-−])?"  # not after a digit, a letter or a bracket: "47-38" is a difference and ends in 38
+GROUPS = r"[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3})+(?![0-9])"  # thousands: commas, unbreakable or thin spaces
+NUMBER = re.compile(rf"{SIGN}(?:{GROUPS}|[0-9]+)(?:\.[0-9]+)?")
+
+
+def last_number(text: str) -> str:
+    """The last number that is written in text, without thousands separators and without decimals that are all zero; ""
+    where there is none.
+
+        "38 + 47 = 85." -> "85"     "about -1,234.50" -> "-1234.50"     "85.0" -> "85"     "soup" -> ""
+    """
+    found = NUMBER.findall(text)
+    if not found:
+        return ""
+    sign = "-" if found[-1][0] in "-−" else ""
+    whole, point, decimals = re.sub(r"[^0-9.]", "", found[-1]).partition(".")
+    return sign + whole + (point + decimals if decimals.strip("0") else "")
 
 
 def _is_held_out(a: int, b: int) -> bool:
