@@ -4,15 +4,39 @@ A mutant names the test file that should catch it, and that file runs first (sec
 whole suite run: caught there, the mutant is reported as caught elsewhere, and its own test file has a hole. What
 survives both is a bug that could be merged tomorrow.
 
-Edits are made in two temporary copies of the tree, two mutants at a time. The working tree is only read, so killing
-this at any moment leaves it as it was.
+A ledger remembers what is proven: tests/mutants/ledger/, one file for each mutated source file, one entry a line.
 
-Run: python tools/mutate.py [--only SUBSTRING]      exit code 1: a mutant survived; 2: the list does not fit the code
+    key      hash of all that decides: the mutated file, the edit, its test file and what that imports from tests/ and
+             tools/, conftest.py with its imports, pytest.ini, the pinned versions, and the functions below that judge.
+             Comments and docstrings do not count.
+    killer   the test that failed (or was running when the process died: `how` then names the signal)
+
+    python tools/mutate.py              every mutant whose key is not proven (its former killer first, then its test
+                                        file, then the suite), and 5 % of the rest, drawn by the commit's hash
+    python tools/mutate.py --minutes 4  starts none after 4 minutes, and says how many are unproven
+    python tools/mutate.py --only TEXT  those with this in their file, edit or why, proven or not
+    python tools/mutate.py --deep       all, as if there were no ledger; writes it anew and says what differs
+
+What is proven on the way is written into the ledger at once: commit it with the change. Entries of two branches merge
+line by line (.gitattributes); an entry whose key fits nothing any more is only a hint which test to try first.
+
+Edits are made in two temporary copies of the tree, two mutants at a time. Of the working tree only the ledger is
+written, so killing this at any moment leaves everything else as it was.
+
+Exit code 0: none survived (unproven ones are counted in the last line); 1: a mutant survived; 2: tests are red without
+any edit, or the list does not fit the code. Tests: tests/test_mutate.py
 """
 
 import argparse
+import ast
+import contextlib
+import gc
+import hashlib
+import inspect
+import json
 import multiprocessing
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -20,13 +44,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import hypothesis  # noqa: F401  imported once here, and inherited by every run
+import _hypothesis_pytestplugin  # noqa: F401  pytest would import these two in every run, and rewrite them
+import hypothesis.strategies  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import torch
+from code_lines import code_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,18 +66,28 @@ class Mutant(NamedTuple):
     wrong: str
     test: str  # the test file that must fail
     why: str  # what a reader of the code would get wrong
+    listed: str  # the file of tests/mutants/ that has it, without .py
 
 
-def all_mutants() -> list[Mutant]:
-    found = []
-    for path in sorted((ROOT / "tests" / "mutants").glob("*.py")):
-        listed = runpy.run_path(str(path))
-        for test, rows in listed["MUTANTS"].items():
-            found += [Mutant(listed["FILE"], right, wrong, test, why) for right, wrong, why in rows]
-    return found
+class Task(NamedTuple):
+    """What a worker needs to judge a mutant."""
+
+    mutant: Mutant
+    killers: tuple[str, ...]  # tests that once killed it
+    cpu: int  # seconds of CPU that a run of its test file may take
+    suite_cpu: int
 
 
-TIME_LIMIT = 600  # seconds for one test run: a mutant may loop forever, and that is noticed too
+class Verdict(NamedTuple):
+    word: str  # caught, elsewhere, SURVIVED, UNFIT (no mutant at all), or late (there was no time left)
+    killer: str = ""
+    how: str = ""  # "" when the killer failed
+    seconds: float = 0.0
+
+
+TIME_LIMIT = 600  # seconds for one test file: a mutant may wait forever, and that is noticed too
+SUITE_TIME_LIMIT = 7200
+ROTATING = 20  # of the proven, one in so many is run again
 FORK = multiprocessing.get_context("fork")
 ENVIRONMENT = {
     # Python trusts a .pyc whose source has the same size and second of change: a mutant may have both
@@ -58,112 +95,345 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two run at a time
     "HYPOTHESIS_PROFILE": "mutants",
 }
+DEADLY = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU)
 
 
-def copy_tree(to: Path) -> None:
-    """The files git knows or would add: not runs/, not environments, not caches."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        sys.exit(f"got {ROOT} without git ({listed.stderr.strip()}), want a clone: git says which files are the tree's")
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():  # a deleted file stays listed until the deletion is committed
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, to / name)
+def all_mutants(root: Path) -> list[Mutant]:
+    found = []
+    for path in sorted((root / "tests" / "mutants").glob("*.py")):
+        listed = runpy.run_path(str(path))
+        for test, rows in listed["MUTANTS"].items():
+            found += [Mutant(listed["FILE"], right, wrong, test, why, path.stem) for right, wrong, why in rows]
+    return found
 
 
-def run_pytest(tree: Path, *arguments: str) -> int | None:
-    """Exit code of pytest in tree; None when it ran out of time.
+# ----------------------------------------------------------------------------
+# the ledger
+
+
+class Keys:
+    """Mutant -> key, for one tree. Files are read once."""
+
+    def __init__(self, tree: Path):
+        self.tree, self.texts = tree, {}
+        judges = "".join(map(inspect.getsource, (run_pytest, _child, judge, NodeLog)))
+        shared = ["conftest.py", *self.imported("conftest.py"), "pytest.ini"]
+        shared += ["requirements.txt", "requirements-test.txt"]
+        self.shared = [*code_lines(judges), str(ENVIRONMENT), *map(self.code, shared)]
+
+    def code(self, name: str) -> str:
+        """What counts of a file; "" where there is none."""
+        if name not in self.texts:
+            path = self.tree / name
+            text = path.read_text() if path.exists() else ""
+            if name.endswith(".py"):
+                text = "\n".join(code_lines(text))
+            if name.startswith("requirements"):
+                text = "\n".join(line.partition("#")[0].strip() for line in text.splitlines())
+            self.texts[name] = text
+        return self.texts[name]
+
+    def imported(self, name: str) -> list[str]:
+        """Files of tests/ and tools/ that a file imports, and those that they import."""
+        found, waiting = [], [name]
+        while waiting:
+            for module in sorted(_imported_modules(self.code(waiting.pop()))):
+                last = module.rpartition(".")[2]
+                for path in (f"tests/{last}.py", f"tools/{last}.py"):
+                    if path not in found and path != name and (self.tree / path).exists():
+                        found.append(path)
+                        waiting.append(path)
+        return sorted(found)
+
+    def __call__(self, mutant: Mutant) -> str:
+        parts = [mutant.file, self.code(mutant.file), mutant.right, mutant.wrong, mutant.test, self.code(mutant.test)]
+        parts += [self.code(path) for path in self.imported(mutant.test)]
+        return hashlib.sha256("\0".join(parts + self.shared).encode()).hexdigest()[:16]
+
+
+def _imported_modules(text: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+class Ledger:
+    """Entries of one file of tests/mutants/: {"test", "why", "key", "killer"}; "how" if it did not just fail."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def entries(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def update(self, mutants: dict[str, Mutant], key: str, verdict: Verdict) -> None:
+        """Writes what became of one of `mutants` (key -> all that are listed in this file).
+
+        An entry leaves when its mutant has left the list, or was judged under another key; it is a hint until then.
+        """
+        mutant = mutants[key]
+        listed = {(m.test, m.why) for m in mutants.values()}
+        kept = [
+            entry
+            for entry in self.entries()
+            if (entry["test"], entry["why"]) in listed
+            and entry["key"] != key
+            and (entry["key"] in mutants or (entry["test"], entry["why"]) != (mutant.test, mutant.why))
+        ]
+        if verdict.killer:  # one that survives is not proven, whatever was written
+            how = {"how": verdict.how} if verdict.how else {}
+            kept.append({"test": mutant.test, "why": mutant.why, "key": key, "killer": verdict.killer} | how)
+        kept.sort(key=lambda entry: (entry["test"], entry["why"], entry["key"]))
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)
+        self.path.parent.mkdir(exist_ok=True)
+        fresh = self.path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(lines)
+        fresh.replace(self.path)
+
+
+# ----------------------------------------------------------------------------
+# one mutant
+
+
+class NodeLog:
+    """A pytest plugin that writes down each test as it starts: with -x the last one is the one that failed or died."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("wb", buffering=0)  # what was written is there even if the next line ends the process
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self.file.write(nodeid.encode() + b"\n")
+
+
+def run_pytest(tree: Path, *arguments: str, cpu: int = 0, limit: int = TIME_LIMIT) -> tuple[int | None, str]:
+    """(exit code of pytest in tree, the last test that ran). Code None: out of time; `cpu` limits its CPU seconds.
 
     Each run is a fork of this process, which has imported torch already: half of what a run takes otherwise.
     """
-    child = FORK.Process(target=_child, args=(tree, arguments))
+    nodes = tree.with_suffix(".nodes")
+    nodes.write_bytes(b"")
+    child = FORK.Process(target=_child, args=(tree, nodes, arguments, cpu))
     child.start()
-    child.join(TIME_LIMIT)
+    child.join(limit)
+    code = child.exitcode
     if child.is_alive():
         os.killpg(child.pid, signal.SIGKILL)  # the child leads its own group
         child.join()
-        return None
-    return child.exitcode
+    return code, nodes.read_text().rstrip("\n").rpartition("\n")[2]
 
 
-def _child(tree: Path, arguments: tuple[str, ...]) -> None:
+def _child(tree: Path, nodes: Path, arguments: tuple[str, ...], cpu: int) -> None:
     os.setsid()
     for stream, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         os.dup2(os.open(os.devnull, flags), stream)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if cpu:  # unlike time on the clock it does not depend on what else the machine does
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 5))
     os.environ.update(ENVIRONMENT)
     os.chdir(tree)
     sys.path[0] = str(tree)  # as python -m pytest would; the tree's own modules are not imported yet
     sys.dont_write_bytecode = True
-    os._exit(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments]))
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio"]
+    os._exit(pytest.main([*options, *arguments], plugins=[NodeLog(nodes)]))
 
 
-def judge(mutant: Mutant, tree: Path) -> str:
-    """One word for what became of a mutant: caught, elsewhere, SURVIVED, or UNFIT when it is no mutant at all."""
+def judge(task: Task, tree: Path) -> Verdict:
+    mutant = task.mutant
     path = tree / mutant.file
     text = path.read_text()
+    tries = [(killer, task.cpu, TIME_LIMIT) for killer in task.killers] + [(mutant.test, task.cpu, TIME_LIMIT)]
     try:
         path.write_text(text.replace(mutant.right, mutant.wrong))
-        code = run_pytest(tree, mutant.test)
-        if code in (1, None, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):  # a wrong pointer may end the process
-            return "caught"
-        if code != 0:
-            return "UNFIT"  # the tests could not even be collected: such an edit is never merged, so it proves nothing
-        return {0: "SURVIVED", 1: "elsewhere", None: "elsewhere"}.get(run_pytest(tree), "UNFIT")
+        for arguments, cpu, limit in (*tries, ("", task.suite_cpu, SUITE_TIME_LIMIT)):
+            code, node = run_pytest(tree, *filter(None, [arguments]), cpu=cpu, limit=limit)
+            if code in (1, None) or -code in DEADLY:  # a wrong pointer may end the process
+                how = "" if code == 1 else f"no end within {limit} s" if code is None else signal.Signals(-code).name
+                killer = node or arguments or "tests"  # it may die before the first test begins
+                return Verdict("caught" if killer.partition("::")[0] == mutant.test else "elsewhere", killer, how)
+            if code != 0 and arguments not in task.killers:  # a killer may have been renamed since
+                return Verdict("UNFIT")  # tests cannot even be collected: never merged, so it proves nothing
+        return Verdict("SURVIVED")
     finally:
         path.write_text(text)
 
 
-def own_tree(trees) -> None:
+def start_worker(trees, deadline: float) -> None:
     """Each of the two workers takes a copy of the tree, once."""
-    global tree
-    tree = trees.get()
+    global tree, stop_at
+    tree, stop_at = trees.get(), deadline
 
 
-def timed_judge(mutant: Mutant) -> tuple[str, float]:
+def timed_judge(task: Task) -> Verdict:
     started = time.monotonic()
-    return judge(mutant, tree), time.monotonic() - started
+    if started > stop_at:
+        return Verdict("late")
+    return judge(task, tree)._replace(seconds=time.monotonic() - started)
 
 
-def main() -> int:
+def green(test: str) -> bool:
+    """The test file passes without any edit."""
+    return run_pytest(tree, test)[0] == 0
+
+
+# ----------------------------------------------------------------------------
+# all of them
+
+
+def copy_tree(root: Path, to: Path) -> None:
+    """The files git knows or would add: not runs/, not environments, not caches."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        sys.exit(f"got {root} without git ({listed.stderr.strip()}), want a clone: git says which files are the tree's")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (root / name).is_file():  # a deleted file stays listed until the deletion is committed
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, to / name)
+
+
+def import_first(tree: Path, tests: list[str]) -> None:
+    """Imports what these test files import and is not the tree's: once here, inherited by every run.
+
+    The tree's own modules are what is mutated: each run imports them itself. That goes for `kernels` above all, a name
+    which other packages look for too (there is one on PyPI).
+    """
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # as in conftest.py: Triton reads it when it is imported, too
+    before = set(sys.modules)
+    ours = {path.stem for folder in (tree, tree / "tests", tree / "tools") for path in folder.glob("*")}
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        for test in ["conftest.py", *tests]:
+            text = (tree / test).read_text() if (tree / test).exists() else ""
+            for node in ast.walk(ast.parse(text)):
+                names = [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                if names and not ours & {name.partition(".")[0] for name in names}:
+                    with contextlib.suppress(ImportError):  # a package that this machine lacks: its tests are skipped
+                        exec(ast.unparse(node), {})
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ours:
+            del sys.modules[name]
+    gc.collect()
+    gc.freeze()  # pytest collects garbage five times a run: never again what is here already
+
+
+def budgets(tree: Path) -> dict[str, float]:
+    """Test file -> seconds it may take; tests/budget.json."""
+    path = tree / "tests" / "budget.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def drawn_again(root: Path, keys: list[str]) -> set[str]:
+    """A part of the proven that differs from commit to commit."""
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+    digests = {key: hashlib.sha256((commit + key).encode()).digest() for key in keys}
+    return {key for key, digest in digests.items() if int.from_bytes(digest) % ROTATING == 0}
+
+
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="mutants with this in their file, edit or why")
-    only = parser.parse_args().only
-    mutants = [mutant for mutant in all_mutants() if only in "\n".join(mutant)]
+    parser.add_argument("--deep", action="store_true", help="all of them, whatever the ledger says; write it anew")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no mutant later than this")
+    parser.add_argument("--tests-passed", action="store_true", help="the suite was green just now, do not try again")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    root, deadline = options.root.resolve(), time.monotonic() + 60 * options.minutes
+    mutants = [m for m in all_mutants(root) if options.only in "\n".join(m)]
     if not mutants:
-        print(f"got --only {only!r}, want a part of a mutant's file, edit or why; see tests/mutants/")
+        print(f"got --only {options.only!r}, want a part of a mutant's file, edit or why; see tests/mutants/")
         return 2
-    misfits = [m for m in mutants if not (ROOT / m.file).exists() or (ROOT / m.file).read_text().count(m.right) != 1]
+    misfits = [m for m in mutants if not (root / m.file).exists() or (root / m.file).read_text().count(m.right) != 1]
     for mutant in misfits:
         print(f"{mutant.file}: want {mutant.right!r} exactly once; the code has moved on, mend the list")
     if misfits:
         return 2
-
     with tempfile.TemporaryDirectory() as scratch:
-        trees = FORK.Queue()
-        for name in ("a", "b"):
-            copy_tree(Path(scratch, name))
-            trees.put(Path(scratch, name))
-        test_files = sorted({mutant.test for mutant in mutants})
-        if run_pytest(Path(scratch, "a"), *test_files) != 0:
-            print(f"got failing tests without any edit, want them green first: python -m pytest {' '.join(test_files)}")
-            return 2
+        trees = [Path(scratch, name) for name in ("a", "b")]
+        copy_tree(root, trees[0])
+        shutil.copytree(trees[0], trees[1])
+        return run_all(root, trees, mutants, options, deadline)
 
-        verdicts = []
-        with ProcessPoolExecutor(2, mp_context=FORK, initializer=own_tree, initargs=(trees,)) as pool:
-            for mutant, (verdict, seconds) in zip(mutants, pool.map(timed_judge, mutants), strict=True):
-                verdicts.append(verdict)
-                print(f"{verdict:<9} {seconds:5.1f} s  {mutant.file}: {mutant.why}", flush=True)
-    for verdict, meaning in (
-        ("elsewhere", "not by the test file they name"),
-        ("UNFIT", "break the tests' own imports"),
-    ):
-        if verdict in verdicts:
-            print(f"{verdicts.count(verdict)} {verdict}: {meaning}; mend the list or the tests")
-    dead = verdicts.count("caught") + verdicts.count("elsewhere")
-    print(f"{dead} of {len(mutants)} mutants caught")
-    return 1 if "SURVIVED" in verdicts else 2 if "UNFIT" in verdicts else 0
+
+def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadline: float) -> int:
+    keys = Keys(trees[0])
+    everything = {keys(mutant): mutant for mutant in all_mutants(root)}
+    wanted = {keys(mutant): mutant for mutant in mutants}
+    folder = root / "tests" / "mutants" / "ledger"
+    ledgers = {m.listed: Ledger(folder / f"{m.listed}.jsonl") for m in everything.values()}
+    known = [(listed, entry) for listed, ledger in ledgers.items() for entry in ledger.entries()]
+    proven = {entry["key"]: entry for _, entry in known if entry["key"] in everything}
+    if options.deep or options.only:
+        chosen = list(wanted)
+    else:
+        again = drawn_again(root, sorted(proven))
+        chosen = [key for key in wanted if key not in proven or key in again]
+    cost = budgets(trees[0])
+    tasks = {}
+    for key in chosen:
+        mutant = wanted[key]
+        name = mutant.listed, mutant.test, mutant.why
+        killers = [] if options.deep else [e["killer"] for at, e in known if (at, e["test"], e["why"]) == name]
+        cpu, suite_cpu = 60 + 5 * cost.get(mutant.test, 60), 600 + 5 * sum(cost.values())
+        tasks[key] = Task(mutant, tuple(dict.fromkeys(killers)), int(cpu), int(suite_cpu))
+    # the unproven first; of them those that a known test will kill in a second, then cheap test files
+    chosen.sort(key=lambda key: (key in proven, not tasks[key].killers, cost.get(wanted[key].test, 60)))
+    if not options.deep:
+        print(f"{len(proven)} of {len(everything)} mutants proven; {len(chosen)} to run", flush=True)
+
+    tests = sorted({wanted[key].test for key in chosen})
+    import_first(trees[0], tests)
+    queue = FORK.Queue()
+    for tree in trees:
+        queue.put(tree)
+    verdicts = {}
+    with ProcessPoolExecutor(2, mp_context=FORK, initializer=start_worker, initargs=(queue, deadline)) as pool:
+        if not options.tests_passed:
+            order = sorted(tests, key=lambda test: -cost.get(test, 60))
+            red = [test for test, passed in zip(order, pool.map(green, order), strict=True) if not passed]
+            if red:
+                print(f"got failing tests without any edit, want them green first: python -m pytest {' '.join(red)}")
+                return 2
+        for key, verdict in zip(chosen, pool.map(timed_judge, [tasks[key] for key in chosen]), strict=True):
+            if verdict.word == "late":
+                continue
+            verdicts[key] = verdict
+            mutant = wanted[key]
+            siblings = {k: m for k, m in everything.items() if m.listed == mutant.listed}
+            ledgers[mutant.listed].update(siblings, key, verdict)
+            print(f"{verdict.word:<9} {verdict.seconds:5.1f} s  {mutant.file}: {mutant.why}", flush=True)
+    if options.deep:
+        differences(wanted, proven, verdicts)
+    return summary(everything, proven, verdicts)
+
+
+def differences(wanted: dict[str, Mutant], proven: dict[str, dict], verdicts: dict[str, Verdict]) -> None:
+    """Prints where the ledger that --deep has written is not the one that was there."""
+    different = 0
+    for key, verdict in verdicts.items():
+        old = proven.get(key, {})
+        if (old.get("killer", ""), old.get("how", "")) != (verdict.killer, verdict.how):
+            different += 1
+            before = old.get("killer", "unproven")
+            print(f"differs: {wanted[key].file}: {wanted[key].why}: was {before}, is {verdict.killer or verdict.word}")
+    print(f"{different} of {len(verdicts)} entries of the ledger differ from those that were there")
+
+
+def summary(everything: dict[str, Mutant], proven: dict[str, dict], verdicts: dict[str, Verdict]) -> int:
+    words = Counter(verdict.word for verdict in verdicts.values())
+    for word, meaning in (("elsewhere", "not by the test file they name"), ("UNFIT", "break the tests' own imports")):
+        if words[word]:
+            print(f"{words[word]} {word}: {meaning}; mend the list or the tests")
+    unproven = sum(not (verdicts[key].killer if key in verdicts else key in proven) for key in everything)
+    dead = words["caught"] + words["elsewhere"]
+    print(f"{dead} of {len(verdicts)} mutants caught; {unproven} of {len(everything)} unproven")
+    return 1 if words["SURVIVED"] else 2 if words["UNFIT"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
