@@ -84,7 +84,6 @@ def run(config: TrainConfig) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 2. device, seeds, run folder
 
-    started = time.perf_counter()
     check(config)
     config = resolve(config)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -93,7 +92,13 @@ def run(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     task = None if config.data else get_task(config.task, config.task_size or None)
-    folder = run_folder(config)
+    with run_folder(config) as folder:
+        train(config, task, folder)
+
+
+def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
+    """Sections 3 to 8, in a folder that no other run writes into."""
+    started = time.perf_counter()
 
     # -----------------------------------------------------------------------------------------------------------------
     # 3. model, tokenizer, adapter

@@ -1,38 +1,151 @@
 """The process around a run: its folder, its memory, and how it is asked to stop.
 
-Tests: tests/test_train.py
+Tests: tests/test_process.py, tests/test_train.py
 """
 
+import contextlib
+import errno
 import itertools
 import os
 import pathlib
 import signal
 import sys
+from collections.abc import Iterator
 
 from nanogspo.config import TrainConfig
 from nanogspo.runlog import read_rows
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
 
-def run_folder(config: TrainConfig) -> pathlib.Path:
-    """Where this run writes. A folder that holds a run is never written over: it is resumed, or another is taken."""
-    if config.resume or config.out:
-        folder = pathlib.Path(config.resume or config.out)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"got --out {folder}, which is a file; want a folder")
-        if not config.resume and folder.is_dir() and any(folder.iterdir()):
+    fcntl = None
+
+LOCK = ".lock"  # in every run folder while a run writes there
+
+
+@contextlib.contextmanager
+def run_folder(config: TrainConfig) -> Iterator[pathlib.Path]:
+    """Where this run writes, held for it alone while the context lasts.
+
+    A folder that holds a run is never written over: it is resumed, or another is taken. Nothing is written into a
+    folder that is not held. An empty one, such as an interrupted start leaves, is as good as a new one.
+    """
+    with contextlib.ExitStack() as held:
+        yield _given_folder(config, held) if config.resume or config.out else _free_folder(config, held)
+
+
+def _given_folder(config: TrainConfig, held: contextlib.ExitStack) -> pathlib.Path:
+    folder = pathlib.Path(config.resume or config.out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"got --{'resume' if config.resume else 'out'} {folder}, which is a file; want a folder")
+    if config.resume and not folder.exists():
+        raise ValueError(f"got --resume {folder}, which is no folder here; want the folder of an earlier run")
+
+    def refuse_another_run() -> None:
+        if not config.resume and _in_use(folder):
             raise ValueError(
                 f"{folder} holds another run or other files; want an empty --out, or --resume {folder} to go on with it"
             )
-    else:
-        name = "tiny" if config.model == "tiny" else pathlib.Path(config.model).name
-        name += "" if name == "tiny" and config.algo == "gspo" else f"-{config.algo}"
-        tries = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        folder = next(f for f in (pathlib.Path("runs", t) for t in tries) if not f.exists() or not any(f.iterdir()))
+
+    if folder.exists() and not (folder / LOCK).exists():
+        refuse_another_run()  # without a lock of ours in it: that would be writing into it
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {folder} ({error.strerror}); want another --out") from error
+    held.enter_context(hold(folder))
+    refuse_another_run()  # one that wrote and ended before the folder was held
     return folder
+
+
+def _free_folder(config: TrainConfig, held: contextlib.ExitStack) -> pathlib.Path:
+    """The first of runs/NAME, runs/NAME-2, ... that is new or empty, and that no other run takes at this moment."""
+    name = "tiny" if config.model == "tiny" else pathlib.Path(config.model).name
+    name += "" if name == "tiny" and config.algo == "gspo" else f"-{config.algo}"
+    for n in itertools.count(1):
+        folder, made = pathlib.Path("runs", name if n == 1 else f"{name}-{n}"), True
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            made = False
+            if _in_use(folder):
+                continue
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {folder} ({error.strerror}); want another --out") from error
+        try:
+            locked = held.enter_context(hold(folder))
+        except FolderHeld:
+            continue
+        if (made or locked) and not _in_use(folder):  # without locks an empty folder may be another run's new one
+            return folder
+        held.close()
+
+
+def _in_use(folder: pathlib.Path) -> bool:
+    return not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir())
+
+
+class FolderHeld(ValueError):
+    """Another run writes into the folder."""
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path) -> Iterator[bool]:
+    """Hold the operating system's lock on folder/.lock, which ends with its process, however that ends.
+
+    Yields False, and prints a line, on a file system that has no locks. Raises FolderHeld, a ValueError, when another
+    run holds it. The file is removed at the end; one that a kill left is locked by nobody, and is used again.
+    """
+    path = folder / LOCK
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"cannot write into {folder} ({error.strerror}); want another folder") from error
+        try:
+            locked = _lock(file)
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        except BlockingIOError:
+            owner = os.read(file, 20).decode("ascii", "replace").strip()
+            os.close(file)
+            raise FolderHeld(
+                f"{folder} is being written by another run (process {owner or 'not known yet'}); "
+                "want another folder, or wait until it ends"
+            ) from None
+        except FileNotFoundError:
+            pass
+        os.close(file)  # the run that held it has ended and removed it, so it locks nothing any more: once more
+    if not locked:
+        print(f"{folder}: this file system has no locks; do not start a second run in this folder")
+    try:
+        os.ftruncate(file, 0)
+        os.lseek(file, 0, os.SEEK_SET)
+        os.write(file, str(os.getpid()).encode())
+        yield locked
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file: there it stays, locked by nobody
+            path.unlink()
+        os.close(file)
+
+
+def _lock(file: int) -> bool:
+    """True: locked. False: there are no locks here. BlockingIOError: another run has it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(file, 2**20, os.SEEK_SET)  # Windows keeps others from reading what is locked: not the process id
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            os.lseek(file, 0, os.SEEK_SET)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            os.lseek(file, 0, os.SEEK_SET)
+            raise BlockingIOError from error
+        return False
+    return True
 
 
 def peak_memory(device: str) -> int:
