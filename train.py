@@ -261,7 +261,10 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
 
             else:
                 if progress.update == 0:
-                    rollout = sample_rollout(model, chat, task, config, progress, score_first=not proved)
+                    on_step = log.sampling(config.prompts_per_rollout * config.group_size, stop)
+                    rollout = sample_rollout(model, chat, task, config, progress, on_step, score_first=not proved)
+                    if rollout is None:  # stopped: nothing has changed since the last update, and that is what is saved
+                        break
                     log.samples(rollout.samples)
                     progress.rl_cursor += config.prompts_per_rollout
                 batches, old = rollout.minibatches[progress.update], rollout.old_logp[progress.update]
@@ -357,9 +360,9 @@ PROBE_EVERY = 5  # updates; the share climbs by about 1 % an update once it move
 
 
 def sample_rollout(
-    model, chat: Chat, task, config: TrainConfig, progress: Progress, *, score_first: bool
-) -> Experience:
-    """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs."""
+    model, chat: Chat, task, config: TrainConfig, progress: Progress, on_step, *, score_first: bool
+) -> Experience | None:
+    """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early."""
     problems = [task.train_problem(progress.rl_cursor + i, config.seed) for i in range(config.prompts_per_rollout)]
     prompts = [chat.prompt(p) for p in problems]
     answers = generate(
@@ -371,7 +374,10 @@ def sample_rollout(
         eos_ids=chat.tokenizer.eos_ids,
         seed=config.seed * 1_000_003 + progress.rl_cursor,
         max_rows=config.rollout_rows,
+        on_step=on_step,
     )
+    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
+        return None
     asked = [problems[a.prompt_index] for a in answers]
     texts = [chat.text(a.tokens) for a in answers]
     rewards = [task.reward(p, text) for p, text in zip(asked, texts, strict=True)]
@@ -398,9 +404,10 @@ def sample_rollout(
         "answer_len": sum(len(a.tokens) for a in answers) / N,
         "sampler_gap_max": sampler_gap(rollout, [a.logp for a in answers]),
     }
-    for p, text, reward in zip(asked, texts, rewards, strict=True):
-        row = {"step": progress.step + 1, "prompt": p.text, "answer": text, "reward": reward}
-        rollout.samples.append(row)
+    read = [chat.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
+    for a, text, reward, A in zip(answers, texts, rewards, advantages.tolist(), strict=True):
+        row = {"step": progress.step + 1, "prompt": read[a.prompt_index], "answer": text, "reward": reward}
+        rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens)})
     return rollout
 
 

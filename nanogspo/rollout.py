@@ -60,6 +60,7 @@ def generate(
     eos_ids: Sequence[int] = (),
     seed: int = 0,
     max_rows: int = 0,
+    on_step: Callable[[int, int], bool] | None = None,
 ) -> list[Answer]:
     """Sample group_size answers to every prompt.
 
@@ -68,6 +69,8 @@ def generate(
     top_k, top_p    keep the k likeliest tokens (0: all), then the fewest whose mass reaches top_p; logp is renormalised
     eos_ids         tokens that end an answer
     max_rows        rows decoded at a time, rounded down to whole groups (one at least); 0: all
+    on_step         called after every decode step with the number of answers that are complete and the tokens of those
+                    that are not; a true return ends the sampling there, with the answers as far as they have got
     returns         P * group_size Answers, prompt-major
 
     Raises ValueError for an empty prompt, for sampling settings outside their range, and for a prompt that leaves no
@@ -77,6 +80,7 @@ def generate(
         raise ValueError(f"got group_size {group_size}, want at least 1")
     answers = [Answer(p) for p in range(len(prompts)) for _ in range(group_size)]
     per_slice = max(1, max_rows // group_size) if max_rows else max(1, len(prompts))
+    complete = 0
     with model.sampling():  # once for all slices
         for first in range(0, len(prompts), per_slice):
             part = prompts[first : first + per_slice]
@@ -97,6 +101,10 @@ def generate(
                     answer.tokens.append(token)
                     answer.logp.append(lp)
                     answer.finished = end
+                    complete += end or len(answer.tokens) == max_new_tokens
+                if on_step and on_step(complete, len(answer.tokens)):
+                    steps.close()  # now, not when it is collected: it has to put the model back into training mode
+                    return answers
     return answers
 
 

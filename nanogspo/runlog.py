@@ -16,9 +16,16 @@ Reading order: wilson_interval, RunLog, step_line, draw_curves.       Tests: tes
 import json
 import math
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+BAR_EVERY, LINE_EVERY = 1.0, 30.0  # seconds between two words about a rollout: on a terminal, and in a log
+NO_REWARD = (
+    "three rollouts without any reward: there is nothing to compare, so nothing is learned; in a new run try "
+    "--warm-steps 20 (SFT on the task's own answers first), an easier --task-size, or, if trunc is near 1, more "
+    "--max-new-tokens"
+)
 Z95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 
 
@@ -69,6 +76,7 @@ class RunLog:
                 _drop_rows_after(path, resume_step)
         mode = "w" if resume_step is None else "a"
         self._metrics, self._samples = (path.open(mode, encoding="utf-8", newline="\n") for path in paths)
+        self._unrewarded = 0  # rollouts so far; infinite once there has been a reward
         self._bar = None
         if not quiet and sys.stdout.isatty() and sys.stderr.isatty():  # in a file a bar would be a thousand lines
             from tqdm import tqdm
@@ -100,9 +108,31 @@ class RunLog:
         return row
 
     def samples(self, rows: Iterable[dict]) -> None:
-        """Rows of {"step", "prompt", "answer", "reward"} for samples.jsonl."""
+        """One rollout's rows of {"step", "prompt", "answer", "reward", ...} for samples.jsonl."""
+        rewarded = False
         for row in rows:
             _write(self._samples, row)
+            rewarded |= bool(row.get("reward"))
+        self._unrewarded = math.inf if rewarded else self._unrewarded + 1
+        if self._unrewarded == 3:
+            self.say(NO_REWARD)
+
+    def sampling(self, answers: int, stop: object = False) -> Callable[[int, int], bool]:
+        """An on_step for rollout.generate that says how far it is, in the progress bar or else as a line now and then,
+        and ends the sampling as soon as `stop` is true."""
+        said = time.monotonic()
+
+        def on_step(complete: int, tokens: int) -> bool:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= (LINE_EVERY if self._bar is None else BAR_EVERY):
+                said, text = now, f"sampled {complete} of {answers} answers (running: {tokens} tokens)"
+                self.say(text) if self._bar is None else self._bar.set_postfix_str(text)
+            if complete == answers and self._bar is not None:
+                self._bar.set_postfix_str("", refresh=False)
+            return bool(stop)
+
+        return on_step
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -130,6 +160,8 @@ class RunLog:
 def step_line(row: dict, width: int = 4) -> str:
     """One row as one line of fixed columns. A number that is missing, null or NaN is shown as nan.
 
+    trunc     the share of answers that were cut off at max_new_tokens
+    0-spread  the share of groups whose answers all have the same reward, which teach nothing
     ratio  the mean over sequences, and after +- the distance of the farthest one from 1
     clip   the share of sequences (GSPO) or tokens (GRPO) whose gradient the clip removed, low and high side together
     """
@@ -150,6 +182,8 @@ def step_line(row: dict, width: int = 4) -> str:
         [
             head,
             f"reward {number('reward'):4.2f}",
+            f"trunc {number('truncated_frac'):4.2f}",
+            f"0-spread {number('zero_spread_frac'):4.2f}",
             f"loss {number('loss'):6.3f}",
             f"ratio {number('ratio_mean'):5.3f} ±{spread:.4f}",
             f"clip {number('clip_low_frac') + number('clip_high_frac'):4.2f}",

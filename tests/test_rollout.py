@@ -190,6 +190,29 @@ def test_eos_is_kept_and_scored_and_unfinished_answers_say_so():
         assert answer.finished or len(answer.tokens) == 6
 
 
+@pytest.mark.parametrize("max_rows", [0, 6])  # all at once, and a prompt after the other
+def test_sampling_is_watched_and_ended_after_any_step(max_rows):
+    """It counts the answers that are complete and the tokens of the others. Ended, what there is is a beginning of the
+    whole, the model is as it was, and not one step more is made."""
+    model = tiny().train()
+    settings = dict(group_size=6, max_new_tokens=6, eos_ids=(4, 9), seed=2, max_rows=max_rows)
+    seen = []
+    whole = generate(model, PROMPTS, **settings, on_step=lambda *counts: seen.append(counts))
+    ended = [sum(a.finished and len(a.tokens) <= n for a in whole) for n in range(1, 6)]  # by the n-th token
+    assert seen[-1][0] == 24 and {tokens for _, tokens in seen} == set(range(1, 7))
+    if not max_rows:
+        assert seen == [*zip(ended, range(1, 6), strict=True), (24, 6)]
+    assert [complete for complete, _ in seen] == sorted(complete for complete, _ in seen)
+    for last in range(len(seen)):
+        counts = []
+        answers = generate(model, PROMPTS, **settings, on_step=lambda *c, n=last, k=counts: k.append(c) or len(k) > n)
+        assert counts == seen[: last + 1] and model.training and torch.is_grad_enabled()
+        assert sum(a.finished or len(a.tokens) == 6 for a in answers) == counts[-1][0]
+        for a, b in zip(answers, whole, strict=True):
+            assert a.tokens == b.tokens[: len(a.tokens)] and (a.finished <= b.finished)
+            assert max_rows or a.tokens == b.tokens[: last + 1]
+
+
 def test_equal_seeds_give_equal_answers():
     model = tiny()
     draws = [generate(model, PROMPTS, group_size=2, max_new_tokens=6, seed=seed) for seed in (0, 0, 1)]

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -27,6 +28,8 @@ GSPO = {
     "ratio_mean": 1.0,
     "ratio_min": 0.9998,
     "ratio_max": 1.0004,
+    "truncated_frac": 0.25,
+    "zero_spread_frac": 0.125,
     "clip_low_frac": 0.01,
     "clip_high_frac": 0.02,
     "entropy": 0.7,
@@ -183,7 +186,8 @@ def test_a_broken_row_in_the_middle_is_named(tmp_path):
 
 def test_step_lines():
     assert step_line({**GSPO, "step": 40}) == (
-        "step   40 | reward 0.31 | loss -0.002 | ratio 1.000 ±0.0004 | clip 0.03 | len    5.1 | 2.1 s"
+        "step   40 | reward 0.31 | trunc 0.25 | 0-spread 0.12 | loss -0.002"
+        " | ratio 1.000 ±0.0004 | clip 0.03 | len    5.1 | 2.1 s"
     )
     assert step_line({**SFT, "step": 12345}, width=6) == (
         "step  12345 | loss  1.2500 | accuracy 0.500 |    12,346 tokens/s | 0.2 s"
@@ -239,6 +243,47 @@ def test_a_terminal_gets_a_bar_that_ends_where_the_run_does(tmp_path, monkeypatc
             log.step({**GSPO, "step": step})
     assert out.getvalue().splitlines() == [step_line({**GSPO, "step": step}) for step in (3, 4)]
     assert "2/4" in err.getvalue() and "4/4" in err.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_rollout_says_how_far_it_is(tmp_path, monkeypatch, terminal):
+    """10,000 steps of 10 ms: a line every half a minute in a log, the bar once a second on a terminal, and no word
+    about a rollout that is shorter. It ends when the run is to stop."""
+    out, err = (Terminal(), Terminal()) if terminal else (io.StringIO(), io.StringIO())
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    clock = iter(range(10**6))
+    monkeypatch.setattr("nanogspo.runlog.time", SimpleNamespace(monotonic=lambda: next(clock) / 100))
+    with RunLog(tmp_path, steps=4) as log:
+        for steps in (10_000, 90):
+            stop = []
+            on_step = log.sampling(64, stop)
+            assert not any(on_step(64 * n // steps, n) for n in range(1, steps + 1))
+            if steps == 10_000:
+                stop.append("Ctrl-C")
+                assert on_step(64, steps)
+                said = out.getvalue(), err.getvalue()
+        assert (out.getvalue(), err.getvalue()) == said  # the short one
+        if terminal:
+            assert not out.getvalue() and 90 < err.getvalue().count("sampled ") <= 100
+            log.step({**GSPO, "step": 1})
+            assert "sampled" not in err.getvalue().split("\r")[-1]
+        else:
+            words = "sampled {} of 64 answers (running: {} tokens)"
+            assert out.getvalue().splitlines() == [words.format(64 * n // 10_000, n) for n in (3000, 6000, 9000)]
+            assert not err.getvalue()
+
+
+def test_three_rollouts_without_reward_are_told_once_what_to_do(tmp_path, capsys):
+    def hints(*rewards):
+        with RunLog(tmp_path, steps=1) as log:
+            for reward in rewards:
+                log.samples([{"step": 1, "answer": "a", "reward": 0.0}, {"step": 1, "answer": "b", "reward": reward}])
+        return capsys.readouterr().out.splitlines()
+
+    [line] = hints(0, 0, 0, 0, 0, 0, 0)
+    assert line.startswith("three rollouts without any reward: ") and "--warm-steps 20" in line
+    assert hints(0, 0) == hints(0, 0, 0.5, 0, 0, 0) == []
 
 
 # ----------------------------------------------------------------------------

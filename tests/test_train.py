@@ -46,6 +46,7 @@ RL_KEYS = ROW_KEYS | {
     "reward", "reward_std", "ratio_mean", "ratio_min", "ratio_max", "clip_low_frac", "clip_high_frac",
     "zero_spread_frac", "truncated_frac", "answer_len",
 }  # fmt: skip
+SAMPLE_KEYS = {"step", "prompt", "answer", "reward", "advantage", "truncated", "length"}
 # Sums: even a random model of 14 tokens gets some digits right, so groups have something to compare
 TINY = "--threads 1 --task addition --task-size 2 --max-new-tokens 4 --no-control --warm-steps 0 --eval-size 0".split()
 TINY += "--prompts-per-rollout 4 --group-size 4 --updates-per-rollout 4 --batch-size 4 --save-every 1000".split()
@@ -99,6 +100,27 @@ def interrupted_at(step):
 
     with patch.object(RunLog, "step", step_and_signal):
         yield
+
+
+@contextlib.contextmanager
+def interrupted_in_rollout(number, tokens):
+    """Ctrl-C while the `number`-th rollout samples its tokens number `tokens`. Yields the steps that were made."""
+    sampling, rollouts, steps = RunLog.sampling, [], []
+
+    def sampling_and_signal(self, answers, stop=False):
+        on_step = sampling(self, answers, stop)
+        rollouts.append(answers)
+
+        def on_step_and_signal(complete, length):
+            steps.append((len(rollouts), length))
+            if steps[-1] == (number, tokens):
+                os.kill(os.getpid(), signal.SIGINT)
+            return on_step(complete, length)
+
+        return on_step_and_signal
+
+    with patch.object(RunLog, "sampling", sampling_and_signal):
+        yield steps
 
 
 def process(name, *argv, **options):
@@ -215,10 +237,20 @@ def test_a_whole_run_in_a_process_of_its_own(tmp_path):
     check_ratios(rl)
 
     samples = read_rows(folder / "samples.jsonl")
-    assert len(samples) == 2 * 16 and {*samples[0]} == {"step", "prompt", "answer", "reward"}
+    assert len(samples) == 2 * 16 and all(set(row) == SAMPLE_KEYS for row in samples)
     assert [row["step"] for row in samples] == [11] * 16 + [15] * 16
     asked = [get_task("addition", 2).train_problem(n, 0).text for n in range(8)]  # each problem once, in order
-    assert [asked[i // 4] in row["prompt"] for i, row in enumerate(samples)] == [True] * 32
+    assert [row["prompt"] for row in samples] == [asked[i // 4] for i in range(32)]
+    for first in (0, 16):
+        part = samples[first : first + 16]
+        table = [[row["reward"] for row in part[i : i + 4]] for i in range(0, 16, 4)]
+        assert [row["advantage"] for row in part] == pytest.approx(sum(oracles.group_advantages(table), []), abs=1e-5)
+        row = rl[first // 4]
+        assert row["truncated_frac"] == sum(sample["truncated"] for sample in part) / 16
+        assert row["answer_len"] == sum(sample["length"] for sample in part) / 16
+    for row in samples:  # a character a token; what is not cut off ends with a token besides, which is no text
+        assert len(row["answer"]) + (not row["truncated"]) <= row["length"] <= 4
+        assert row["length"] == 4 or not row["truncated"]
     # every phase warms its learning rate up anew
     assert [row["lr"] for row in rl] == pytest.approx([1e-3 * min(i, 6) / 6 for i in range(1, 9)])
     for first in (rl[0], rl[4]):
@@ -482,6 +514,25 @@ def test_stopped_and_resumed_equals_the_whole_run_to_the_last_byte(tmp_path, who
     assert read_rows(folder / "samples.jsonl") == read_rows(whole(name) / "samples.jsonl")
 
 
+@pytest.mark.parametrize("name, stops", [("gspo", [(1, 1), (1, 3), (2, 2)]), ("lora", [(2, 1)])])
+def test_stopped_inside_a_rollout_nothing_of_it_remains(tmp_path, whole, base, name, stops):
+    """Sampling ends with the very step, the answers are thrown away, and the resumed run draws them again."""
+    flags, folder = flags_of(name, base), tmp_path / "run"
+    for i, (number, tokens) in enumerate(stops):
+        with interrupted_in_rollout(number, tokens) as steps:
+            done = resume(folder) if i else train(folder, *flags)
+        assert steps[-1] == (number, tokens)
+        updates = 4 * (number - 1)
+        assert f"stopped after update {updates}; continue with: python train.py --resume {folder}" in done.out
+        assert len(steps_of(folder)) == updates and len(read_rows(folder / "samples.jsonl")) == 4 * updates
+    assert f"resumed {folder} after update {updates}" in resume(folder).out
+    assert weights_of(folder) == weights_of(whole(name))
+    state = "state/state.safetensors"
+    assert (folder / state).read_bytes() == (whole(name) / state).read_bytes()
+    assert steps_of(folder) == steps_of(whole(name))
+    assert read_rows(folder / "samples.jsonl") == read_rows(whole(name) / "samples.jsonl")
+
+
 def test_the_runs_compared_above_are_not_all_alike(whole):
     """Each must have learned something, or byte-equality says nothing; and ratios hold in bf16, GRPO and LoRA too."""
     weights = {name: weights_of(whole(name)) for name in RUNS}
@@ -651,7 +702,8 @@ def test_sft_from_a_file_then_rl_from_its_adapter(tmp_path, base):
     fresh = checkpoint.read_header(tmp_path / "rl" / "adapter" / "adapter_model.safetensors")[0]
     assert fresh.keys() == checkpoint.read_header(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")[0].keys()
     [first] = [row for row in read_rows(tmp_path / "rl" / "samples.jsonl")][:1]
-    assert re.search(r"\d+\+\d+", first["prompt"])
+    asked = get_task("addition", 2).train_problem(0, 0).messages[0]["content"]  # as rendered, with its marks
+    assert first["prompt"] == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
 
 
 # ----------------------------------------------------------------------------

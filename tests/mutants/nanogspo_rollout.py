@@ -75,6 +75,17 @@ MUTANTS = {
         ),
         ("- best + likeliest.log()", "- best", "log-probs that are not normalised"),
         ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
+        ("end or len(answer.tokens) == max_new_tokens", "end", "answers that are cut off are never counted"),
+        (
+            "                    return answers\n    return",
+            "                    break\n    return",
+            "stopped, and the next slice of prompts begins",
+        ),
+        (
+            "if on_step and on_step(complete,",
+            "if on_step and not on_step(complete,",
+            "every rollout ends at its first token",
+        ),
         ("seed=seed + first,", "seed=seed,", "equal draws in every slice"),
         (
             "return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)",

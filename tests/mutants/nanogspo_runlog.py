@@ -10,6 +10,17 @@ MUTANTS = {
             "None if value != value else value",
             "infinities are not JSON either",
         ),
+        ("number('truncated_frac')", "number('zero_spread_frac')", "one share shown twice, the other never"),
+        ("LINE_EVERY if self._bar is None else BAR_EVERY", "BAR_EVERY", "a log with a line a second"),
+        ("said, text = now, f", "_, text = now, f", "after half a minute, a line a token"),
+        (
+            'self._bar.set_postfix_str("", refresh=False)',
+            "pass",
+            "the bar speaks of a rollout that has ended",
+        ),
+        ("return bool(stop)", "return False", "Ctrl-C waits for the end of the rollout"),
+        ("math.inf if rewarded else", "0 if rewarded else", "a hint for the start of a run, given in its middle"),
+        ("if self._unrewarded == 3:", "if self._unrewarded >= 3:", "the same hint at every rollout"),
         ("    file.flush()", "    pass", "a killed run loses its last rows"),
         (
             'row.get("step", 0) <= step]',

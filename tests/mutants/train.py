@@ -5,6 +5,13 @@ FILE = "train.py"
 MUTANTS = {
     "tests/test_train.py": [
         ("planner.cache_slots(config, longest)", "10**9", "an exam of 500 rows at a time"),
+        (
+            "if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):",
+            "if not any(a.finished for a in answers):",
+            "half a rollout is trained on",
+        ),
+        ("(prompt, skip_special_tokens=False)", "(prompt)", "samples.jsonl without the marks that the model reads"),
+        ('"truncated": not a.finished, ', '"truncated": a.finished, ', "truncated says its opposite"),
         ("loss * share", "loss", "what is left out does not count in the average"),
         ("score_first=not proved", "score_first=False", "nothing compares the two passes"),
         (
