@@ -32,7 +32,7 @@ class Chat:
                 "the tokenizer names no stop token, so answers would have no end; add eos_token_id to config.json"
             )
         prompt = self.tokenizer.encode(problem.text)
-        answer = self.tokenizer.encode_plain(problem.answer) + [min(self.tokenizer.eos_ids)]
+        answer = self.tokenizer.encode_continuation(problem.answer) + [min(self.tokenizer.eos_ids)]
         return Example.answered(prompt, answer)
 
     def text(self, answer: list[int]) -> str:

@@ -6,9 +6,9 @@
 Ids must match those the model was trained on, so every rule is read from the checkpoint: merges and BOS from
 tokenizer.json, the turn format from the chat template, stop ids from generation_config.json, config.json and template.
 
-A hub checkpoint is untrusted. tokenizer.json is data, parsed in Rust; the template is a program, so it runs in jinja2's
-immutable sandbox (private attributes closed, range() at most 100,000 long) on a JSON copy of its arguments: no object
-of ours is in its reach. What it can still do is waste time, with loops inside loops.
+A hub checkpoint is untrusted. tokenizer.json is data, parsed in Rust; the template is a program, so templates.py runs
+it in jinja2's sandbox and in a process of its own, which is ended when it takes too much time or memory. Files that
+disagree are read as transformers reads them, and what that leaves unused is told in a line (`notices`).
 
 Reading order: load_tokenizer, Tokenizer, conversation_examples; character_tokenizer is for the tiny model.
 
@@ -19,15 +19,18 @@ decoding: a reward would judge text that the model did not write.   Tests: tests
 
 import functools
 import json
-from datetime import datetime
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
-# All that `save` writes. We read the templates and the first three; the rest is kept for other programs.
+from nanogspo import templates
+from nanogspo.special_tokens import add_tokens, named_tokens
+from nanogspo.templates import one_line
+from nanogspo.textfile import json_of, kind, text_of
+
+# All that `save` writes. merges.txt and tokenizer.model are not read but kept for other programs.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,7 +42,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>")  # Qwen; Gemma 1 to 3; Gemma 4; Llama 3
 
 
@@ -62,7 +64,10 @@ def load_tokenizer(path_or_repo: str | Path) -> "Tokenizer":
         found = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
         raise ValueError(f"got {folder} with {found or 'no files'}, want a tokenizer.json in it: {advice}")
     names = {*TOKENIZER_FILES, "generation_config.json", "config.json"}
-    return Tokenizer({name: (folder / name).read_bytes() for name in present if name in names}, str(folder))
+    tokenizer = Tokenizer({name: (folder / name).read_bytes() for name in present if name in names}, str(folder))
+    for notice in tokenizer.notices:
+        print(f"{folder}: {notice}", file=sys.stderr)
+    return tokenizer
 
 
 class Tokenizer:
@@ -74,48 +79,49 @@ class Tokenizer:
              prints; the tokenizer's own eos_token only when these name none
     bos_id   the id that opens a text, or None (Qwen has none: config.json may name one, but it is never used)
     pad_id   fills short rows. Padding is never found by its value, so sharing an id with EOS is harmless
+    notices  what the files say and nobody reads, a line each: load_tokenizer prints them
     """
 
     def __init__(self, files: dict[str, bytes], folder: str):
         self.files, self.folder = files, folder
         content = files["tokenizer.json"]
         try:
-            self._backend = tokenizers.Tokenizer.from_buffer(content)
+            self._backend = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
         except Exception as error:  # the Rust parser raises ValueError or bare Exception
             hint = "run git lfs pull" if content.startswith(b"version https://git-lfs") else "get it again"
-            line = f"got {folder}/tokenizer.json of {len(content)} bytes that do not parse ({_line(error)})"
+            line = f"got {folder}/tokenizer.json of {len(content)} bytes that do not parse ({one_line(error)})"
             raise ValueError(f"{line}, want the whole file: {hint}") from error
         self._backend.no_truncation()  # some files carry the settings of the run that wrote them,
         self._backend.no_padding()  # and a long prompt would lose its end in silence
 
-        config = self._json("tokenizer_config.json")
-        added = {int(number): token for number, token in (config.get("added_tokens_decoder") or {}).items()}
-        for number, token in sorted(added.items()):  # a few fine-tunes name new tokens in this file only
-            if self._backend.token_to_id(token["content"]) is None:
-                self._backend.add_tokens([tokenizers.AddedToken(**token)])
-                if self._backend.token_to_id(token["content"]) != number:
-                    line = f"got {folder}/tokenizer_config.json with id {number} for {token['content']!r}, which"
-                    raise ValueError(f"{line} tokenizer.json cannot give, want files of one model: get both again")
+        try:
+            self._read_files()
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}: get the files of the checkpoint again") from error
 
-        # As in transformers: special_tokens_map.json counts only in old repos, which have no added_tokens_decoder.
-        named = config if added else config | self._json("special_tokens_map.json")
-        values = {key: named[key] for key in SPECIAL_TOKENS if named.get(key) is not None}
-        self.special_tokens = {key: v["content"] if isinstance(v, dict) else v for key, v in values.items()}
-        special_id = {key: self._backend.token_to_id(text) for key, text in self.special_tokens.items()}
+    def _read_files(self) -> None:
+        config, generation, model = map(self._json, ("tokenizer_config.json", "generation_config.json", "config.json"))
+        older = map(self._json, ("special_tokens_map.json", "added_tokens.json"))
+        self.special_tokens = add_tokens(self._backend, config, *older)
+        special_id = {name: self._backend.token_to_id(text) for name, text in self.special_tokens.items()}
+        self._backend.encode_special_tokens = config.get("split_special_tokens") is True
         self.templates = self._read_templates(config)
 
         # Multimodal configs keep the language model's ids deeper: text_config (Gemma 3), thinker_config (Qwen-Omni).
-        generation, model = self._json("generation_config.json"), self._json("config.json")
-        thinker = model.get("thinker_config") or {}
-        parts = [generation, model, model.get("text_config") or {}, thinker, thinker.get("text_config") or {}]
+        thinker = _part(model, "thinker_config")
+        models = [model, _part(model, "text_config"), thinker, _part(thinker, "text_config")]
         eos = self.special_tokens.get("eos_token", "")
         sources = "\n".join(self.templates.values()).replace("eos_token", eos)  # {{ eos_token }} prints it as well
         printed = [end for end in (*TURN_ENDS, eos) if end in sources]
-        stops = {*_ids(parts, "eos_token_id"), *map(self._backend.token_to_id, printed)} - {None}
+        named = _ids([generation, *models], "eos_token_id")
+        stops = {*named, *map(self._backend.token_to_id, printed)} - {None}
         self.bos_id = special_id.get("bos_token")
         self.eos_ids = tuple(sorted(stops or {special_id.get("eos_token")} - {None}))
-        pads = [special_id.get("pad_token"), *_ids(parts, "pad_token_id"), *self.eos_ids, 0]
+        pads = [special_id.get("pad_token"), *_ids([generation, *models], "pad_token_id"), *self.eos_ids, 0]
         self.pad_id = next(pad for pad in pads if pad is not None)
+        self.rows = max(_ids(models, "vocab_size"), default=None)  # of the model's embedding
+        self._prefixed = _adds_prefix(self._backend)
+        self.notices = self._compare_files(named)
 
     def encode(self, text: str) -> list[int]:
         """Ids of raw text, with the special tokens that the checkpoint adds itself: BOS for Gemma, none for Qwen.
@@ -127,11 +133,36 @@ class Tokenizer:
         return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id] else ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text as it stands: for rendered templates, which print their own BOS, and for answers."""
+        """Ids of the text as it stands: for rendered templates, which print their own BOS."""
         return self._encode(text, add_special_tokens=False)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on after another one: an answer.
+
+        Tokenizers that come from SentencePiece (Llama 2, Mistral, T5) put a space before a text. In the middle of a
+        text there is none, so there the ids are those after an anchor, a character that is no part of any of them:
+
+            ids(anchor + text) = ids(anchor) + ids of the continuation                                         (3)
+
+        The offsets tell whether a token or a normaliser joins the two (a newline and a newline, a letter and its
+        accent); then the next anchor is tried. Without a crossing token, merges within the text are those it has alone.
+        """
+        if not self._prefixed or not text:
+            return self.encode_plain(text)
+        for anchor in ("\n", "a", ":", "1"):
+            given = self.encode_plain(anchor)
+            encoding = self._backend.encode(anchor + text, add_special_tokens=False)
+            start = next((n for n, (begin, _) in enumerate(encoding.offsets) if begin >= 1), len(encoding.ids))
+            if encoding.ids[:start] == given and all(end <= 1 for _, end in encoding.offsets[:start]):
+                return self._checked(encoding.ids[start:])
+        raise ValueError(f"got text {text[:20]!r}, whose first token joins whatever is before it: want another start")
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids. Ids without a token give nothing: Qwen3 has 151,669 tokens, but 151,936 rows to sample."""
+        """Text of the ids, as transformers decodes them.
+
+        Ids without a token give nothing: Qwen3 has 151,669 tokens, but 151,936 rows to sample. A tokenizer that puts a
+        space before texts (see encode_continuation) takes one away here, also from an answer that begins with its own.
+        """
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @functools.cached_property
@@ -164,7 +195,9 @@ class Tokenizer:
             advice = "use an instruct checkpoint, or plain prompts instead of messages"
             raise ValueError(f"got {self.folder} without a chat template, want chat_template.jinja in it: {advice}")
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise ValueError(f'got messages {_line(messages)}, want turns: write [{{"role": "user", "content": "…"}}]')
+            raise ValueError(
+                f'got messages {one_line(messages)}, want turns: write [{{"role": "user", "content": "…"}}]'
+            )
         name = "tool_use" if template_kwargs.get("tools") and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise ValueError(f"got chat templates {[*self.templates]}, want a default one: rename one in {self.folder}")
@@ -173,19 +206,21 @@ class Tokenizer:
         given |= {**self.special_tokens, **template_kwargs}
         given["messages"] = [{key: value for key, value in m.items() if value is not None} for m in messages]
         try:
-            given = json.loads(json.dumps(given))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"got chat values outside JSON ({_line(error)}), want plain ones: convert them") from error
+            variables = json.dumps(given)
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = one_line(error)
+            raise ValueError(f"got chat values outside JSON ({reason}), want plain ones: convert them") from error
         try:
-            return _compile(self.templates[name]).render(given)
-        except Exception as error:  # somebody else's program: it may fail in any way
-            # raise_exception(…) speaks to the reader; any other error needs its type to be understood
-            reason = _line(error) if type(error) is jinja2.TemplateError else f"{type(error).__name__}: {_line(error)}"
-            roles = ", ".join(str(message.get("role")) for message in messages[:8]) + (
-                ", …" if len(messages) > 8 else ""
-            )
-            line = f"got messages ({roles}) that the chat template of {self.folder} does not take ({reason})"
+            return templates.render(self.templates[name], variables)
+        except ValueError as error:
+            more = ", …" if len(messages) > 8 else ""
+            roles = ", ".join(str(message.get("role")) for message in messages[:8]) + more
+            line = f"got messages ({one_line(roles)}) that the chat template of {self.folder} does not take ({error})"
             raise ValueError(f"{line}, want what it was written for: change messages or template arguments") from error
+
+    def template_names(self, name: str) -> bool:
+        """Whether a chat template spells this name. A variable that none of them spells is without effect."""
+        return any(name in source for source in self.templates.values())
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer files into folder, byte for byte as loaded."""
@@ -197,38 +232,80 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:
             # Half a surrogate pair, which JSON can spell ("\ud83d") but UTF-8 cannot; or a character outside the
             # alphabet of a character tokenizer. A real model's tokenizer takes everything else.
             halves = {c for c in text if "\ud800" <= c <= "\udfff"}
             strange = sorted(halves or {c for c in text if self._backend.token_to_id(c) is None})
             raise ValueError(f"got text with {strange[:8]}, want characters that have tokens: clean it") from error
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if self.rows and ids and max(ids) >= self.rows:
+            token = self._backend.id_to_token(max(ids))
+            line = f"got token {token!r} with id {max(ids)}, but {self.folder}/config.json has vocab_size {self.rows}"
+            raise ValueError(f"{line}, want text without it, or the model's own tokenizer")
+        return ids
+
+    def _compare_files(self, stops: list[int]) -> list[str]:
+        """Where files of the folder disagree with what was read: a line each."""
+        notices, ids = [], {}
+        for name in sorted(self.files.keys() & {"vocab.json", "added_tokens.json"}):
+            ids = ids or self._backend.get_vocab()
+            others = [token for token, number in self._json(name).items() if ids.get(token) != number]
+            if others:
+                line = f"{name} has other ids than tokenizer.json for {len(others)} tokens ({one_line(others[:3])})"
+                notices.append(f"{line}: they are not used, as in transformers")
+        mapped, _ = named_tokens(self._json("special_tokens_map.json"))
+        others = [name for name, token in mapped.items() if self.special_tokens.get(name) != token.content]
+        if others:
+            line = f"special_tokens_map.json has another {', '.join(others)} than tokenizer_config.json"
+            notices.append(f"{line}: it is not used, as in transformers")
+        size, rows = self._backend.get_vocab_size(), self.rows or 0
+        lost = [stop for stop in stops if self._backend.id_to_token(stop) is None]
+        if lost or size < 0.9 * rows:  # real models pad by less than 2 %
+            line = f"the tokenizer has {size} tokens, the model {rows} rows"
+            notices.append(line + (f" and stop ids {lost}" if lost else "") + ": is it this model's own?")
+        if 0 < rows < size:
+            token = self._backend.id_to_token(size - 1)
+            notices.append(f"the tokenizer has {size} tokens, the model {rows} rows: text with {token!r} is refused")
+        return notices
 
     def _read_templates(self, config: dict) -> dict[str, str]:
         if "chat_template.jinja" in self.files:  # the newer place wins, as in transformers
-            return {"default": self.files["chat_template.jinja"].decode()}
-        inline = config.get("chat_template") or self._json("chat_template.json").get("chat_template") or {}
-        if isinstance(inline, list):  # [{"name": "default", "template": "…"}, {"name": "tool_use", "template": "…"}]
-            return {entry["name"]: entry["template"] for entry in inline}
-        return {"default": inline} if isinstance(inline, str) else inline
+            try:
+                return {"default": text_of(self.files["chat_template.jinja"])}
+            except ValueError as error:
+                raise ValueError(f"{error} in chat_template.jinja") from error
+        found = config.get("chat_template") or self._json("chat_template.json").get("chat_template") or {}
+        found = {"default": found} if isinstance(found, str) else found
+        if isinstance(found, list):  # [{"name": "default", "template": "…"}, {"name": "tool_use", "template": "…"}]
+            entries = [_part({"chat_template": entry}, "chat_template") for entry in found]
+            found = {str(entry.get("name")): entry.get("template") for entry in entries}
+        if not isinstance(found, dict) or not all(isinstance(template, str) for template in found.values()):
+            raise ValueError("got a chat_template that is no text, want a template, or a list of named ones")
+        return found
 
     def _json(self, name: str) -> dict:
         try:
-            return {**json.loads(self.files.get(name, b"{}"))}
-        except (TypeError, ValueError) as error:  # not JSON, not UTF-8, or not an object
-            line = f"got {self.folder}/{name} that is not a JSON object ({_line(error)})"
-            raise ValueError(f"{line}, want the file of the checkpoint: get it again") from error
+            value = json_of(self.files.get(name, b"{}"), "a whole one")
+            if not isinstance(value, dict):
+                raise ValueError(f"got a {kind(value)}")
+        except ValueError as error:
+            raise ValueError(f"got {name} that is not a JSON object ({one_line(error)}), want one") from error
+        return value
 
 
 def conversation_examples(
-    tokenizer: Tokenizer, messages: list[dict], **template_kwargs
+    tokenizer: Tokenizer, messages: list[dict], learn: Collection[int] | None = None, **template_kwargs
 ) -> list[tuple[list[int], list[bool]]]:
     """Training examples of a conversation: loss on what the assistant must produce, and on nothing else.
 
-        prompt[i] = encode_plain(render(messages[:i], add_generation_prompt=True))                         (3)
-        answer[i] = encode_plain(what render(messages[:i + 1], add_generation_prompt=False) adds to it)    (4)
+        prompt[i] = encode_plain(render(messages[:i], add_generation_prompt=True))                                (4)
+        answer[i] = encode_continuation(what render(messages[:i + 1], add_generation_prompt=False) adds to it)    (5)
 
+    learn    places of the assistant turns to learn, None for all; the others are context, rendered but not looked at
     returns  [(tokens, loss_mask), …], two lists of one length. loss_mask is True on answer[i] up to its last stop
              token; what the template prints after that (a newline) is read in the next turn, never produced
 
@@ -237,12 +314,13 @@ def conversation_examples(
     Where a template rewrites the past (Qwen3 drops the thinking of earlier turns) a new one starts. So every loss
     token follows the very ids it will follow in use. Turns after the last answer teach nothing and are left off.
 
-    Raises ValueError when no assistant turn has a turn before it, when an answer does not continue its prompt, and when
-    the template closes one without a stop token, since the model would not learn to stop.
+    Raises ValueError when there is no turn to learn or none before it, when an answer does not continue its prompt, and
+    when the template closes one without a stop token, since the model would not learn to stop.
 
     Elsewhere: TRL's `assistant_only_loss` needs a template with {% generation %} marks; this does not.
     """
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    turns = [i for i in turns if learn is None or i in learn]
     if not turns or turns[0] == 0:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(f"got messages ({roles}), want an assistant turn after a user turn: drop or mend this row")
@@ -253,7 +331,7 @@ def conversation_examples(
         if not after.startswith(before):
             line = f"got messages[{i}], which the template does not begin with its own prompt ({before[-40:]!r})"
             raise ValueError(f"{line}, want an answer that continues it: no thinking where enable_thinking=False")
-        prompt, answer = tokenizer.encode_plain(before), tokenizer.encode_plain(after[len(before) :])
+        prompt, answer = tokenizer.encode_plain(before), tokenizer.encode_continuation(after[len(before) :])
         produced = max((n for n, token in enumerate(answer, 1) if token in tokenizer.eos_ids), default=0)
         if not produced:
             line = f"got a template that ends messages[{i}] in {after[-20:]!r}, want one of the stop ids"
@@ -287,42 +365,27 @@ def character_tokenizer(characters: str) -> Tokenizer:
     return Tokenizer({name: text.encode() for name, text in files.items()}, "the character tokenizer")
 
 
+def _part(parent: dict, key: str) -> dict:
+    """The object under key; {} for null or nothing."""
+    value = parent.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"got {kind(value)} for {key}, want an object")
+    return value or {}
+
+
 def _ids(parts: list[dict], key: str) -> list[int]:
     """Ids under key, part by part. A part says 5, [5, 7], null, or -1, which also means none."""
     values = [part.get(key) for part in parts]
-    ids = [i for value in values for i in (value if isinstance(value, list) else [value])]
-    return [i for i in ids if isinstance(i, int) and i >= 0]
+    ids = [i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None]
+    for i in ids:
+        if type(i) is not int:
+            raise ValueError(f"got {kind(i)} for {key}, want a number")
+    return [i for i in ids if i >= 0]
 
 
-def _line(text: object) -> str:
-    """One line, at most 300 characters: parsers and templates write as much as they like."""
-    return " ".join(str(text).split())[:300]
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} marks the assistant's words for TRL; here it prints what is inside."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-@functools.lru_cache(maxsize=8)  # compiling costs about a hundred renderings
-def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # jinja2's own filter escapes "<" for HTML; models are trained on plain JSON
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
+def _adds_prefix(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a text gets a space before it, be it from the normaliser (Prepend), the pre-tokeniser (Metaspace,
+    ByteLevel's add_prefix_space) or both in a row: asked, not looked up, since each can hide in a Sequence."""
+    text = backend.normalizer.normalize_str("a") if backend.normalizer else "a"
+    pieces = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, None)]
+    return "".join(piece for piece, _ in pieces) != "a"

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,91 @@ def test_tokens_named_in_the_config_only_are_added(tmp_path):
     config["added_tokens_decoder"] = {str(size + 5): {**spec, "single_word": False}}
     with pytest.raises(ValueError, match=rf"id {size + 5} for '<\|pad\|>'.*files of one model"):
         load_tokenizer(write(tmp_path, qwen_backend(), config))
+
+
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "special": True, "single_word": False}
+SIZE = Tokenizer.from_str(qwen_backend()).get_vocab_size()
+
+
+def decoder(**tokens):
+    return {"added_tokens_decoder": {str(SIZE + int(place[1:])): spec for place, spec in tokens.items()}}
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "notices"),
+    [
+        # a known token with other flags, out of order, and none for a token that text may hold
+        (
+            decoder(_1={**FLAGS, "content": "<b>"}, _0={**FLAGS, "content": "<a>", "special": False, "lstrip": True}),
+            {},
+            [],
+        ),
+        ({"added_tokens_decoder": {"297": {**FLAGS, "content": "<think>"}}}, {}, []),
+        ({"eos_token": "th", "pad_token": "<new>"}, {}, []),  # named tokens are split off text, and made if need be
+        ({"eos_token": {"__type": "AddedToken", "content": "<e>", **FLAGS, "lstrip": True}}, {}, []),
+        ({"image_token": "<image>", "extra_special_tokens": {"boi_token": "<boi>"}, "add_bos_token": True}, {}, []),
+        ({"extra_special_tokens": ["<x>", "<x>", "<|im_end|>", "<y>"], "pad_token": "<y>"}, {}, []),
+        ({"additional_special_tokens": ["<x>"]}, {}, []),
+        ({"split_special_tokens": True, "eos_token": "<|im_end|>"}, {}, []),
+        ({}, {"special_tokens_map": {"eos_token": "<e>", "additional_special_tokens": ["<x>"]}}, []),
+        ({"eos_token": "<e>"}, {"added_tokens": {"<b>": SIZE + 1, "<a>": SIZE, "<e>": SIZE + 2}}, []),
+        (
+            {},
+            {"added_tokens": {"<b>": SIZE + 7, "th": 3}},
+            ["added_tokens.json has other ids .* 2 tokens .*'<b>', 'th'"],
+        ),
+        (
+            decoder(_0={**FLAGS, "content": "<a>"}),
+            {"added_tokens": {"<b>": SIZE + 1}, "special_tokens_map": {"eos_token": "<e>"}, "vocab": {"th": 7}},
+            [
+                "added_tokens.json has other ids",
+                "vocab.json has other ids .*'th'",
+                "map.json has another eos_token than",
+            ],
+        ),
+    ],
+)
+def test_tokens_of_other_files_are_those_of_transformers(tmp_path, capsys, config, files, notices):
+    template = "{{ image_token }}{{ eos_token }}{{ boi_token }}{{ messages[0].content }}"
+    folder = write(tmp_path, qwen_backend(), FAST | config, template, **files)
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    text = "a <a> <b>the<e><|im_end|><think> <x><new><image><boi>  <e> <y>"
+    assert ours.chat([user(text)]) == theirs.apply_chat_template([user(text)], return_dict=False)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert (ours.special_tokens, ours.vocab_size) == (theirs.special_tokens_map, len(theirs))
+    assert len(ours.notices) == len(notices)
+    for found, printed, want in zip(ours.notices, capsys.readouterr().err.splitlines(), notices, strict=True):
+        assert re.search(want, found) and printed == f"{folder}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("config", "notice"),
+    [
+        ({"vocab_size": SIZE}, None),
+        ({"text_config": {"vocab_size": SIZE}}, None),
+        ({"vocab_size": SIZE + 8, "eos_token_id": SIZE - 1}, None),  # padded
+        (
+            {"vocab_size": SIZE + 8, "eos_token_id": [3, SIZE]},
+            rf"{SIZE} tokens, .* and stop ids \[{SIZE}\]: is it this",
+        ),
+        (
+            {"vocab_size": 2 * SIZE},
+            rf"the tokenizer has {SIZE} tokens, the model {2 * SIZE} rows: is it this model's own",
+        ),
+        ({"vocab_size": SIZE - 1}, f"{SIZE} tokens, the model {SIZE - 1} rows: text with '</think>' is refused"),
+    ],
+)
+def test_a_vocabulary_that_is_not_the_models(tmp_path, config, notice):
+    """Gemma 3 1B ships a tokenizer with one token more than its embedding has rows, so that alone is no error."""
+    ours = load_tokenizer(write(tmp_path, qwen_backend(), FAST, config=config))
+    assert len(ours.notices) == (notice is not None) and re.search(notice or "", "".join(ours.notices))
+    assert ours.encode("<think>th") == [SIZE - 2, token("th")]
+    if ours.rows < SIZE:
+        with pytest.raises(
+            ValueError, match=rf"token '</think>' with id {SIZE - 1}, but .*vocab_size {SIZE - 1}, want"
+        ):
+            ours.encode("the</think>")
 
 
 def test_half_a_surrogate_pair_is_named(pairs):
@@ -479,6 +565,71 @@ def test_thinking_switch_in_examples(pairs):
     assert ours.decode(produced, skip_special_tokens=False) == "1<|im_end|>"
     with pytest.raises(ValueError, match=r"got messages\[1\], .*no thinking where enable_thinking=False"):
         conversation_examples(ours, [user("a"), assistant("<think>\nhm\n</think>\n\n1")], enable_thinking=False)
+
+
+@functools.cache
+def prefixing(kind: str):
+    """Tokenizers that put a space before a text: in the normaliser (Llama 2), the pre-tokeniser (newer conversions of
+    SentencePiece; first: not after special tokens), the byte-level one (RoBERTa), and with Unigram (T5, XLNet)."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdehilnorsty<|>:.", "he", "▁he"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    merges = [("h", "e"), ("▁", "he")]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if kind == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "bytes":
+        backend = Tokenizer.from_str(qwen_backend())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        if kind == "unigram":
+            backend = Tokenizer(models.Unigram([(token, -3.0 - len(token) / 9) for token in tokens], 0, True))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if kind == "first" else "always")
+    backend.add_special_tokens(["<unk>", "</s>"])
+    return backend
+
+
+ASKED = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+ANSWERS = st.text(st.sampled_from("he a\n1é\u0301▁:"), max_size=6)
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    root = tmp_path_factory.mktemp("spaced")
+    kinds = ["normalizer", "always", "first", "unigram", "bytes"]
+    config = {**FAST, "eos_token": "</s>"}
+    return {kind: load_tokenizer(write(root / kind, prefixing(kind).to_str(), config, ASKED)) for kind in kinds}
+
+
+@pytest.mark.parametrize("kind", ["normalizer", "always", "first", "unigram", "bytes"])
+@given(before=st.sampled_from(["a:", "\n", "<|assistant|>\n", "</s>\nhe"]), answer=ANSWERS)
+def test_a_continuation_is_not_a_beginning(spaced, kind, before, answer):
+    """Ids are those in the whole text wherever a token begins there, and no space is put before them."""
+    ours, text = spaced[kind], before + answer + "</s>\n"
+    whole = ours._backend.encode(text, add_special_tokens=False)
+    given_ids = ours.encode_plain(before)
+    assume(whole.ids[: len(given_ids)] == given_ids)
+    assume(all(end <= len(before) for _, end in whole.offsets[: len(given_ids)]))
+    assume(all(begin >= len(before) for begin, _ in whole.offsets[len(given_ids) :]))
+    assert ours.encode_continuation(answer + "</s>\n") == whole.ids[len(given_ids) :]
+    assert spaced[kind]._prefixed
+
+
+def test_answers_of_a_spacing_tokenizer(spaced, pairs):
+    for name, ours in spaced.items():
+        messages = [user("hi"), assistant("yes"), user("a"), assistant(" he")]
+        [(tokens, loss_mask)] = conversation_examples(ours, messages)
+        assert tokens == ours.chat(messages, add_generation_prompt=False)
+        learned = [ours._backend.id_to_token(token) for token, on in zip(tokens, loss_mask, strict=True) if on]
+        space, end = ("Ġ", "</s>") if name == "bytes" else ("▁", "</s>")
+        assert learned[0] != space and not learned[0].startswith(space)
+        assert "".join(learned) == f"yes{end}{space}he{end}"
+    assert spaced["first"].encode_continuation("") == []
+    for ours, _ in pairs.values():  # without a prefix a continuation is the plain text
+        assert not ours._prefixed
+        assert ours.encode_continuation("\nthe end") == ours.encode_plain("\nthe end")
 
 
 def test_examples_that_cannot_be(tmp_path, pairs):

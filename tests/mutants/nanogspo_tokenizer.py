@@ -9,5 +9,32 @@ MUTANTS = {
             "loss_mask += [True] * (produced - 1) + [False] * (len(answer) - produced + 1)",
             "the turn end is not learnt",
         ),
+        (
+            "if not self._prefixed or not text:",
+            "if True:",
+            "answers learn to begin with a space that no text has there",
+        ),
+        (
+            "if encoding.ids[:start] == given and all(end <= 1 for _, end in encoding.offsets[:start]):",
+            "if True:",
+            "half of a token that joins an answer to its anchor is lost",
+        ),
+        (
+            "tokenizer.encode_continuation(after",
+            "tokenizer.encode_plain(after",
+            "an answer is encoded as a text's beginning",
+        ),
+        (
+            "if self.rows and ids and max(ids) >= self.rows:",
+            "if False:",
+            "a token without a row of the embedding is a traceback",
+        ),
+        ("if ids.get(token) != number]", "if False]", "a vocab.json with other ids is ignored in silence"),
+        ("if lost or size < 0.9 * rows:", "if lost:", "another model's tokenizer is taken in silence"),
+        (
+            'self._backend.encode_special_tokens = config.get("split_special_tokens") is True',
+            "self._backend.encode_special_tokens = False",
+            "split_special_tokens is ignored",
+        ),
     ],
 }

@@ -1,0 +1,83 @@
+"""Tokens that a checkpoint defines beside tokenizer.json, added in the order and under the conditions of transformers.
+
+    tokenizer_config.json      added_tokens_decoder: id -> token; and names: bos_token, eos_token, image_token, …
+    special_tokens_map.json    more names   } read in old repos only, those whose tokenizer_config.json
+    added_tokens.json          text -> id   } has no added_tokens_decoder
+
+A token is its text, or an object with its text under "content" and flags. Source: transformers 5
+`PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__`.      Tests: tests/test_tokenizer.py
+"""
+
+from tokenizers import AddedToken, Tokenizer
+
+from nanogspo.textfile import kind
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def add_tokens(backend: Tokenizer, config: dict, special_tokens_map: dict, added_tokens: dict) -> dict[str, str]:
+    """Adds what tokenizer.json lacks to the backend. The dicts are the three files; returns name -> text.
+
+    Raises ValueError where a value is no token, and for an id in added_tokens_decoder that the backend does not give.
+    """
+    decoder = config.get("added_tokens_decoder")
+    named, extra = named_tokens(config if decoder is not None else config | special_tokens_map)
+    present = backend.get_added_tokens_decoder().values()
+    known = {token.content for token in present}
+    if decoder is not None:
+        listed = {_number(key): _token(value, f"id {key}", special=False) for key, value in _object(decoder).items()}
+        same = {repr(token) for token in present}  # a known token with other flags is set anew
+        new = [token for _, token in sorted(listed.items()) if repr(token) not in same]
+    else:
+        special = {token.content for token in [*named.values(), *extra]}
+        listed = {}  # their ids are those that come next, whatever the file says
+        texts = [
+            text for text, _ in sorted(added_tokens.items(), key=lambda item: _number(item[1])) if text not in known
+        ]
+        new = [AddedToken(text, special=text in special, normalized=text not in special) for text in texts]
+    known |= {token.content for token in new}
+    backend.add_tokens(new + [token for token in [*named.values(), *extra] if token.content not in known])
+    for number, token in sorted(listed.items()):
+        if backend.token_to_id(token.content) != number:
+            given = backend.token_to_id(token.content)
+            line = f"got id {number} for {token.content!r} in tokenizer_config.json, which tokenizer.json makes {given}"
+            raise ValueError(f"{line}, want files of one model")
+    return {name: token.content for name, token in named.items()}
+
+
+def named_tokens(config: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """(name -> token, tokens without a name) of a tokenizer_config.json or a special_tokens_map.json."""
+    named = {name: config[name] for name in NAMES if config.get(name) is not None}
+    # multimodal tokenizers name more, such as image_token; add_bos_token is true or false
+    named |= {name: v for name, v in config.items() if name.endswith("_token") and isinstance(v, (str, dict))}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        named, extra = named | extra, []
+    if not isinstance(extra, list):
+        raise ValueError(f"got {kind(extra)} for extra_special_tokens, want a list of tokens")
+    named = {name: _token(value, name) for name, value in named.items()}
+    return named, [_token(value, "extra_special_tokens") for value in extra]
+
+
+def _token(value: object, name: str, special: bool = True) -> AddedToken:
+    spec = {"content": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict) or not isinstance(spec.get("content"), str):
+        raise ValueError(f'got {kind(value)} for {name}, want a token: "</s>" or {{"content": "</s>", …}}')
+    flags = {"special": special} | {flag: spec[flag] for flag in FLAGS if flag in spec}
+    for flag, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"got {kind(value)} for {flag} of {name}, want true or false")
+    return AddedToken(spec["content"], **flags)
+
+
+def _object(value: object) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"got {kind(value)} for added_tokens_decoder, want an object of ids and tokens")
+    return value
+
+
+def _number(value: object) -> int:
+    if type(value) is int or isinstance(value, str) and value.isascii() and value.isdecimal():
+        return int(value)
+    raise ValueError(f"got {value!r:.40} for the id of an added token, want a number")
