@@ -10,10 +10,14 @@ Prompts go through the checkpoint's own chat template when it has one (--raw swi
 import sys
 from collections.abc import Iterator
 
-from nanogspo.config import SampleConfig, parse
+from nanogspo.config import SampleConfig, check_fields, parse
 
 if __name__ == "__main__":  # flags before torch: a wrong one answers at once
-    CONFIG, _ = parse(SampleConfig, sys.argv[1:], "sample.py")
+    try:
+        CONFIG, _ = parse(SampleConfig, sys.argv[1:], "sample.py")
+        check_fields(CONFIG)
+    except ValueError as error:
+        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
 
 import torch  # noqa: E402
 
@@ -24,6 +28,7 @@ from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 
 def run(config: SampleConfig) -> None:
+    check_fields(config)
     modes = [bool(config.prompt), bool(config.prompts), config.chat]
     if not config.model:
         raise ValueError("got no --model, want a checkpoint folder or a hub id owner/name")

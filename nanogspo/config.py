@@ -2,100 +2,112 @@
 
     defaults  <  configs/tiny.yaml when the model is tiny, or --config FILE  <  flags
 
-A field is declared once, with its help text; `parse` makes the command line from it, `dump` writes config.yaml.
-Values of 0 or "auto" marked so are filled by `resolve` from the model's size; the filled record is what is saved.
+A field is declared once, with its help text and bounds; `parse` makes the command line from it, `check` refuses what
+lies outside, `dump` writes config.yaml. Values of 0 or "auto" marked so are filled by `resolve` from the size of the
+model; the filled record is what is saved.
 
 Reading order: TrainConfig, SampleConfig, parse, resolve, check.      Tests: tests/test_config.py
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
-import math
+import functools
 import pathlib
+import re
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def flag(default, help: str, choices: tuple = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help: str, choices: tuple = (), *, low=0, high=10**9, exclude=None, group: str = "") -> Any:
+    """A field. A number lies in low .. high and is not `exclude`; --help begins a group with a field that has one."""
+    metadata = {"help": help, "choices": choices, "bounds": (low, high, exclude), "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Fine-tune a Qwen, Gemma or Llama model with SFT, GRPO or GSPO. Without flags: the two-minute tiny run."""
 
-    # what
     model: str = flag(
-        "tiny", "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot"
+        "tiny", "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot", group="what"
     )
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft"))
     task: str = flag("reverse", "where prompts and rewards come from: reverse, addition, or jsonl (with --data)")
-    task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default")
+    task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default", high=1000)
     data: str = flag("", "JSONL file for --algo sft: rows with messages, prompt + completion, or title ... solution")
     adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one")
     out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...")
     resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win")
-    seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling")
-    # how long
-    steps: int = flag(200, "optimiser updates of the main phase")
+    seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling", high=2**32 - 1)
+    steps: int = flag(200, "optimiser updates of the main phase", low=1, group="how long")
     eval_every: int = flag(0, "updates between held-out evaluations; 0: only before and after")
-    eval_size: int = flag(200, "held-out problems per evaluation, answered greedily")
-    save_every: int = flag(50, "updates between saves of the state that --resume reads")
+    eval_size: int = flag(200, "held-out problems per evaluation, answered greedily", high=10**6)
+    save_every: int = flag(50, "updates between saves of the state that --resume reads", low=1)
     warm_steps: int = flag(0, "at most this many SFT updates on the task's own answers before RL starts")
     warm_until: float = flag(
-        0.3, "end the warm-up once this share of warm_probe fresh training problems is answered right"
+        0.3,
+        "end the warm-up once this share of warm_probe fresh training problems is answered right; 2: never",
+        high=2,
+        exclude=0,
     )
-    warm_probe: int = flag(300, "training problems answered greedily every 5 warm-up updates, to see whether to stop")
-    warm_lr: float = flag(0.0, "learning rate of the warm-up; 0: what --algo sft would take")
+    warm_probe: int = flag(
+        300, "training problems answered greedily every 5 warm-up updates, to see whether to stop", low=1, high=10**6
+    )
+    warm_lr: float = flag(0.0, "learning rate of the warm-up; 0: what --algo sft would take", high=1)
     control: bool = flag(
         False, "after RL, also continue SFT from the end of the warm-up for as long as RL took, to compare"
     )
-    # rollout
-    prompts_per_rollout: int = flag(8, "prompts sampled at a time")
-    group_size: int = flag(8, "answers per prompt; the baseline of an answer is its group's mean")
+    prompts_per_rollout: int = flag(8, "prompts sampled at a time", low=1, high=10**6, group="rollout")
+    group_size: int = flag(8, "answers per prompt; the baseline of an answer is its group's mean", low=1, high=10**6)
     updates_per_rollout: int = flag(
-        4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move"
+        4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move", low=1
     )
-    max_new_tokens: int = flag(64, "answers are cut here, and then count as truncated")
+    max_new_tokens: int = flag(64, "answers are cut here, and then count as truncated", low=1, high=10**7)
     rollout_rows: int = flag(0, "answers decoded at a time, to bound the KV cache; 0: all of a rollout")
-    temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained")
+    temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained", high=100)
     top_k: int = flag(0, "must stay 0 in RL: truncated sampling is not the distribution that is scored")
-    top_p: float = flag(1.0, "must stay 1 in RL, likewise")
+    top_p: float = flag(1.0, "must stay 1 in RL, likewise", high=1, exclude=0)
     # off: Qwen3 would otherwise think past any max_new_tokens that suits these tasks, and no answer would be finished
     thinking: str = flag(
         "off", "the chat template's enable_thinking; auto leaves it to the template", ("auto", "on", "off")
     )
-    # objective
     clip_low: float = flag(
-        0.0, "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo (per sequence), 0.2 for grpo (per token)"
+        0.0,
+        "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo (per sequence), 0.2 for grpo (per token)",
+        high=1,
+        exclude=1,
+        group="objective",
     )
-    clip_high: float = flag(0.0, "ratio may rise to 1 + clip_high; 0: 4e-4 for gspo, 0.27 for grpo")
+    clip_high: float = flag(0.0, "ratio may rise to 1 + clip_high; 0: 4e-4 for gspo, 0.27 for grpo", high=1, exclude=1)
     divide_by_std: bool = flag(
         True, "divide advantages by their group's standard deviation (GRPO, GSPO); off: Dr. GRPO"
     )
-    # optimiser
-    lr: float = flag(0.0, "AdamW learning rate; 0: by algorithm, LoRA or full, and model size")
+    lr: float = flag(
+        0.0, "AdamW learning rate; 0: by algorithm, LoRA or full, and model size", high=1, group="optimiser"
+    )
     warmup_updates: int = flag(5, "updates over which the learning rate rises from 0")
     lr_schedule: str = flag("constant", "after the warm-up", ("constant", "linear", "cosine"))
-    weight_decay: float = flag(0.0, "AdamW weight decay, on matrices only")
-    grad_clip: float = flag(1.0, "the gradient's norm is scaled down to this")
-    batch_size: int = flag(16, "examples per SFT update")
-    max_length: int = flag(2048, "longer SFT rows are left out, and counted")
-    micro_batch_tokens: int = flag(4096, "tokens per forward and backward pass; bounds activation memory")
+    weight_decay: float = flag(0.0, "AdamW weight decay, on matrices only", high=100)
+    grad_clip: float = flag(
+        1.0, "the gradient's norm is scaled down to this; a large number switches it off", high=1e30, exclude=0
+    )
+    batch_size: int = flag(16, "examples per SFT update", low=1, high=10**6)
+    max_length: int = flag(2048, "longer SFT rows are left out, and counted", low=1)
+    micro_batch_tokens: int = flag(4096, "tokens per forward and backward pass; bounds activation memory", low=1)
     gradient_checkpointing: str = flag(
         "auto",
         "keep one tensor per layer and recompute the rest, about a third slower; auto: where memory needs it",
         ("auto", "on", "off"),
     )
-    # what is trained
-    lora_r: int = flag(16, "LoRA rank; 0: full fine-tuning")
+    lora_r: int = flag(16, "LoRA rank; 0: full fine-tuning", high=10**5, group="adapter and weights")
     lora_alpha: float = flag(32.0, "LoRA scale is alpha / r")
     lora_targets: str = flag(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers that get an adapter, by leaf name"
     )
-    lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise")
+    lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise", high=1, exclude=1)
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
     dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny", ("auto", "bf16", "fp32"))
     quant: str = flag(
@@ -103,28 +115,32 @@ class TrainConfig:
         "pack the frozen linear layers under LoRA; none: as the checkpoint is, so bitsandbytes 4-bit ones stay packed",
         ("none", "nf4", "int8"),
     )
-    device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
-    threads: int = flag(0, "CPU threads; 0: torch's own choice")
+    device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"), group="machine")
+    threads: int = flag(0, "CPU threads; 0: torch's own choice", high=1024)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """Sample from a checkpoint: one prompt, a file of prompts, or a chat."""
 
-    model: str = flag("", "checkpoint folder (also RUN/model of a training run) or hub id owner/name")
+    model: str = flag("", "checkpoint folder (also RUN/model of a training run) or hub id owner/name", group="what")
     adapter: str = flag("", "PEFT adapter folder, for example RUN/adapter")
     prompt: str = flag("", "one prompt; its flag may be left out")
     prompts: str = flag("", "a text file, one prompt a line")
     chat: bool = flag(False, "talk to the model; an empty line or Ctrl-D ends")
     raw: bool = flag(False, "give the prompt to the model as it is, without the chat template")
     system: str = flag("", "system message for the chat template")
-    max_new_tokens: int = flag(256, "answers are cut here")
-    temperature: float = flag(0.7, "0: always the likeliest token")
+    max_new_tokens: int = flag(256, "answers are cut here", low=1, high=10**7, group="sampling")
+    temperature: float = flag(0.7, "0: always the likeliest token", high=100)
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
-    top_p: float = flag(1.0, "sample among the likeliest tokens that together reach this probability")
+    top_p: float = flag(
+        1.0, "sample among the likeliest tokens that together reach this probability", high=1, exclude=0
+    )
     thinking: str = flag("auto", "passed to the chat template as enable_thinking", ("auto", "on", "off"))
-    seed: int = flag(0, "same seed, same answers")
-    dtype: str = flag("auto", "auto: what the checkpoint holds on a CPU, bf16 on a GPU", ("auto", "bf16", "fp32"))
+    seed: int = flag(0, "same seed, same answers", high=2**63 - 1)
+    dtype: str = flag(
+        "auto", "auto: what the checkpoint holds on a CPU, bf16 on a GPU", ("auto", "bf16", "fp32"), group="machine"
+    )
     quant: str = flag("none", "pack the linear layers; none: as the checkpoint is", ("none", "nf4", "int8"))
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
 
@@ -133,66 +149,78 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line and exit code 2."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        self.exit(2, f"{self.prog}: {line if len(line) < 500 else line[:500] + ' ...'}\n")
+
+
+@functools.cache
+def tiny_yaml() -> dict:
+    return load_yaml(ROOT / "configs" / "tiny.yaml", TrainConfig, "it belongs to the repository")
+
+
+def flag_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def parser(config_class: type, prog: str) -> Parser:
+    """The flags, in groups. They have no defaults here, so that the result holds what was given and nothing else."""
+    tiny = tiny_yaml() if config_class is TrainConfig else {}
     p = Parser(
         prog=prog,
+        usage="%(prog)s [--FLAG VALUE ...]",
         allow_abbrev=False,
         description=config_class.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     for f in dataclasses.fields(config_class):
-        name, help = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            p.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=help)
-        else:
-            p.add_argument(
-                name,
-                type=f.type,
-                default=f.default,
-                help=help,
-                choices=f.metadata["choices"] or None,
-                metavar=f.type.__name__ if not f.metadata["choices"] else None,
-            )
+        choices, defaults = f.metadata["choices"], {"default": f.default, "tiny": tiny.get(f.name, f.default)}
+        if defaults["tiny"] == f.default:
+            del defaults["tiny"]
+        defaults = {k: {True: "on", False: "off"}[v] if f.type is bool else v for k, v in defaults.items() if v != ""}
+        shown = "; ".join(f"{name}: {value}" for name, value in defaults.items())
+        kind = {"type": f.type, "choices": choices or None, "metavar": None if choices else f.type.__name__}
+        if f.metadata["group"]:
+            group = p.add_argument_group(f.metadata["group"])
+        group.add_argument(
+            flag_name(f.name),
+            help=(f.metadata["help"] + (f" ({shown})" if shown else "")).replace("%", "%%"),
+            **{"action": argparse.BooleanOptionalAction} if f.type is bool else kind,
+        )
+    if config_class is TrainConfig:
+        p.epilog = "tiny: the value in configs/tiny.yaml, which is read when --model is tiny and there is no --config"
+        p.add_argument("--config", metavar="FILE", help="YAML file with any of these fields; flags win over it")
+    else:
+        p.add_argument("words", nargs="?", metavar="PROMPT", help="one prompt, without --prompt in front")
     return p
 
 
 def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]]:
     """Flags alone -> (config, names of the fields that were given). Exits with code 2 and one line on a wrong flag."""
     p = parser(config_class, prog)
-    if config_class is TrainConfig:
-        p.add_argument(
-            "--config", default="", metavar="FILE", help="YAML file with any of these fields; flags win over it"
-        )
-    else:
-        p.add_argument("words", nargs="?", default="", metavar="PROMPT", help="one prompt, without --prompt in front")
     args, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], p._option_string_actions, n=1, cutoff=0.5)
         p.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-    # parse once more with empty defaults: what is there now was given by the user
-    q = parser(config_class, prog)
-    for action in q._actions:
-        action.default = argparse.SUPPRESS
-    given = {k: v for k, v in vars(q.parse_known_args(argv)[0]).items() if k != "config"}
+    given = vars(args)
+    if empty := [flag_name(name) for name, value in given.items() if value in ("", [])]:  # argparse makes [] of --
+        p.error(f"got an empty {empty[0]}, want a value, or no such flag")
+    file = given.pop("config", "")
+    if "words" in given:
+        given["prompt"] = given.pop("words")
     base: dict = {}
-    if getattr(args, "words", ""):
-        given["prompt"] = args.words
     if config_class is TrainConfig:
-        if given.get("resume") and args.config:
+        if given.get("resume") and file:
             raise ValueError("got --config with --resume, which reads the run's own config.yaml; want one of them")
         if given.get("resume"):
             base = load_yaml(
                 pathlib.Path(given["resume"]) / "config.yaml", TrainConfig, "want the folder of an earlier run"
             )
             base["out"] = given["resume"]
-        elif args.config:
-            base = load_yaml(pathlib.Path(args.config), TrainConfig, "want a YAML file of flag names and values")
+        elif file:
+            base = load_yaml(pathlib.Path(file), TrainConfig, "want a YAML file of flag names and values")
         elif given.get("model", "tiny") == "tiny":
-            base = load_yaml(ROOT / "configs" / "tiny.yaml", TrainConfig, "it belongs to the repository")
-    if base.get("resume") or base.get("out") != given.get("resume", base.get("out")):
+            base = tiny_yaml()
+    if base.get("resume"):
         raise ValueError("got resume in a --config file, want --resume DIR on the command line")
     if given.get("data") and "task" not in given:
         given["task"] = "jsonl"  # nothing else it could mean
@@ -213,37 +241,72 @@ MAY_CHANGE = {
 
 
 def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
-    """The fields in a YAML file, type-checked. ValueError names the file and the field."""
+    """The fields in a YAML file: `name: value` lines. ValueError names the file, the line and the field.
+
+    Values are read by the type of their field, and refused where YAML 1.1 would make something else of them: 010 is 8
+    there, 1:30 is 90, no is false.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError):
+        root = yaml.SafeLoader(path.read_text(encoding="utf-8-sig")).get_single_node()
+    except (OSError, ValueError):  # a UnicodeError is a ValueError, and so is what a path with a zero byte raises
         raise ValueError(f"cannot read {path}; {want}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: got values nested too deeply, want `field: value` lines") from None
     except yaml.YAMLError as e:
-        raise ValueError(f"{path}: not YAML ({str(e).splitlines()[0]}); {want}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got {type(values).__name__}, want `field: value` lines")
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    for name, value in values.items():
+        mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ValueError(f"{where}: not YAML ({problem}); {want}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path}: got {root.id if root else 'an empty file'}, want `field: value` lines")
+    fields, values = {f.name: f for f in dataclasses.fields(config_class)}, {}
+    for key, node in root.value:
+        name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            raise ValueError(f"{path}: unknown field {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        kind, choices = fields[name].type, fields[name].metadata["choices"]
-        if isinstance(value, bool) and "on" in choices:  # YAML 1.1 reads on and off as true and false
-            values[name] = value = "on" if value else "off"
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            values[name] = value = float(value)
-        if kind is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
-            try:
-                values[name] = value = float(value)
-            except ValueError:
-                pass
-        if type(value) is not kind:
-            raise ValueError(f"{path}: {name} is {value!r} ({type(value).__name__}), want {kind.__name__}")
-        if choices and value not in choices:
-            raise ValueError(f"{path}: {name} is {value!r}, want one of {', '.join(choices)}")
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise ValueError(f"{where}: unknown field {name[:80]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        if name in values:
+            raise ValueError(f"{where}: got {name} a second time, want every field once")
+        try:
+            values[name] = read_value(fields[name], node)
+        except ValueError as e:
+            raise ValueError(f"{where}: {name} is {e}") from None
     return values
+
+
+# a number as YAML and its reader understand it; "3e-4" too, which is a string to YAML 1.1
+DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
+
+
+def read_value(field: dataclasses.Field, node) -> Any:
+    """A YAML node as the field's type. ValueError says what it is instead, and what to write."""
+    import yaml
+
+    kind, choices, tag = field.type, field.metadata["choices"], node.tag.removeprefix("tag:yaml.org,2002:")
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"a {node.id}, want one value ({kind.__name__})")
+    text, shown = node.value, f"{node.value[:80]!r} ({tag})" if node.value else "empty"
+    if tag == "bool":
+        truth = text.lower() in ("true", "yes", "on")
+        if kind is bool:
+            return truth
+        if "on" in choices:  # YAML 1.1 reads on and off as true and false
+            return "on" if truth else "off"
+    if kind is str and tag == "str":
+        if choices and text not in choices:
+            raise ValueError(f"{shown}, want one of {', '.join(choices)}")
+        return text
+    if kind is str and text:
+        raise ValueError(f'{shown}, want text: write {field.name}: "{text[:80]}"')
+    if kind in (int, float) and tag in ("int", "float", "str"):
+        if DECIMAL.fullmatch(text):
+            with contextlib.suppress(ValueError):  # 3.5 for an int; more digits than Python converts
+                return kind(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        elif tag != "str" and not node.style and len(text) < 30:
+            value = yaml.safe_load(text)
+            raise ValueError(f"{shown}, which YAML 1.1 reads as {value}: write {field.name}: {value} if you mean that")
+    raise ValueError(f"{shown}, want {kind.__name__}")
 
 
 def dump(config: Any) -> str:
@@ -280,58 +343,29 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
     return dataclasses.replace(config, **values)
 
 
+def check_fields(config: TrainConfig | SampleConfig) -> None:
+    """Every field by itself. nan passes no comparison; infinity is beyond every bound."""
+    for f in dataclasses.fields(config):
+        name, value, (low, high, exclude) = flag_name(f.name), getattr(config, f.name), f.metadata["bounds"]
+        if f.type is str and re.search("[\0\ud800-\udfff]", value):
+            raise ValueError(f"got {name} {value!a}, want UTF-8 text")
+        if f.type in (int, float) and (not low <= value <= high or value == exclude):
+            above, below = "more than " * (exclude == low), "less than " * (exclude == high)
+            raise ValueError(f"got {name} {value!r:.40}, want {above}{low} to {below}{high}")
+
+
 def check(config: TrainConfig) -> None:
     """Refuse what cannot work, with the reason. Nothing has been loaded or written yet.
 
     The most important refusal: a run in which the importance ratio can never leave 1 is not GSPO or GRPO but REINFORCE
     under another name (TRL's defaults are such a run), and one in which it leaves 1 without an update measures noise.
     """
+    check_fields(config)
     rl, tiny = config.algo != "sft", config.model == "tiny"
-    for f in dataclasses.fields(config):  # nan passes every comparison below, and would end in the weights
-        if f.type is float and not math.isfinite(getattr(config, f.name)):
-            raise ValueError(f"got --{f.name.replace('_', '-')} {getattr(config, f.name)}, want a finite number")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"got --seed {config.seed}, want 0 to {2**32 - 1}")
-    for name in (
-        "steps",
-        "prompts_per_rollout",
-        "updates_per_rollout",
-        "max_new_tokens",
-        "batch_size",
-        "micro_batch_tokens",
-        "save_every",
-        "max_length",
-        "warm_probe",
-    ):
-        if getattr(config, name) < 1:
-            raise ValueError(f"got --{name.replace('_', '-')} {getattr(config, name)}, want at least 1")
-    for name in (
-        "eval_every",
-        "eval_size",
-        "warm_steps",
-        "warmup_updates",
-        "lora_r",
-        "lr",
-        "warm_lr",
-        "weight_decay",
-        "clip_low",
-        "clip_high",
-        "threads",
-        "task_size",
-        "rollout_rows",
-    ):
-        if getattr(config, name) < 0:
-            raise ValueError(f"got --{name.replace('_', '-')} {getattr(config, name)}, want 0 or more")
-    if config.grad_clip <= 0:
-        raise ValueError(f"got --grad-clip {config.grad_clip}, want more than 0 (a large number to switch it off)")
-    if config.warm_until <= 0:
-        raise ValueError(f"got --warm-until {config.warm_until}, want more than 0 (2 never ends the warm-up early)")
     if config.lora_r and config.lora_alpha <= 0:
         raise ValueError(
             f"got --lora-alpha {config.lora_alpha}: the adapter would stay without effect; want more than 0"
         )
-    if not 0 <= config.lora_dropout < 1:
-        raise ValueError(f"got --lora-dropout {config.lora_dropout}, want 0 or more and less than 1")
     if config.resume and config.out not in ("", config.resume):
         raise ValueError(f"got --out {config.out} with --resume {config.resume}, want one: a run goes on in its folder")
     if (config.task == "jsonl") != bool(config.data):

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_config.py
 """
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -13,7 +14,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogspo.config import ROOT, SampleConfig, TrainConfig, check, dump, load_yaml, parse, parser, resolve
+from nanogspo.config import (
+    ROOT,
+    SampleConfig,
+    TrainConfig,
+    check,
+    check_fields,
+    dump,
+    load_yaml,
+    parse,
+    parser,
+    resolve,
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 REAL = "some/checkpoint"  # not tiny, so that configs/tiny.yaml is not read
@@ -40,6 +52,7 @@ SOME = st.fixed_dictionaries({}, optional={n: value_of(f) for n, f in FIELDS.ite
 
 
 def argv_of(values):
+    """An empty text is no flag's value: it is the default, or an unset variable of a shell."""
     argv = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -53,7 +66,10 @@ def argv_of(values):
 # one declaration, three forms
 
 
-@given(values=SOME)
+GIVEN = SOME.map(lambda values: {name: value for name, value in values.items() if value != ""})
+
+
+@given(values=GIVEN)
 def test_every_field_is_a_flag(values):
     config, given_names = train("--model", REAL, *argv_of(values))
     if values.get("data"):  # says what the task is
@@ -62,7 +78,7 @@ def test_every_field_is_a_flag(values):
     assert given_names == {"model", *values}
 
 
-@given(values=SOME, over=SOME)
+@given(values=SOME, over=GIVEN)
 def test_yaml_wins_over_defaults_and_flags_win_over_yaml(tmp_path_factory, values, over):
     path = tmp_path_factory.mktemp("config") / "c.yaml"
     path.write_text(yaml.safe_dump({"model": REAL, **values}), encoding="utf-8")
@@ -90,9 +106,27 @@ def test_help_names_every_flag_with_what_it_does(monkeypatch):
     text = " ".join(parser(TrainConfig, "train.py").format_help().split())
     for name, field in FIELDS.items():
         assert f" {flag(name)}" in text
-        assert f"{field.metadata['help']} (default: {field.default})" in text
+        assert field.metadata["help"] in text
     for f in dataclasses.fields(SampleConfig):
         assert f.metadata["help"] in " ".join(parser(SampleConfig, "sample.py").format_help().split())
+
+
+def test_help_is_in_groups_and_shows_both_defaults(monkeypatch):
+    """What a real model gets, and what plain `python train.py` takes from configs/tiny.yaml where that differs."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = parser(TrainConfig, "train.py").format_help()
+    places = [text.index(f"\n{title}:\n") for title in ("what", "how long", "rollout", "objective", "optimiser")]
+    assert places == sorted(places) and places[1] < text.index("--steps") < places[2] < text.index("--group-size")
+    text = " ".join(text.split())
+    assert f"{FIELDS['group_size'].metadata['help']} (default: 8) --" in text
+    assert f"{FIELDS['save_merged'].metadata['help']} (default: off) --" in text
+    assert f"{FIELDS['adapter'].metadata['help']} --" in text  # none is not a value
+    assert "flags win over it what:" in text
+    tiny = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    other = {name: value for name, value in tiny.items() if value != FIELDS[name].default}
+    assert len(other) > 10 and text.count("; tiny: ") == len(other)
+    for name, value in other.items():
+        assert f"{FIELDS[name].metadata['help']} (default: {FIELDS[name].default}; tiny: {value})" in text
 
 
 def test_plain_train_reads_tiny_yaml_and_a_real_model_does_not():
@@ -133,17 +167,45 @@ def test_yaml_floats_without_a_dot_are_floats(tmp_path, text):
     ("text", "message"),
     [
         ("stepz: 3", "unknown field 'stepz'; did you mean steps?"),
-        ("1: 3", "unknown field 1"),
+        ("1: 3", "unknown field '1'"),
         ("steps: many", "steps is 'many' (str), want int"),
-        ("steps: 3.5", "steps is 3.5 (float), want int"),
-        ("steps: true", "steps is True (bool), want int"),
-        ("lr: true", "lr is True (bool), want float"),
+        ("steps: 3.5", "steps is '3.5' (float), want int"),
+        ("steps: true", "steps is 'true' (bool), want int"),
+        ("lr: true", "lr is 'true' (bool), want float"),
         ("lr: fast", "lr is 'fast' (str), want float"),
-        ("steps:", "steps is None (NoneType), want int"),
-        ("control: 1", "control is 1 (int), want bool"),
-        ("algo: ppo", "algo is 'ppo', want one of gspo, grpo, sft"),
-        ("model: 3", "model is 3 (int), want str"),
-        ("- steps", "got list, want `field: value` lines"),
+        ("steps:", "steps is empty, want int"),
+        ("control: 1", "control is '1' (int), want bool"),
+        ("algo: ppo", "algo is 'ppo' (str), want one of gspo, grpo, sft"),
+        ("model: 3", "model is '3' (int), want text: write model: \"3\""),
+        ("model: no", "model is 'no' (bool), want text: write model: \"no\""),
+        ("model: 2026-01-31", "model is '2026-01-31' (timestamp), want text: write model: \"2026-01-31\""),
+        ("model: 2026-13-45", "model is '2026-13-45' (timestamp)"),  # no day of any calendar
+        ("model: ~", "model is '~' (null), want text"),
+        ("steps: 010", "steps is '010' (int), which YAML 1.1 reads as 8: write steps: 8 if you mean that"),
+        ("steps: 1:30", "steps is '1:30' (int), which YAML 1.1 reads as 90: write steps: 90"),
+        ("steps: 1_000", "write steps: 1000"),
+        ("lr: 0x10", "write lr: 16"),
+        ("lr: 1:30.5", "write lr: 90.5"),
+        ("steps: 1e3", "steps is '1e3' (str), want int"),
+        ("steps: " + "9" * 5000, "steps is '99999"),
+        ("steps: 0" + "7" * 5000, "steps is '07777"),
+        ("steps: !!int '[['", "steps is '[[' (int), want int"),
+        ("steps: !!python/object:os.system 3", "steps is '3' (python/object:os.system), want int"),
+        ("algo: gspo\nsteps: 1\nalgo: sft", "c.yaml:3: got algo a second time, want every field once"),
+        ("steps: [1]", "steps is a sequence, want one value (int)"),
+        ("a: &a [x]\nsteps: *a", "unknown field 'a'"),
+        ("steps: &a [*a]", "steps is a sequence"),
+        ("[1]: 3", "unknown field"),
+        ("<<: {steps: 1}", "unknown field '<<'"),
+        ("steps: " + "[" * 500, "nested too deeply"),
+        ("{a: " * 500, "nested too deeply"),
+        ("", "got an empty file"),
+        ("# nothing\n", "got an empty file"),
+        ("steps", "got scalar, want `field: value` lines"),
+        ("steps: 1\n---\nsteps: 2", "not YAML (but found another document)"),
+        ("steps: 1\nlr: %", "c.yaml:2: not YAML"),
+        ("steps: 1\0", "not YAML"),
+        ("- steps", "got sequence, want `field: value` lines"),
         ("steps: [", "not YAML"),
         ("a: b: c", "not YAML"),
     ],
@@ -163,8 +225,10 @@ def test_a_yaml_file_that_cannot_be_read_is_named(tmp_path):
         with pytest.raises(ValueError, match="want a YAML file") as error:
             train("--config", str(path))
         assert str(path) in str(error.value) and "\n" not in str(error.value)
-    (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert train("--config", str(tmp_path / "empty.yaml"))[0] == TrainConfig()
+    with pytest.raises(ValueError, match="cannot read"):
+        train("--config", "zero\0byte")
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbfsteps: 3\r\nmodel: 'no'\r\n")  # as Windows' editors save
+    assert train("--config", str(tmp_path / "marked.yaml"))[0] == TrainConfig(steps=3, model="no")
 
 
 # ----------------------------------------------------------------------------
@@ -176,7 +240,7 @@ def refused(capsys, config_class, *argv):
         parse(config_class, list(argv), "prog.py")
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
-    assert err.count("\n") == 1 and err.startswith("prog.py: ")
+    assert err.count("\n") == 1 and err.startswith("prog.py: ") and len(err) < 600
     return err
 
 
@@ -195,6 +259,11 @@ def refused(capsys, config_class, *argv):
         (["--steps"], "argument --steps: expected one argument"),
         (["--algo", "ppo"], "argument --algo: invalid choice: 'ppo'"),
         (["--control", "yes"], "unknown flag yes"),
+        (["--steps", "9" * 5000], "argument --steps: invalid int value"),
+        (["--resume", ""], "got an empty --resume, want a value, or no such flag"),  # an unset variable of a shell
+        (["--config="], "got an empty --config"),
+        (["two\nlines"], "unknown flag two\\nlines"),
+        (["\udcff"], "unknown flag \\udcff"),
     ],
 )
 def test_a_wrong_flag_ends_in_one_line_and_exit_code_2(capsys, argv, message):
@@ -245,17 +314,28 @@ AT_LEAST_0 = (
 ).split()
 FLOATS = [name for name, field in FIELDS.items() if field.type is float]
 REFUSALS = [
-    *[({name: 0}, f"{flag(name)} 0, want at least 1") for name in AT_LEAST_1],
-    *[({name: -1}, f"{flag(name)} -1, want at least 1") for name in AT_LEAST_1],
-    *[({name: -1}, f"{flag(name)} -1, want 0 or more") for name in AT_LEAST_0],
-    *[({name: math.nan}, f"{flag(name)} nan, want a finite number") for name in FLOATS],
-    *[({name: math.inf}, f"{flag(name)} inf, want a finite number") for name in FLOATS],
+    *[({name: 0}, f"{flag(name)} 0, want 1 to ") for name in AT_LEAST_1],
+    *[({name: -1}, f"{flag(name)} -1, want 1 to ") for name in AT_LEAST_1],
+    *[({name: -1}, f"{flag(name)} -1, want 0 to ") for name in AT_LEAST_0],
+    *[({name: math.nan}, f"{flag(name)} nan, want ") for name in FLOATS],
+    *[({name: math.inf}, f"{flag(name)} inf, want ") for name in FLOATS],
     ({"seed": -1}, "--seed -1, want 0 to"),
     ({"seed": 2**32}, "--seed 4294967296, want 0 to"),
+    ({"steps": 10**30}, "--steps 1000000000000000000000000000000, want 1 to 1000000000"),
+    ({"steps": 10**300}, "--steps 1000000000000000000000000000000000000000, want"),  # cut: one line that can be read
+    ({"threads": 1025}, "--threads 1025, want 0 to 1024"),
+    ({"group_size": 10**9}, "--group-size 1000000000, want 1 to 1000000"),
+    ({"clip_low": 1.0}, "--clip-low 1.0, want 0 to less than 1"),
+    ({"clip_high": 2.0}, "--clip-high 2.0, want 0 to less than 1"),
+    ({"lr": 1.5}, "--lr 1.5, want 0 to 1"),
+    ({"algo": "sft", "top_p": 2.0}, "--top-p 2.0, want more than 0 to 1"),
+    ({"algo": "sft", "top_p": 0.0}, "--top-p 0.0, want more than 0 to 1"),
+    ({"out": "a\0b"}, "--out 'a\\x00b', want UTF-8 text"),
+    ({"model": "\udcff"}, "--model '\\udcff', want UTF-8 text"),
     ({"grad_clip": 0.0}, "--grad-clip 0.0, want more than 0"),
     ({"warm_until": 0.0}, "--warm-until 0.0, want more than 0"),
     ({"lora_alpha": 0.0}, "--lora-alpha 0.0: the adapter would stay without effect"),
-    ({"algo": "sft", "lora_dropout": 1.0}, "--lora-dropout 1.0, want 0 or more and less than 1"),
+    ({"algo": "sft", "lora_dropout": 1.0}, "--lora-dropout 1.0, want 0 to less than 1"),
     ({"algo": "sft", "lora_dropout": -0.1}, "--lora-dropout -0.1"),
     ({"resume": "a", "out": "b"}, "--out b with --resume a"),
     ({"task": "jsonl"}, "--task jsonl without --data"),
@@ -278,8 +358,73 @@ REFUSALS = [
 @pytest.mark.parametrize(("values", "message"), REFUSALS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_what_cannot_work_is_refused_with_its_reason(values, message):
     with pytest.raises(ValueError) as error:
-        check(TrainConfig(model=REAL, **values))
+        check(TrainConfig(**{"model": REAL, **values}))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": -1}, "--max-new-tokens -1, want 1 to 10000000"),
+        ({"temperature": math.inf}, "--temperature inf, want 0 to 100"),
+        ({"temperature": -0.1}, "--temperature -0.1, want 0 to 100"),
+        ({"top_p": 2.0}, "--top-p 2.0, want more than 0 to 1"),
+        ({"top_p": 0.0}, "--top-p 0.0, want more than 0 to 1"),
+        ({"top_k": -1}, "--top-k -1, want 0 to"),
+        ({"seed": 2**63}, "--seed 9223372036854775808, want 0 to 9223372036854775807"),
+        ({"prompt": "\udcff"}, "--prompt '\\udcff', want UTF-8 text"),
+    ],
+    ids=str,
+)
+def test_fields_of_sampling_have_bounds(values, message):
+    with pytest.raises(ValueError) as error:
+        check_fields(SampleConfig(**values))
+    assert message in str(error.value)
+    check_fields(SampleConfig(temperature=0.0, top_p=1.0, seed=2**63 - 1, max_new_tokens=1))
+
+
+NUMBERS = "0 -1 -0 1e400 -1e400 nan inf 1e308 5e-324 1_0 0x10 010 ٣ 1: 9223372036854775808 99999999999999999999".split()
+ABSURD = [
+    *NUMBERS,
+    "1" * 5000,
+    "",
+    " ",
+    "a\nb",
+    "\0",
+    "\udcff",
+    "-",
+    "--",
+    "--=",
+    "-1-",
+    "=",
+    "%s",
+    "{}",
+    "~",
+    "🙂" * 300,
+]
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, SampleConfig])
+def test_no_value_of_a_flag_makes_a_traceback(config_class, capsys):
+    """Every flag with every absurd value, as one word and as two: a record that passes its checks, or one line."""
+    names = [*(f.name for f in dataclasses.fields(config_class)), "config"]
+    accepted = 0
+    for name, value, apart in itertools.product(names, ABSURD, (True, False)):
+        argv = [flag(name), value] if apart else [f"{flag(name)}={value}"]
+        try:
+            config, _ = parse(config_class, argv, "prog.py")
+            (check if config_class is TrainConfig else check_fields)(config)
+        except SystemExit as stop:
+            line = capsys.readouterr().err
+            assert stop.code == 2 and line.count("\n") == 1 and line.startswith("prog.py: "), argv
+            continue
+        except ValueError as error:
+            assert str(error).count("\n") <= ("\n" in value), argv
+            continue
+        accepted += 1
+        numbers = [getattr(config, f.name) for f in dataclasses.fields(config) if f.type in (int, float)]
+        assert all(0 <= number < (2**63 if type(number) is int else 1e31) for number in numbers), argv
+    assert accepted
 
 
 def test_what_only_rl_cannot_do_is_allowed_in_sft():
