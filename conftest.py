@@ -4,8 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-from hypothesis import Phase, settings
+# test tensors are tiny: threads only cost, and sums over them may differ in the last bit; before torch is imported, and
+# for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from hypothesis import Phase, settings  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at every @triton.jit, when kernels are imported
@@ -15,14 +19,15 @@ from interpreter import exact_bf16  # noqa: E402
 
 exact_bf16()
 
-torch.set_num_threads(1)  # test tensors are tiny: threads only cost, and sums over them may differ in the last bit
+torch.set_num_threads(1)  # whatever OMP_NUM_THREADS says
 
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)  # the same cases every run
-settings.register_profile(
-    "mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate]
-)  # no shrinking
+without_shrinking = [Phase.explicit, Phase.generate]
+settings.register_profile("mutants", settings.get_profile("ci"), phases=without_shrinking)
 settings.register_profile("deep", max_examples=500, deadline=None)  # HYPOTHESIS_PROFILE=deep, by hand or nightly
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+pytest_plugins = ["suite"]  # tools/suite.py: two files at a time, and a budget of seconds for each
 
 
 def pytest_configure(config):

@@ -37,7 +37,7 @@ MUTANTS = {
 """,
     "conftest.py": "import sys\nsys.path[:0] = ['.', 'tests']\n",
     "pytest.ini": "[pytest]\ntestpaths = tests\n",
-    "tests/budget.json": '{"tests/test_toy.py": -11.8, "tests/test_other.py": 0}',  # 1 s of CPU for what has no end
+    "tests/budget.json": '{"seconds": {"tests/test_toy.py": -11.8}}',  # 1 s of CPU for what has no end
 }
 LEDGER = "tests/mutants/ledger/toy.jsonl"
 SCRIPT = """
