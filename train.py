@@ -372,7 +372,8 @@ def sample_rollout(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         eos_ids=chat.tokenizer.eos_ids,
-        seed=config.seed * 1_000_003 + progress.rl_cursor,
+        seed=config.seed,
+        first_prompt=progress.rl_cursor,
         max_rows=config.rollout_rows,
         on_step=on_step,
     )
