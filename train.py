@@ -42,6 +42,7 @@ import torch  # noqa: E402
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, lora, planner, runstate, tiny  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
+from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
 from nanogspo.experience import Experience, experience, from_state, sampler_gap  # noqa: E402
 from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
@@ -85,9 +86,9 @@ def run(config: TrainConfig) -> None:
     # 2. device, seeds, run folder
 
     check(config)
-    config = resolve(config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("got --device cuda, but torch sees no GPU; want --device cpu or a CUDA build of torch")
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, torch.float32 if config.model == "tiny" else torch.bfloat16)
+    config = resolve(dataclasses.replace(config, device=device, dtype=dtype))
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -353,7 +354,6 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # what the recipe calls, in the order it calls it
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # seeds apart from the rollouts' own: three different orders of the training problems
 SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
 PROBE_EVERY = 5  # updates; the share climbs by about 1 % an update once it moves, so look often

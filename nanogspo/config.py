@@ -109,7 +109,9 @@ class TrainConfig:
     )
     lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise", high=1, exclude=1)
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
-    dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny", ("auto", "bf16", "fp32"))
+    dtype: str = flag(
+        "auto", "of the weights; auto: bf16, or fp32 for tiny and on CPUs without bf16 units", ("auto", "bf16", "fp32")
+    )
     quant: str = flag(
         "none",
         "pack the frozen linear layers under LoRA; none: as the checkpoint is, so bitsandbytes 4-bit ones stay packed",
@@ -139,7 +141,10 @@ class SampleConfig:
     thinking: str = flag("auto", "passed to the chat template as enable_thinking", ("auto", "on", "off"))
     seed: int = flag(0, "same seed, same answers", high=2**63 - 1)
     dtype: str = flag(
-        "auto", "auto: what the checkpoint holds on a CPU, bf16 on a GPU", ("auto", "bf16", "fp32"), group="machine"
+        "auto",
+        "auto: bf16; fp32 on a CPU that has no bf16 units, or where the file holds more",
+        ("auto", "bf16", "fp32"),
+        group="machine",
     )
     quant: str = flag("none", "pack the linear layers; none: as the checkpoint is", ("none", "nf4", "int8"))
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
@@ -334,12 +339,6 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
         values["clip_low"] = 3e-4 if config.algo == "gspo" else 0.2
     if not config.clip_high:
         values["clip_high"] = 4e-4 if config.algo == "gspo" else 0.27
-    if config.dtype == "auto":
-        values["dtype"] = "fp32" if config.model == "tiny" else "bf16"
-    if config.device == "auto":
-        import torch
-
-        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return dataclasses.replace(config, **values)
 
 
