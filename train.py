@@ -285,7 +285,8 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
                     weight, loss = len(batch.index) / trained, loss * share  # both average over answers, of all
                     (loss * weight).backward()
                     optimizer.accumulate()
-                    facts |= {"loss": loss, "entropy": entropy.mean(), "trained_frac": share}
+                    entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()  # over answers, too
+                    facts |= {"loss": loss, "entropy": entropy, "trained_frac": share}
                     metrics.append((weight, facts))
                 facts = combine(metrics)
                 if progress.update == 0:

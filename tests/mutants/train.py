@@ -4,6 +4,11 @@
 FILE = "train.py"
 MUTANTS = {
     "tests/test_train.py": [
+        (
+            "entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()",
+            "entropy = entropy.mean()",
+            "an entropy that depends on how answers fall into micro-batches",
+        ),
         ("planner.cache_slots(config, longest)", "10**9", "an exam of 500 rows at a time"),
         (
             "if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):",
