@@ -26,7 +26,7 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str, device: str, stored: torch.dtype = torch.bfloat16) -> str:
-    """ "auto", "bf16" or "fp32" -> "bf16" or "fp32". Where a CPU's lack of bf16 units decides, a line on stderr says so.
+    """ "auto", "bf16" or "fp32" -> "bf16" or "fp32". Where a CPU lacks bf16 units, stderr says so.
 
     stored  dtype of the checkpoint: on a CPU only bf16 weights stay bf16. (fp16 becomes fp32: no digit is lost, and few
             CPUs multiply it.) A GPU computes in bf16 whatever the file holds
