@@ -44,7 +44,7 @@ from nanogspo import checkpoint, lora, planner, runstate, tiny  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
 from nanogspo.experience import Experience, experience, from_state, sampler_gap  # noqa: E402
-from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, sft_loss  # noqa: E402
+from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import Example, pack, score  # noqa: E402
 from nanogspo.process import StopRequest, available_memory, peak_memory, run_folder, summary  # noqa: E402
@@ -243,7 +243,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
                 total=phase.steps,
                 schedule=config.lr_schedule,
             )
-            metrics = []  # (weight, facts) of each micro-batch; the weights of an update sum to 1
+            metrics, log_ratios = [], []  # (weight, facts) of each micro-batch; the weights of an update sum to 1
 
             if phase.algo == "sft":
                 draws = range(progress.sft_cursor, progress.sft_cursor + config.batch_size)
@@ -280,8 +280,10 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
                         seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
                         old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
                         loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, **clip)
+                        log_ratios.append((seq_logp.detach() - old_seq_logp) / batch.lengths)  # (N,)
                     else:  # grpo: one ratio per token
                         loss, facts = grpo_loss(logp, old_logp, batch.cu_seqlens, A, **clip)
+                        log_ratios.append(logp.detach() - old_logp)  # (S,)
                     weight, loss = len(batch.index) / trained, loss * share  # both average over answers, of all
                     (loss * weight).backward()
                     optimizer.accumulate()
@@ -306,7 +308,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
 
             seconds = time.perf_counter() - began
             row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **combine(metrics)}
-            row |= {} if phase.algo == "sft" else rollout.facts
+            row |= {} if phase.algo == "sft" else rollout.facts | ratio_quantiles(log_ratios)
             row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
             log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
             if phase.until <= 1 and progress.phase_step % PROBE_EVERY == 0:

@@ -298,7 +298,7 @@ def check_ratios(rl, updates=4):
 @pytest.mark.parametrize("algo", ["gspo", "grpo"])
 def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
     """One rollout and its four updates again, the slow way: no packing, no micro-batches, torch's own AdamW."""
-    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 33".split()]
+    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 20".split()]
     train(tmp_path / "run", *flags, "--temperature", 0.8)
     task = get_task("addition", 2)
     tokenizer, model = tiny.build(task.characters, seed=0)
@@ -342,6 +342,9 @@ def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-2, abs=1e-5)
         assert row["ratio_max"] == pytest.approx(ratios.max().item(), rel=1e-3)
         assert row["ratio_min"] == pytest.approx(ratios.min().item(), rel=1e-3)
+        for p in (5, 50, 95):
+            want = ratios.sort().values[round(p / 100 * (len(ratios) - 1))].item()
+            assert row[f"ratio_p{p:02}"] == pytest.approx(want, rel=1e-3)
 
 
 def drawn_examples():

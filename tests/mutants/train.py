@@ -17,6 +17,16 @@ MUTANTS = {
         ),
         ("(prompt, skip_special_tokens=False)", "(prompt)", "samples.jsonl without the marks that the model reads"),
         ('"truncated": not a.finished, ', '"truncated": a.finished, ', "truncated says its opposite"),
+        (
+            "log_ratios.append(logp.detach() - old_logp)",
+            "log_ratios[:] = [logp.detach() - old_logp]",
+            "quantiles of the last micro-batch",
+        ),
+        (
+            "(seq_logp.detach() - old_seq_logp) / batch.lengths",
+            "seq_logp.detach() - old_seq_logp",
+            "quantiles of ratios that are not per token",
+        ),
         ("loss * share", "loss", "what is left out does not count in the average"),
         ("score_first=not proved", "score_first=False", "nothing compares the two passes"),
         (
