@@ -25,7 +25,7 @@ import pathlib
 import sys
 import time
 
-from nanogspo.config import TrainConfig, check, dump, load_yaml, parse, resolve
+from nanogspo.config import TrainConfig, check, dump, parse, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. configuration
@@ -43,7 +43,7 @@ from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, lora, planner, runstate, tiny  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
-from nanogspo.experience import Experience, experience, from_state, sampler_gap  # noqa: E402
+from nanogspo.experience import Experience, experience, sampler_gap  # noqa: E402
 from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import Example, pack, score  # noqa: E402
@@ -51,6 +51,7 @@ from nanogspo.process import StopRequest, available_memory, peak_memory, run_fol
 from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
 from nanogspo.rollout import generate  # noqa: E402
 from nanogspo.runlog import RunLog, read_rows  # noqa: E402
+from nanogspo.runstate import Progress  # noqa: E402
 from nanogspo.tasks import Problem, get_task, shuffled  # noqa: E402
 from nanogspo.tasks.jsonl import load_jsonl  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
@@ -66,19 +67,6 @@ class Phase:
     lr: float
     seconds: float = float("inf")  # the control stops by the clock
     until: float = 1.1  # the warm-up stops at this share of right answers
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; saved with its state. Every draw of data and randomness is a function of these numbers."""
-
-    phase: int = 0
-    phase_step: int = 0  # updates done in this phase
-    phase_done: bool = False  # the warm-up has reached its share of right answers
-    step: int = 0  # updates done in all
-    update: int = 0  # minibatches of the rollout at hand that are done
-    sft_cursor: int = 0  # SFT examples drawn so far
-    rl_cursor: int = 0  # problems drawn for rollouts so far
 
 
 def run(config: TrainConfig) -> None:
@@ -191,35 +179,27 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 6. resume
 
-    progress, rollout = Progress(), None
+    progress, rollout, changed = Progress(), None, []
     state, warm = folder / "state" / "state.safetensors", folder / "state" / "warm.safetensors"
+    made_of = runstate.inputs(config)
     if config.resume:
-        saved, rollout = runstate.load_state(state, model, optimizer)
-        progress = Progress(**saved)
-        cut = load_yaml(folder / "config.yaml", TrainConfig, "it belongs to the run")["updates_per_rollout"]
-        if progress.update and config.updates_per_rollout != cut:
-            raise ValueError(
-                f"got --updates-per-rollout {config.updates_per_rollout} with --resume in the middle of a rollout "
-                f"that was cut into {cut}; want {cut}"
-            )
-        rollout = rollout and from_state(
-            rollout, updates=config.updates_per_rollout, max_tokens=config.micro_batch_tokens
-        )
+        progress, rollout, changed = runstate.resume(state, config, made_of, model, optimizer, len(phases))
         print(f"resumed {folder} after update {progress.step}")
-    checkpoint.atomic_write(folder / "config.yaml", dump(config))
-    resume_step = progress.step if config.resume else None
+    record = dataclasses.replace(config, accept_changes=False)  # which is said anew at every start
+    checkpoint.atomic_write(folder / "config.yaml", dump(record))
     log = RunLog(
         folder,
         steps=warm_steps + config.steps,
-        resume_step=resume_step,
+        resume_step=progress.step if config.resume else None,
         clip_range=(config.clip_low, config.clip_high),
     )
 
     def save_state() -> None:
-        runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), rollout and rollout.state())
+        at_hand = rollout.state() if progress.update else None
+        runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), at_hand, made_of)
 
     def evaluate(name: str) -> None:
-        if exam:
+        if exam and not log.has(step=progress.step, phase=name, eval_count=config.eval_size):  # killed after this row
             right = count_exact(model, chat, task, exam, config)
             log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
 
@@ -228,7 +208,10 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
 
     stop, proved = StopRequest(), False
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    if not config.resume:
+    if changed:
+        log.changed(progress.step, changed)
+        save_state()  # from now on the run is made of these
+    if progress.step == 0:
         evaluate("start")
     while progress.phase < len(phases) and not stop:
         phase, phase_started = phases[progress.phase], time.perf_counter()
@@ -328,7 +311,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
         if phase is phases[-1]:
             break
         if phases[progress.phase + 1].name != "control":
-            runstate.save_state(warm, model, optimizer, dataclasses.asdict(progress), None)
+            runstate.save_state(warm, model, optimizer, dataclasses.asdict(progress), None, made_of)
             optimizer = Optimizer(model, weight_decay=config.weight_decay)
         else:  # the RL result is kept; then back to the end of the warm-up, its optimiser included
             save_state()  # before the phase moves on: a resumed run comes back to this line

@@ -41,6 +41,9 @@ class TrainConfig:
     adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one")
     out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...")
     resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win")
+    accept_changes: bool = flag(
+        False, "with --resume: go on though settings or input files have changed, and note in metrics.jsonl which"
+    )
     seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling", high=2**32 - 1)
     steps: int = flag(200, "optimiser updates of the main phase", low=1, group="how long")
     eval_every: int = flag(0, "updates between held-out evaluations; 0: only before and after")
@@ -232,16 +235,16 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     if given.get("resume"):
         changed = [name for name in given if name in base and given[name] != base[name]]
         kept = {name: base[name] for name in changed if name not in MAY_CHANGE}
-        if kept:
+        if kept and not given.get("accept_changes"):
             flags = ", ".join(f"--{name.replace('_', '-')} (was {value})" for name, value in kept.items())
-            raise ValueError(f"got --resume with another {flags}; want the run's own, or a new run")
+            raise ValueError(f"got --resume with another {flags}; want the run's own, --accept-changes, or a new run")
     return config_class(**{**base, **given}), set(base) | set(given)
 
 
 # what a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = {
-    "resume", "out", "steps", "eval_every", "eval_size", "save_every", "save_merged", "control", "device", "threads",
-    "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
+    "resume", "out", "accept_changes", "steps", "eval_every", "eval_size", "save_every", "save_merged", "control",
+    "device", "threads", "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 
 

@@ -72,9 +72,8 @@ class RunLog:
         self.folder, self.steps, self.clip_range, self.quiet = Path(folder), steps, clip_range, quiet
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        if resume_step is not None:
-            for path in paths:
-                _drop_rows_after(path, resume_step)
+        kept = [] if resume_step is None else [_drop_rows_after(path, resume_step) for path in paths][0]
+        self._notes = [row for row in kept if "algo" not in row]  # evaluations and the like, not updates
         mode = "w" if resume_step is None else "a"
         self._metrics, self._samples = (path.open(mode, encoding="utf-8", newline="\n") for path in paths)
         self._unrewarded = 0  # rollouts so far; infinite once there has been a reward
@@ -101,12 +100,26 @@ class RunLog:
         exact = successes / count if count else math.nan
         row = {"step": step, "phase": phase, "eval_exact": exact, "eval_low": low, "eval_high": high}
         row |= {"eval_count": count, **more}
-        _write(self._metrics, row)
+        self._note(row)
         self.say(
             f"eval {step:>{max(4, len(str(self.steps)))}} | {phase:<7} | exact {exact:6.1%}"
             f" | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
         )
         return row
+
+    def changed(self, step: int, what: list[str]) -> None:
+        """The run goes on from update `step` with other inputs than before, accepted by who resumed it."""
+        if not self.has(step=step, accepted_changes=what):
+            self._note({"step": step, "accepted_changes": what})
+        self.say(f"goes on with what has changed: {', '.join(what)}")
+
+    def has(self, **values: object) -> bool:
+        """Is there a row already, other than an update's, with these values? A run killed at a phase's end wrote it."""
+        return any(all(row.get(key) == value for key, value in values.items()) for row in self._notes)
+
+    def _note(self, row: dict) -> None:
+        _write(self._metrics, row)
+        self._notes.append(row)
 
     def samples(self, rows: Iterable[dict]) -> None:
         """One rollout's rows of {"step", "prompt", "answer", "reward", ...} for samples.jsonl."""
@@ -226,19 +239,24 @@ def _rows_and_lines(path: Path) -> list[tuple[dict, bytes]]:
     pairs = []
     for number, line in enumerate(lines, start=1):
         try:
-            pairs.append((json.loads(line), line))
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+                raise ValueError("no row of ours")
+            pairs.append((row, line))
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: got broken JSON, want a row; delete the line") from error
     return pairs
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int) -> list[dict]:
+    """Returns the rows that stay."""
     from nanogspo.checkpoint import atomic_write
 
-    if path.exists():
-        kept = [line for row, line in _rows_and_lines(path) if row.get("step", 0) <= step]
-        atomic_write(path, b"".join(kept))  # a kill here leaves the old file or the new one, never half of one
+    kept = [(row, line) for row, line in _rows_and_lines(path) if row.get("step", 0) <= step]
+    if path.exists():  # a kill here leaves the old file or the new one, never half of one
+        atomic_write(path, b"".join(line.removesuffix(b"\n") + b"\n" for _, line in kept))
+    return [row for row, _ in kept]
 
 
 # ----------------------------------------------------------------------------

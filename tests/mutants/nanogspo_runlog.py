@@ -42,6 +42,7 @@ MUTANTS = {
             'row.get("step", 0) < step]',
             "a resumed run forgets the step it was saved at",
         ),
+        ('line.removesuffix(b"\\n") + b"\\n"', "line", "a row whose end was cut off and the next share a line"),
         (
             "math.nan if any(map(math.isnan, ends)) else max(ends)",
             "max(ends)",

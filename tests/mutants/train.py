@@ -27,6 +27,9 @@ MUTANTS = {
             "seq_logp.detach() - old_seq_logp",
             "quantiles of ratios that are not per token",
         ),
+        (" and not log.has(step=progress.step, phase=name, eval_count=config.eval_size)", "", "an exam counts twice"),
+        ("dump(record)", "dump(config)", "what was accepted once is accepted for ever"),
+        ("        save_state()  # from now on", "        # from now on", "what was accepted is asked again"),
         ("loss * share", "loss", "what is left out does not count in the average"),
         ("score_first=not proved", "score_first=False", "nothing compares the two passes"),
         (
@@ -46,7 +49,7 @@ MUTANTS = {
         ),
         ("weight = len(logp) / total", "weight = 1 / len(batches)", "a token weighs more in a small micro-batch"),
         ("                progress.sft_cursor += config.batch_size\n", "", "the same examples for ever"),
-        ("rollout and rollout.state()", "None", "a rollout in progress is lost"),
+        ("rollout.state() if progress.update else None", "None", "a rollout in progress is lost"),
         (
             "                progress.phase_step,\n                peak",
             "                progress.step,\n                peak",
