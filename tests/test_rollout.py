@@ -122,6 +122,7 @@ def test_answers_come_prompt_by_prompt_and_prompts_are_prefilled_once():
     assert all(len(group) > 1 for group in groups)  # answers of a group are drawn apart
 
 
+@pytest.mark.isa
 @given(seed=SEEDS, keep=st.sampled_from([0.0, 0.5, 1.0]))
 def test_a_row_does_not_depend_on_which_rows_have_finished(seed, keep):
     """Dropping finished rows early, late or never: the same tokens. In fp32 log-probs move by rounding only."""

@@ -299,6 +299,7 @@ def check_ratios(rl, updates=4):
     assert moved >= (len(rl) - len(rl) // updates) / 2
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("algo", ["gspo", "grpo"])
 def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
     """One rollout and its four updates again, the slow way: no packing, no micro-batches, torch's own AdamW."""
@@ -423,6 +424,7 @@ def test_what_is_left_out_counts_in_the_average(tmp_path):
     assert row["loss"] == pytest.approx(-sum(advantages) / 16, abs=1e-6)
 
 
+@pytest.mark.isa
 def test_the_first_rollout_of_a_run_compares_two_passes(tmp_path, monkeypatch):
     """And only that one: afterwards the first update's own forward is the old one. A difference ends the run."""
     calls, run = [], [*TINY, *"--steps 8 --lr 1e-3".split()]
@@ -498,6 +500,7 @@ def flags_of(name, base):
 
 
 # N on both sides of the rollout's end at 4, in the middle, at the last update, and on both sides of the warm-up's end
+@pytest.mark.isa
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
