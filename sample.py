@@ -7,6 +7,7 @@
 Prompts go through the checkpoint's own chat template when it has one (--raw switches that off).
 """
 
+import re
 import sys
 from collections.abc import Iterator
 
@@ -19,10 +20,12 @@ if __name__ == "__main__":  # flags before torch: a wrong one answers at once
     except ValueError as error:
         sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
 
+import torch  # noqa: E402
+
 from nanogspo import checkpoint  # noqa: E402
-from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
 from nanogspo.model import Transformer  # noqa: E402
 from nanogspo.rollout import decode, generate  # noqa: E402
+from nanogspo.textfile import read_bytes, text_of  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 
@@ -36,10 +39,12 @@ def run(config: SampleConfig) -> None:
     if config.chat and config.raw:
         raise ValueError("got --chat with --raw, which has no turns; want one of them")
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
-    device = choose_device(config.device)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("got --device cuda, but torch sees no GPU; want --device cpu or a CUDA build of torch")
     folder = checkpoint.resolve(config.model)
     tokenizer = load_tokenizer(folder)
-    dtype = DTYPES[choose_dtype(config.dtype, device, checkpoint.stored_dtype(folder))]
+    dtype = checkpoint.stored_dtype(folder) if config.dtype == "auto" and device == "cpu" else DTYPES[config.dtype]
     model = checkpoint.load(folder, device=device, dtype=dtype, quant=None if config.quant == "none" else config.quant)
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter)
@@ -69,12 +74,16 @@ def run(config: SampleConfig) -> None:
         print(f"> {prompt}\n{tokenizer.decode(answer.tokens)}\n")
 
 
+DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 def read_prompts(path: str) -> list[str]:
+    want = "a UTF-8 text file, one prompt a line"
     try:
-        with open(path, encoding="utf-8") as f:
-            prompts = [line.rstrip("\n") for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"cannot read --prompts {path} ({e}); want a UTF-8 text file, one prompt a line") from e
+        text = text_of(read_bytes(path, want))
+    except ValueError as error:
+        raise ValueError(f"cannot read --prompts {path} ({error}); want {want}") from error
+    prompts = [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not prompts:
         raise ValueError(f"got no prompts in {path}, want one a line")
     return prompts

@@ -12,8 +12,8 @@ def read_bytes(path: str | Path, want: str) -> bytes:
     """A whole file; `want` says what should be there, for the error, which names the path."""
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ValueError(f"{path}: got {reason}, want {want}; check the path") from error
 
 

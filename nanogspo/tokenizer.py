@@ -218,8 +218,8 @@ class Tokenizer:
             line = f"got messages ({one_line(roles)}) that the chat template of {self.folder} does not take ({error})"
             raise ValueError(f"{line}, want what it was written for: change messages or template arguments") from error
 
-    def template_names(self, name: str) -> bool:
-        """Whether a chat template spells this name. A variable that none of them spells is without effect."""
+    def spells(self, name: str) -> bool:
+        """Whether a chat template has this name in it: one that none of them spells is not read."""
         return any(name in source for source in self.templates.values())
 
     def save(self, folder: str | Path) -> None:

@@ -73,7 +73,8 @@ def test_sampling_settings_and_seed_reach_the_sampler(base):
 
 def test_a_file_of_prompts_is_answered_in_order(base, tmp_path):
     """In one batch; each answer is the one its prompt gets alone."""
-    (tmp_path / "questions.txt").write_text("one\n\nWhat is 3?\n")
+    # as Windows writes it: a byte order mark, and two characters at the end of a line
+    (tmp_path / "questions.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\nWhat is 3?\n")
     flags = ["--model", base, "--max-new-tokens", 6, "--temperature", 0]
     out = sample(*flags, "--prompts", tmp_path / "questions.txt")
     ids = [load_tokenizer(base).chat(user(prompt)) for prompt in ("one", "What is 3?")]

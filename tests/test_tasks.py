@@ -377,6 +377,104 @@ def test_template_arguments_arrive(write):
     assert tokenizer.decode(example.tokens, skip_special_tokens=False) == "[calm]Hi[calm]Ho<eos>"
 
 
+READING = with_template(
+    "{% if tools %}TOOLS {{ tools | tojson }}{% endif %}{% if mood %}MOOD {{ mood }}{% endif %}"
+    + TURNS.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}")
+)
+
+
+def test_keys_of_a_row_go_to_the_template(write):
+    """As TRL passes tools and chat_template_kwargs on, and axolotl puts a system turn in front."""
+    messages, tools, notices = turns("q", "a"), [{"type": "function", "name": "f"}], []
+    system = [{"role": "system", "content": "be brief"}]
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "7"}]
+    cases = [
+        ({"messages": messages, "tools": tools}, messages, {"tools": tools}),
+        ({"messages": messages, "tools": json.dumps(tools)}, messages, {"tools": tools}),
+        ({"messages": messages, "tools": None, "system": "", "weight": 1, "images": []}, messages, {}),
+        ({"messages": messages, "chat_template_kwargs": {"mood": "calm"}}, messages, {"mood": "calm"}),
+        ({"messages": messages, "system": "be brief"}, system + messages, {}),
+        ({"messages": system + messages, "system": "be brief"}, system + messages, {}),
+        ({"prompt": "q", "completion": "a", "system": "be brief"}, system + messages, {}),
+        ({"prompt": turns("q"), "completion": "a", "tools": tools}, messages, {"tools": tools}),
+        ({"messages": [*messages[:1], *calls, *messages[1:]], "tools": tools}, None, {}),
+    ]
+    path = write(*(row for row, _, _ in cases))
+    examples, _ = load_jsonl(path, READING, max_length=1000, template_kwargs={"mood": "wild"}, notify=notices.append)
+    for example, (_, want, variables) in zip(examples, cases, strict=True):
+        if want:
+            variables = {"mood": "wild", **variables, "add_generation_prompt": False}
+            assert READING.decode(example.tokens) == READING.decode(READING.chat(want, **variables))
+            assert learned(READING, example) == "a<eos>"
+    assert learned(READING, examples[-1]) == '[{"name": "f"}]<eos>a<eos>'
+    assert notices == [
+        f"{path}, 9 rows: 'weight' is not used (1); 'images' is not used (1); mood is set by the row (1)"
+    ]
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": False}])
+def test_a_turn_may_be_given(write, off):
+    messages = turns("q", "one", "r", "two", "s", "three")
+    messages[1] |= {"weight": 1, "train": None}
+    messages[3] |= off
+    for tokenizer, sequences in ((CHAT, 1), (REWRITING, 2)):
+        examples, _ = load_jsonl(write({"messages": messages}), tokenizer, max_length=1000)
+        assert len(examples) == sequences
+        assert "".join(learned(tokenizer, example) for example in examples) == "one<eos>three<eos>"
+        before = tokenizer.chat(turns("q", "one", "r", "two", "s"))
+        assert examples[-1].tokens[: len(before)] == before
+
+
+def test_a_given_turn_cannot_refuse_its_row(write):
+    """Thinking of an earlier turn of a prompt: the template drops it, and the completion alone is learned."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% if loop.last %}"
+        "{{ '' if '</think>' in m.content else '<think></think>' }}{{ m.content }}{% else %}"
+        "{{ m.content.split('</think>')[-1] }}{% endif %}<eos>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    tokenizer, prompt = with_template(template), turns("q", "<think>w</think>x", "r")
+    (example,), _ = load_jsonl(
+        write({"prompt": prompt, "completion": "y"}),
+        tokenizer,
+        max_length=99,
+        template_kwargs={"enable_thinking": False},
+    )
+    assert tokenizer.decode(example.tokens) == "[user]q[assistant]x[user]r[assistant]<think></think>y"
+    assert learned(tokenizer, example) == "y<eos>"
+    with pytest.raises(ValueError, match=r"got messages\[1\], which the template does not begin with its own prompt"):
+        rows = write({"messages": [*prompt, *turns("r", "y")[1:]]})
+        load_jsonl(rows, tokenizer, max_length=99, template_kwargs={"enable_thinking": False})
+
+
+def test_keys_without_effect_are_counted_in_one_notice(write, capsys):
+    rows = [{"id": n, "source": None if n else "web", "messages": turns("a", "b")} for n in range(3)]
+    rows[0]["messages"][1]["reasoning_content"] = "hm"
+    rows[2] |= {"chat_template_kwargs": {"mood": "calm"}, "prompt": "a"}  # UltraChat repeats the first turn as prompt
+    path = write(*rows)
+    load_jsonl(path, CHAT, max_length=99)
+    printed = capsys.readouterr().out
+    start = f"{path}, 3 rows: 'id' is not used (3); "
+    assert printed.startswith(start) and printed.count("\n") == 1
+    assert {*printed.removeprefix(start).strip().split("; ")} == {
+        "'source' is not used (1)",
+        "'prompt' is not used (1)",
+        "'reasoning_content' is not read by the chat template (1)",
+        "'mood' is not read by the chat template (1)",
+    }
+    load_jsonl(write({**rows[1], **{f"key {n}": 1 for n in range(20)}}), CHAT, max_length=99)
+    assert capsys.readouterr().out.endswith("; ...\n")
+    load_jsonl(write({"messages": turns("a", "b"), "id": None}), CHAT, max_length=99)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("key", [{"system": "x"}, {"tools": [{}]}, {"chat_template_kwargs": {"x": 1}}])
+def test_template_keys_need_a_chat_template(write, key):
+    (name,) = key
+    with pytest.raises(ValueError, match=rf"rows.jsonl:1: got {name} for a tokenizer without a chat template"):
+        load_jsonl(write(GOOD | key), PLAIN, max_length=100)
+
+
 @pytest.mark.parametrize(
     "fields", [["description"], ["title", "input_format", "output_format"], ["title", "description"]]
 )
@@ -444,6 +542,70 @@ BAD_ROWS = {
     "title not text": ({"solution": "x", "title": ["a"]}, "got list for title, want a string"),
     "empty solution": ({"solution": "", "title": "a"}, "got an empty solution"),
     "half a character": ({"prompt": "a", "completion": "\ud83d"}, r"got text with .*\\ud83d"),
+    "thousands of digits": (
+        b'{"prompt": "a", "completion": ' + b"1" * 5000 + b"}",
+        "got a number of thousands of digits",
+    ),
+    "as deep as can be read": (b'{"messages": ' + b"[" * 900 + b"]" * 900 + b"}", r"got a JSON list for messages\[0\]"),
+    "two forms": (
+        {"messages": turns("a", "b"), "prompt": "a", "completion": "b"},
+        "got messages and prompt with compl",
+    ),
+    "two systems": (
+        {"messages": [{"role": "system", "content": "x"}, *turns("a", "b")], "system": "y"},
+        "got a system that differs from the system turn",
+    ),
+    "system not text": ({"messages": turns("a", "b"), "system": ["x"]}, "got list for system, want a string"),
+    "unread tools": (
+        {"messages": turns("a", "b"), "tools": [{"name": "f"}]},
+        "got tools, which the chat template does",
+    ),
+    "unread tool calls": (
+        {"messages": [*turns("a"), {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+        "got tool_calls, which the chat template does not read",
+    ),
+    "tools not objects": ({"messages": turns("a", "b"), "tools": ["f"]}, "got list for tools, want a list of objects"),
+    "tools not JSON": (
+        {"messages": turns("a", "b"), "tools": "f"},
+        r"got broken JSON \(.*\), want a JSON list of tools",
+    ),
+    "arguments not an object": (
+        {"messages": turns("a", "b"), "chat_template_kwargs": [1]},
+        "got list in chat_template_k",
+    ),
+    "reserved arguments": (
+        {"messages": turns("a", "b"), "chat_template_kwargs": {"messages": [], "self": 1, "x": 1}},
+        "got messages, self in chat_template_kwargs, want",
+    ),
+    "images": ({"messages": turns("a", "b"), "images": ["x.png"]}, "got images in the row, which is not supported"),
+    "a row's weight": ({"messages": turns("a", "b"), "weight": 0.5}, "got weight in the row, which is not supported"),
+    "a row left out": ({"prompt": "a", "completion": "b", "train": False}, "got train in the row, which is not supp"),
+    "loss of a message": (
+        {"messages": [*turns("a"), {"role": "assistant", "content": "b", "loss": False}]},
+        r"got loss in messages\[1\], which is not supported here",
+    ),
+    **{
+        f"{key} {value!r}": ({"messages": [*turns("a"), {"role": "assistant", "content": "b", key: value}]}, message)
+        for key, value, message in [
+            ("weight", 0.5, r"got weight 0.5 in messages\[1\], want 0 or 1"),
+            ("weight", True, "got weight True .*, want 0 or 1"),
+            ("train", 0, "got train 0 .*, want true or false"),
+            ("train", "no", "got train 'no' .*, want true or false"),
+            ("weight", 0, "got weight 0 or train false in every assistant turn, want one to learn"),
+        ]
+    },
+    "a user turn to learn": (
+        {"messages": [{"role": "user", "content": "a", "train": True}, *turns("a", "b")[1:]]},
+        r"got train True in messages\[0\], want only answers learned; set it to False",
+    ),
+    "a given turn to learn": (
+        {"prompt": [*turns("a"), {"role": "assistant", "content": "b", "weight": 1}, *turns("c")], "completion": "d"},
+        r"got weight 1 in prompt\[1\], want only answers learned; set it to 0",
+    ),
+    "weight against train": (
+        {"messages": [*turns("a"), {"role": "assistant", "content": "b", "weight": 0, "train": True}]},
+        r"got weight and train that contradict each other in messages\[1\]",
+    ),
 }
 
 
@@ -484,5 +646,5 @@ def test_a_file_that_is_no_file_is_an_error(tmp_path):
 
 
 def test_nothing_short_enough_is_an_error(write):
-    with pytest.raises(ValueError, match="got 2 rows, all longer than 2 tokens; raise"):
+    with pytest.raises(ValueError, match="got 2 rows, all longer than 2 tokens; raise --max-length"):
         load_jsonl(write(GOOD, GOOD), PLAIN, max_length=2)

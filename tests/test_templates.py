@@ -6,7 +6,6 @@ Run: python -m pytest tests/test_templates.py
 import json
 import os
 import sys
-import threading
 import time
 
 import pytest
@@ -55,17 +54,19 @@ def test_time_is_limited(name, monkeypatch):
     began = time.monotonic()
     # doubled lists take memory as fast as time: whichever runs out first
     assert refusal(ENDLESS[name]).startswith("it took more than ")
-    assert time.monotonic() - began < 4  # a start and a stop of Python on a busy machine
+    assert time.monotonic() - began < 20  # a start and a stop of Python on a busy machine
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces RLIMIT_AS")
-def test_memory_is_limited():
+def test_memory_is_limited(monkeypatch):
     import resource
 
-    for source in HUGE:
-        assert "of memory" in refusal(source), source
+    monkeypatch.setattr(templates, "SECONDS", 60)  # a busy machine must not run out of time first
+    templates.render("", "{}")
     _, process = templates._renderer
     assert resource.prlimit(process.pid, resource.RLIMIT_AS)[0] == templates.BYTES
+    for source in HUGE:
+        assert "of memory" in refusal(source), source
 
 
 def test_output_is_limited():
@@ -82,7 +83,7 @@ def test_errors_are_one_line_and_say_their_type():
 
 
 def test_one_renderer_serves_until_it_ends(monkeypatch):
-    """Longer than a rendering may take, for several threads, and replaced when somebody kills it."""
+    """Longer than a rendering may take, one thread at a time, and replaced when somebody kills it."""
     monkeypatch.setattr(templates, "SECONDS", 0.3)
     templates.render("", "{}")
     _, first = templates._renderer
@@ -91,30 +92,23 @@ def test_one_renderer_serves_until_it_ends(monkeypatch):
     assert templates._renderer[1] is first
     first.kill()
     first.wait()
-    texts = [None] * 8
-    threads = [
-        threading.Thread(target=lambda n=n: texts.__setitem__(n, templates.render("{{ n }}", f'{{"n": {n}}}')))
-        for n in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert texts == [str(n) for n in range(8)]
+    ask, locked = templates._ask, []
+    monkeypatch.setattr(templates, "_ask", lambda request: (locked.append(templates._lock.locked()), ask(request))[1])
+    assert templates.render("again", "{}") == "again" and locked == [True]
     if hasattr(os, "getsid"):  # the terminal's Ctrl-C does not reach it
         assert os.getsid(templates._renderer[1].pid) != os.getsid(0)
 
 
-def test_an_interrupted_rendering_leaves_no_answer_behind(monkeypatch):
+def test_an_interrupted_rendering_leaves_no_answer_behind():
     class Interrupted:
         def __init__(self, pipe):
-            self.pipe = pipe
+            self.pipe, self.close, self.answers = pipe, pipe.close, 0
 
         def readline(self):
-            raise KeyboardInterrupt
-
-        def close(self):
-            self.pipe.close()
+            self.answers += 1
+            if self.answers == 1:
+                raise KeyboardInterrupt
+            return self.pipe.readline()
 
     templates.render("", "{}")
     _, process = templates._renderer

@@ -38,7 +38,8 @@ def test_says_what_is_wrong_in_one_line(data, message):
 
 
 def test_says_what_is_no_file(tmp_path):
-    for path, reason in ((tmp_path / "nowhere", "no such file or directory"), (tmp_path, "is a directory")):
+    cases = [(tmp_path / "nowhere", "no such file or directory"), (tmp_path, "is a directory")]
+    for path, reason in [*cases, ("a\0b", "embedded null byte")]:
         with pytest.raises(ValueError) as error:
             read_bytes(path, "a YAML file")
         assert str(error.value) == f"{path}: got {reason}, want a YAML file; check the path"

@@ -6,8 +6,8 @@ MUTANTS = {
     "tests/test_templates.py": [
         (
             "            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)\n",
-            "            faulthandler.dump_traceback_later(60, exit=True, file=nowhere)\n",
-            "a template may run for a minute",
+            "            faulthandler.dump_traceback_later(30, exit=True, file=nowhere)\n",
+            "a template may run for half a minute",
         ),
         (
             "            faulthandler.cancel_dump_traceback_later()\n",

@@ -4,6 +4,7 @@
 FILE = "sample.py"
 MUTANTS = {
     "tests/test_sample.py": [
+        (r're.split(r"\r\n?|\n", text)', 'text.split("\n")', "prompts of a Windows file end in a carriage return"),
         ('if not text.endswith("\\ufffd"):', "if True:", "half a character on the screen"),
         (
             '        messages.append({"role": "assistant", "content": answer})',
