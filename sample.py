@@ -20,9 +20,8 @@ if __name__ == "__main__":  # flags before torch: a wrong one answers at once
     except ValueError as error:
         sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
 
-import torch  # noqa: E402
-
 from nanogspo import checkpoint  # noqa: E402
+from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
 from nanogspo.model import Transformer  # noqa: E402
 from nanogspo.rollout import decode, generate  # noqa: E402
 from nanogspo.textfile import read_bytes, text_of  # noqa: E402
@@ -39,12 +38,10 @@ def run(config: SampleConfig) -> None:
     if config.chat and config.raw:
         raise ValueError("got --chat with --raw, which has no turns; want one of them")
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("got --device cuda, but torch sees no GPU; want --device cpu or a CUDA build of torch")
+    device = choose_device(config.device)
     folder = checkpoint.resolve(config.model)
     tokenizer = load_tokenizer(folder)
-    dtype = checkpoint.stored_dtype(folder) if config.dtype == "auto" and device == "cpu" else DTYPES[config.dtype]
+    dtype = DTYPES[choose_dtype(config.dtype, device, checkpoint.stored_dtype(folder))]
     model = checkpoint.load(folder, device=device, dtype=dtype, quant=None if config.quant == "none" else config.quant)
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter)
@@ -72,9 +69,6 @@ def run(config: SampleConfig) -> None:
     )
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"> {prompt}\n{tokenizer.decode(answer.tokens)}\n")
-
-
-DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def read_prompts(path: str) -> list[str]:

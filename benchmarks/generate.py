@@ -25,6 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks.gspo_step import prompt  # noqa: E402
 from nanogspo import checkpoint  # noqa: E402
+from nanogspo.device import DTYPES, choose_dtype  # noqa: E402
 from nanogspo.lora import add_lora  # noqa: E402
 from nanogspo.packing import Example, pack, score  # noqa: E402
 from nanogspo.rollout import decode, generate  # noqa: E402
@@ -46,7 +47,8 @@ def against_transformers(args, model, tokenizer) -> list[dict]:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.bfloat16).to(DEVICE).eval()
+    dtype = model.norm.weight.dtype
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(DEVICE).eval()
     if args.lora:
         import peft
 
@@ -168,13 +170,12 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = (
-        checkpoint.load(args.checkpoint, device=DEVICE, dtype=torch.bfloat16),
-        load_tokenizer(args.checkpoint),
-    )
+    dtype = choose_dtype("auto", DEVICE)
+    model = checkpoint.load(args.checkpoint, device=DEVICE, dtype=DTYPES[dtype])
+    tokenizer = load_tokenizer(args.checkpoint)
     if args.lora or args.alone:
         add_lora(model, r=16, alpha=32.0)
-    result = {"threads": args.threads, "lora": args.lora or args.alone, "torch": torch.__version__}
+    result = {"threads": args.threads, "lora": args.lora or args.alone, "dtype": dtype, "torch": torch.__version__}
     if args.alone:
         late = result["late"] = late_tokens(model, [tokenizer.chat(prompt(i)) for i in range(4)])
         print(said(late))

@@ -80,6 +80,7 @@ def ours(args) -> list[dict]:
     import torch
 
     from nanogspo import checkpoint
+    from nanogspo.device import DTYPES, choose_dtype
     from nanogspo.experience import experience
     from nanogspo.lora import add_lora
     from nanogspo.objectives import group_advantages
@@ -90,7 +91,7 @@ def ours(args) -> list[dict]:
 
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = checkpoint.load(args.checkpoint, device=device, dtype=torch.bfloat16)
+    model = checkpoint.load(args.checkpoint, device=device, dtype=DTYPES[choose_dtype("auto", device)])
     tokenizer = load_tokenizer(args.checkpoint)
     add_lora(model, r=16, alpha=32.0)
     optimizer = Optimizer(model)
@@ -128,6 +129,9 @@ def trl(args) -> list[dict]:
     import transformers
     from trl import GRPOConfig, GRPOTrainer
 
+    from nanogspo.device import DTYPES, choose_dtype
+
+    dtype = choose_dtype("auto", "cuda" if torch.cuda.is_available() else "cpu")  # both sides in the same
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     answers = args.prompts * args.group
@@ -146,9 +150,9 @@ def trl(args) -> list[dict]:
         generation_kwargs={"min_new_tokens": args.tokens},
         max_steps=(args.cycles + 1) * args.updates,
         learning_rate=1e-5,
-        bf16=True,
+        bf16=dtype == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        model_init_kwargs={"dtype": torch.bfloat16},
+        model_init_kwargs={"dtype": DTYPES[dtype]},
         gradient_checkpointing=False,
         logging_steps=1000,
         save_strategy="no",

@@ -41,6 +41,9 @@ class TrainConfig:
     adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one")
     out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...")
     resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win")
+    accept_changes: bool = flag(
+        False, "with --resume: go on though settings or input files have changed, and note in metrics.jsonl which"
+    )
     seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling", high=2**32 - 1)
     steps: int = flag(200, "optimiser updates of the main phase", low=1, group="how long")
     eval_every: int = flag(0, "updates between held-out evaluations; 0: only before and after")
@@ -109,7 +112,9 @@ class TrainConfig:
     )
     lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise", high=1, exclude=1)
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
-    dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny", ("auto", "bf16", "fp32"))
+    dtype: str = flag(
+        "auto", "of the weights; auto: bf16, or fp32 for tiny and on CPUs without bf16 units", ("auto", "bf16", "fp32")
+    )
     quant: str = flag(
         "none",
         "pack the frozen linear layers under LoRA; none: as the checkpoint is, so bitsandbytes 4-bit ones stay packed",
@@ -139,7 +144,10 @@ class SampleConfig:
     thinking: str = flag("auto", "passed to the chat template as enable_thinking", ("auto", "on", "off"))
     seed: int = flag(0, "same seed, same answers", high=2**63 - 1)
     dtype: str = flag(
-        "auto", "auto: what the checkpoint holds on a CPU, bf16 on a GPU", ("auto", "bf16", "fp32"), group="machine"
+        "auto",
+        "auto: bf16; fp32 on a CPU that has no bf16 units, or where the file holds more",
+        ("auto", "bf16", "fp32"),
+        group="machine",
     )
     quant: str = flag("none", "pack the linear layers; none: as the checkpoint is", ("none", "nf4", "int8"))
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
@@ -227,16 +235,16 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     if given.get("resume"):
         changed = [name for name in given if name in base and given[name] != base[name]]
         kept = {name: base[name] for name in changed if name not in MAY_CHANGE}
-        if kept:
+        if kept and not given.get("accept_changes"):
             flags = ", ".join(f"--{name.replace('_', '-')} (was {value})" for name, value in kept.items())
-            raise ValueError(f"got --resume with another {flags}; want the run's own, or a new run")
+            raise ValueError(f"got --resume with another {flags}; want the run's own, --accept-changes, or a new run")
     return config_class(**{**base, **given}), set(base) | set(given)
 
 
 # what a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = {
-    "resume", "out", "steps", "eval_every", "eval_size", "save_every", "save_merged", "control", "device", "threads",
-    "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
+    "resume", "out", "accept_changes", "steps", "eval_every", "eval_size", "save_every", "save_merged", "control",
+    "device", "threads", "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 
 
@@ -334,12 +342,6 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
         values["clip_low"] = 3e-4 if config.algo == "gspo" else 0.2
     if not config.clip_high:
         values["clip_high"] = 4e-4 if config.algo == "gspo" else 0.27
-    if config.dtype == "auto":
-        values["dtype"] = "fp32" if config.model == "tiny" else "bf16"
-    if config.device == "auto":
-        import torch
-
-        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return dataclasses.replace(config, **values)
 
 

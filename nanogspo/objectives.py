@@ -118,6 +118,20 @@ def grpo_loss(
     return -(sequence_sums(objective, cu_seqlens) / lengths).mean(), metrics
 
 
+def ratio_quantiles(log_ratios: list[Tensor]) -> dict[str, float]:
+    """Where the ratios of one update lie. Over all of its micro-batches: it cannot be had from each one's quantiles.
+
+        ratio_p05, ratio_p50, ratio_p95 = the ratios at 5 %, 50 % and 95 % of the way from smallest to largest
+
+    log_ratios  [(N_1,), (N_2,), ...] no gradient, a tensor a micro-batch: of answers (GSPO) or tokens (GRPO)
+    returns     ratios that occur, the nearest ones; {} for []
+    """
+    if not log_ratios:
+        return {}
+    ordered = torch.cat(log_ratios).exp().sort().values  # (N,)
+    return {f"ratio_p{p:02}": ordered[round(p / 100 * (len(ordered) - 1))].item() for p in (5, 50, 95)}
+
+
 def sft_loss(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean negative log-likelihood of the tokens to imitate.
 

@@ -62,6 +62,16 @@ class Optimizer:
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """What state() returned. Raises ValueError, with nothing changed, when it belongs to other parameters."""
+        shapes = {}
+        for (name, p), master in zip(self.named, self.masters, strict=True):
+            shapes |= {f"{name}.master": master.shape} if p is not master else {}
+            if f"{name}.step" in tensors:  # not before the first update
+                shapes |= {f"{name}.step": (), f"{name}.exp_avg": master.shape, f"{name}.exp_avg_sq": master.shape}
+        given = {name: t.shape for name, t in tensors.items() if t.dtype == torch.float32}
+        wrong = sorted(name for name in shapes.keys() | tensors.keys() if shapes.get(name) != given.get(name))
+        if wrong:
+            raise ValueError(f"got an optimiser state whose {wrong[0]} does not fit its parameter; want the run's own")
         for (name, p), master in zip(self.named, self.masters, strict=True):
             if p is not master:
                 master.data.copy_(tensors[f"{name}.master"])

@@ -11,8 +11,9 @@ The log-probs kept here are a *measurement*. "Old" log-probs for the ratio come 
 (packing.score): averaged over an answer, cached decoding and a full forward differ by 1e-3 and more in bf16, beyond
 GSPO's clip range.
 
-Sampling inverts the cumulative distribution with one uniform number per row and step, all drawn up front. A row's
-randomness therefore does not depend on which other rows are still alive.
+Sampling inverts the cumulative distribution with one uniform number per row and step, all drawn up front, and every
+prompt has its own generator. A row's randomness therefore depends neither on which other rows are still running nor on
+which prompts are decoded beside it, in one batch, in several (max_rows) or by other processes.
 
 Lessons: lessons/04_sampling_and_cache.md, 16_a_decode_step.md       Tests: tests/test_rollout.py, test_recorded.py
 """
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,6 +61,7 @@ def generate(
     top_p: float = 1.0,
     eos_ids: Sequence[int] = (),
     seed: int = 0,
+    first_prompt: int = 0,
     max_rows: int = 0,
     on_step: Callable[[int, int], bool] | None = None,
 ) -> list[Answer]:
@@ -68,6 +71,7 @@ def generate(
     temperature     > 0 divides the logits; 0 takes the most likely token (logp is then that of temperature 1)
     top_k, top_p    keep the k likeliest tokens (0: all), then the fewest whose mass reaches top_p; logp is renormalised
     eos_ids         tokens that end an answer
+    seed            of the run; with a prompt's number, counted from first_prompt, it decides what is drawn for it
     max_rows        rows decoded at a time, rounded down to whole groups (one at least); 0: all
     on_step         called after every decode step with the number of answers that are complete and the tokens of those
                     that are not; a true return ends the sampling there, with the answers as far as they have got
@@ -93,7 +97,8 @@ def generate(
                 top_k=top_k,
                 top_p=top_p,
                 eos_ids=eos_ids,
-                seed=seed + first,  # another slice, another stream
+                seed=seed,
+                first_prompt=first_prompt + first,
             )
             for rows, tokens, logp, finished in steps:
                 for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
@@ -126,6 +131,7 @@ def _decode(
     top_p: float,
     eos_ids: Sequence[int],
     seed: int,
+    first_prompt: int = 0,
 ) -> Iterator[Step]:
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device, was_training = model.embed_tokens.weight.device, model.training
@@ -139,9 +145,8 @@ def _decode(
         hidden = model(tokens[None], segments=segments, cache=cache)[0]  # (S, C)
         logits = model.logits(hidden[segments.cu_seqlens[1:].long() - 1])  # (P, V)
         logits = logits.repeat_interleave(group_size, dim=0)  # (N, V)
-        # float64: at V = 151,936 a fp32 uniform could not tell apart tokens rarer than 6e-8
-        generator = torch.Generator().manual_seed(seed)
-        uniforms = torch.rand(max_new_tokens, len(logits), generator=generator, dtype=torch.float64)
+        numbers = range(first_prompt, first_prompt + len(prompts))
+        uniforms = torch.cat([draw_uniforms(seed, n, max_new_tokens, group_size) for n in numbers], dim=1)  # (T, N)
         batch = Batch(model, cache, uniforms.to(device), (temperature, top_k, top_p), sorted(eos_ids))
         batch.draw(logits)
         rows = list(range(len(logits)))  # which answer each row of the batch is
@@ -162,6 +167,21 @@ def _decode(
                 rows = [rows[n] for n in running]
                 running = list(range(len(rows)))
             batch.step(left)
+
+
+def draw_uniforms(seed: int, prompt_number: int, steps: int, group_size: int) -> Tensor:
+    """(steps, group_size) float64 in [0, 1): the numbers that the answers to one prompt are drawn with.
+
+    seed, prompt_number   both modulo 2^64: the key of a Philox generator, so all pairs have streams of their own
+
+    float64, because at V = 151,936 a fp32 uniform could not tell apart tokens rarer than 6e-8. Another number of steps
+    changes none of the numbers before. numpy guarantees the raw stream for all its versions.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    key = np.array([seed % 2**64, prompt_number % 2**64], dtype=np.uint64)
+    raw = np.random.Philox(key=key).random_raw(steps * group_size)  # (steps * G,) uint64
+    return torch.from_numpy((raw >> np.uint64(11)) * 2.0**-53).view(steps, group_size)
 
 
 class Batch:

@@ -15,6 +15,7 @@ Reading order: wilson_interval, RunLog, step_line, draw_curves.       Tests: tes
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -71,9 +72,8 @@ class RunLog:
         self.folder, self.steps, self.clip_range, self.quiet = Path(folder), steps, clip_range, quiet
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        if resume_step is not None:
-            for path in paths:
-                _drop_rows_after(path, resume_step)
+        kept = [] if resume_step is None else [_drop_rows_after(path, resume_step) for path in paths][0]
+        self._notes = [row for row in kept if "algo" not in row]  # evaluations and the like, not updates
         mode = "w" if resume_step is None else "a"
         self._metrics, self._samples = (path.open(mode, encoding="utf-8", newline="\n") for path in paths)
         self._unrewarded = 0  # rollouts so far; infinite once there has been a reward
@@ -100,12 +100,26 @@ class RunLog:
         exact = successes / count if count else math.nan
         row = {"step": step, "phase": phase, "eval_exact": exact, "eval_low": low, "eval_high": high}
         row |= {"eval_count": count, **more}
-        _write(self._metrics, row)
+        self._note(row)
         self.say(
             f"eval {step:>{max(4, len(str(self.steps)))}} | {phase:<7} | exact {exact:6.1%}"
             f" | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
         )
         return row
+
+    def changed(self, step: int, what: list[str]) -> None:
+        """The run goes on from update `step` with other inputs than before, accepted by who resumed it."""
+        if not self.has(step=step, accepted_changes=what):
+            self._note({"step": step, "accepted_changes": what})
+        self.say(f"goes on with what has changed: {', '.join(what)}")
+
+    def has(self, **values: object) -> bool:
+        """Is there a row already, other than an update's, with these values? A run killed at a phase's end wrote it."""
+        return any(all(row.get(key) == value for key, value in values.items()) for row in self._notes)
+
+    def _note(self, row: dict) -> None:
+        _write(self._metrics, row)
+        self._notes.append(row)
 
     def samples(self, rows: Iterable[dict]) -> None:
         """One rollout's rows of {"step", "prompt", "answer", "reward", ...} for samples.jsonl."""
@@ -225,19 +239,24 @@ def _rows_and_lines(path: Path) -> list[tuple[dict, bytes]]:
     pairs = []
     for number, line in enumerate(lines, start=1):
         try:
-            pairs.append((json.loads(line), line))
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+                raise ValueError("no row of ours")
+            pairs.append((row, line))
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: got broken JSON, want a row; delete the line") from error
     return pairs
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int) -> list[dict]:
+    """Returns the rows that stay."""
     from nanogspo.checkpoint import atomic_write
 
-    if path.exists():
-        kept = [line for row, line in _rows_and_lines(path) if row.get("step", 0) <= step]
-        atomic_write(path, b"".join(kept))  # a kill here leaves the old file or the new one, never half of one
+    kept = [(row, line) for row, line in _rows_and_lines(path) if row.get("step", 0) <= step]
+    if path.exists():  # a kill here leaves the old file or the new one, never half of one
+        atomic_write(path, b"".join(line.removesuffix(b"\n") + b"\n" for _, line in kept))
+    return [row for row, _ in kept]
 
 
 # ----------------------------------------------------------------------------
@@ -279,6 +298,7 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
         axes.grid(True, color="#E6E6E6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel("update")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if draw is _draw_ratio:
             draw(axes, data, clip_range)
         else:
@@ -306,19 +326,37 @@ def _titled(axes, title: str, rows: list[dict], key: str) -> None:
     axes.set_title(title + (f"  ({missing} not finite)" if missing else ""), fontsize=11, loc="left")
 
 
-def _smooth(axes, steps: list[float], values: list[float], colour: str, label: str | None = None) -> None:
-    """Raw values as dots; over them the mean of the nearest w, with the 95 % interval of that mean shaded."""
-    axes.plot(steps, values, ".", color=colour, alpha=0.25, markersize=4, markeredgewidth=0)
-    reach = max(2, len(values) // 40)  # w = 2 * reach + 1, about a twentieth of the run; fewer at both ends
-    mean, half = [], []
-    for i in range(len(values)):
-        near = values[max(0, i - reach) : i + reach + 1]
+def _smooth(axes, steps, values, colour: str, label: str | None = None, possible: tuple = (0.0, math.inf)) -> None:
+    """The values as points; from FEW of them on also the mean of the nearest w, with the 95 % interval of that mean
+    shaded as far as it is possible at all."""
+    if len(values) < FEW:
+        axes.plot(steps, values, "o-", color=colour, markersize=5, linewidth=1.2, label=label)
+        return
+    axes.plot(steps, values, ".", color=colour, alpha=0.4, markersize=5, markeredgewidth=0)
+    mean, low, high = [], [], []
+    for near in _windows(values):
         mean.append(sum(near) / len(near))
-        variance = sum((v - mean[-1]) ** 2 for v in near) / max(1, len(near) - 1)
-        half.append(Z95 * math.sqrt(variance / len(near)))
-    low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        variance = sum((v - mean[-1]) ** 2 for v in near) / (len(near) - 1)
+        half = Z95 * math.sqrt(variance / len(near))
+        low.append(max(mean[-1] - half, possible[0]))
+        high.append(min(mean[-1] + half, possible[1]))
+    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.plot(steps, mean, color=colour, linewidth=1.8, label=label)
+
+
+FEW = 20  # points; of fewer a reader sees each, and a mean of neighbours would hide most of what happened
+
+
+def _windows(values: list[float]) -> list[list[float]]:
+    """For each value the nearest w = 2 * reach + 1, about a twentieth of the run; fewer at both ends."""
+    reach = max(2, len(values) // 40)
+    return [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+
+
+def _one_per_rollout(rows: list[dict]) -> list[dict]:
+    """All updates of a rollout carry its facts: repeated, they would look like a trend of four equal measurements."""
+    facts = [[row.get(key) for key in ("reward", "reward_std", "answer_len", "truncated_frac")] for row in rows]
+    return [row for i, row in enumerate(rows) if i == 0 or facts[i] != facts[i - 1]]
 
 
 def _draw_exact(axes, rows: list[dict]) -> None:
@@ -348,7 +386,9 @@ def _draw_exact(axes, rows: list[dict]) -> None:
 
 def _draw_reward(axes, rows: list[dict]) -> None:
     _titled(axes, "reward of the sampled answers", rows, "reward")
-    _smooth(axes, *_series(rows, "reward"), ORANGE)
+    steps, values = _series(_one_per_rollout(rows), "reward")
+    share = all(0 <= value <= 1 for value in values)  # what every task here gives; others' rewards know no bounds
+    _smooth(axes, steps, values, ORANGE, possible=(0, 1) if share else (-math.inf, math.inf))
 
 
 def _draw_sft_loss(axes, rows: list[dict]) -> None:
@@ -361,20 +401,33 @@ def _draw_sft_loss(axes, rows: list[dict]) -> None:
 
 
 def _draw_ratio(axes, rows: list[dict], clip_range: tuple[float, float] | None) -> None:
-    """Where the ratios lie at every update, and the range outside of which the clip takes the gradient away."""
-    _titled(axes, "ratio - 1: mean, min to max", rows, "ratio_mean")
-    steps, mean, low, high = _series(rows, "ratio_mean", "ratio_min", "ratio_max")
-    mean, low, high = ([ratio - 1 for ratio in ratios] for ratios in (mean, low, high))
-    axes.vlines(steps, low, high, color=ORANGE, alpha=0.35, linewidth=1)
-    axes.plot(steps, mean, ".", color=ORANGE, markersize=4)
+    """Where nine of ten ratios lie, and the range outside of which the clip takes the gradient away. Few updates are
+    drawn one by one, from the smallest ratio to the largest; of many, medians of neighbours, without the first update
+    of every rollout, whose ratios are 1 by construction."""
+    _titled(axes, "ratio - 1: median, 5 % to 95 %", rows, "ratio_mean")
+    if len(rows) >= FEW:
+        rows = [row for row in rows if not row.get("ratio_min") == row.get("ratio_max") == 1] or rows
+    older = {"ratio_p05": "ratio_min", "ratio_p50": "ratio_mean", "ratio_p95": "ratio_max"}  # runs before quantiles
+    rows = [row | {new: row.get(new, row.get(old)) for new, old in older.items()} for row in rows]
+    steps, *columns = _series(rows, "ratio_p05", "ratio_p50", "ratio_p95", "ratio_min", "ratio_max")
+    low, median, high, least, most = ([ratio - 1 for ratio in column] for column in columns)
+    if len(steps) < FEW:
+        axes.vlines(steps, least, most, color=ORANGE, linewidth=1)
+        axes.vlines(steps, low, high, color=ORANGE, alpha=0.5, linewidth=5)
+        axes.plot(steps, median, "o", color=ORANGE, markersize=5)
+    else:
+        low, median, high = ([statistics.median(near) for near in _windows(line)] for line in (low, median, high))
+        axes.fill_between(steps, low, high, color=ORANGE, alpha=0.3, linewidth=0)
+        axes.plot(steps, median, color=ORANGE, linewidth=1.8)
     if clip_range:
-        for edge, name in ((-clip_range[0], "low"), (clip_range[1], "high")):
-            axes.axhline(edge, color=BLUE, linestyle="--", linewidth=1.2, label=f"clip {name} {edge:+.0e}")
-        axes.legend(fontsize=9, edgecolor="none", framealpha=0.8, loc="upper right")
+        low_edge, high_edge = -clip_range[0], clip_range[1]
+        label = f"not clipped: {low_edge:+.0e} to {high_edge:+.0e}"
+        axes.axhspan(low_edge, high_edge, facecolor=BLUE, edgecolor=BLUE, alpha=0.3, label=label)
         linear = max(clip_range)
-        if max(map(abs, [*low, *high, 0.0])) > 20 * linear:  # else both edges would lie on the zero line
+        if max(map(abs, [*axes.dataLim.intervaly])) > 20 * linear:  # else both edges would lie on the zero line
             axes.set_yscale("symlog", linthresh=linear)
             axes.set_yticks([tick for tick in axes.get_yticks() if tick == 0 or abs(tick) >= linear])
+        axes.legend(fontsize=9, edgecolor="none", framealpha=0.8, loc="lower right")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own would put 1e-3 over the title
 
 
@@ -385,4 +438,4 @@ def _draw_entropy(axes, rows: list[dict]) -> None:
 
 def _draw_length(axes, rows: list[dict]) -> None:
     _titled(axes, "answer length, tokens", rows, "answer_len")
-    _smooth(axes, *_series(rows, "answer_len"), GREY)
+    _smooth(axes, *_series(_one_per_rollout(rows), "answer_len"), GREY)

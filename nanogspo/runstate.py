@@ -3,78 +3,267 @@
 One file, written atomically, because half a state is worse than none: a kill at any moment leaves the last whole one.
 Tensors go in as tensors, everything else as JSON in the file's metadata; nothing is pickled.
 
-Tests: tests/test_runstate.py
+The JSON also says what the run was made of, its configuration and a hash of every input file, so that a resumed run is
+the run that was stopped or says what has changed; and it has a checksum of every tensor, so that a damaged state is
+refused. The program's own version is not part of it: an update of it is no other run. States saved by versions that
+wrote neither can be resumed, and a line says what could not be checked.
+
+Reading order: Progress, inputs, save_state, load_state, resume.       Tests: tests/test_runstate.py
 """
 
+import dataclasses
+import hashlib
 import json
 import pathlib
+import zlib
 
 import torch
 from torch import Tensor, nn
 
-from nanogspo.checkpoint import DTYPES, read_header, read_tensor, write_safetensors
+from nanogspo.checkpoint import DTYPES, SMALL_FILES, read_header, read_tensor, resolve, write_safetensors
+from nanogspo.config import MAY_CHANGE, TrainConfig, load_yaml
+from nanogspo.experience import Experience, from_state
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
 
 MODEL, OPTIMIZER, ROLLOUT = "model.", "optimizer.", "rollout."
 
 
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; saved with its state. Every draw of data and randomness is a function of these numbers."""
+
+    phase: int = 0
+    phase_step: int = 0  # updates done in this phase
+    phase_done: bool = False  # the warm-up has reached its share of right answers
+    step: int = 0  # updates done in all
+    update: int = 0  # minibatches of the rollout at hand that are done
+    sft_cursor: int = 0  # SFT examples drawn so far
+    rl_cursor: int = 0  # problems drawn for rollouts so far
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run is made of
+
+WHOLE, PIECES, PIECE = 64 * 2**20, 256, 2**16
+
+
+def inputs(config: TrainConfig) -> dict[str, dict]:
+    """The settings a resumed run must share, and a hash of every file it reads, as save_state and resume take them."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    files = {"data": pathlib.Path(config.data)} if config.data else {}
+    for kind, name in (("model", config.model), ("adapter", config.adapter)):
+        if name and (kind, name) != ("model", "tiny"):
+            folder = resolve(name)
+            paths = {path for pattern in (*SMALL_FILES, "*.safetensors*") for path in folder.glob(pattern)}
+            files |= {f"{kind}/{path.name}": path for path in sorted(paths)}
+    return {"config": settings, "files": {name: fingerprint(path) for name, path in files.items()}}
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """The size and SHA-256 of a file; of one above 64 MiB, of 256 evenly spread pieces of 64 KiB, both ends included.
+
+    A model's weights are tens of GB. Training moves every tensor, so another training of the same model shows in any
+    piece; an edit of a few bytes in the middle of a large file may not.
+    """
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            while block := file.read(2**20):
+                digest.update(block)
+        else:
+            for i in range(PIECES):
+                file.seek(i * (size - PIECE) // (PIECES - 1))
+                digest.update(file.read(PIECE))
+    return f"{size}-{digest.hexdigest()[:32]}"
+
+
+def changes(then: dict[str, dict], now: dict[str, dict]) -> list[str]:
+    """What differs between the inputs of a saved run and of this one, each in a few words. What only one version of
+    the program knows, a field or a kind of file, is not compared."""
+    config = [
+        f"--{name.replace('_', '-')} ({then['config'][name]} -> {value})"
+        for name, value in now["config"].items()
+        if name in then["config"] and then["config"][name] != value
+    ]
+    kinds = {name.split("/")[0] for name in then["files"]}
+    known = then["files"].keys() | {name for name in now["files"] if name.split("/")[0] in kinds}
+    return config + sorted(name for name in known if then["files"].get(name) != now["files"].get(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out
+
+
 def save_state(
-    path: pathlib.Path, model: nn.Module, optimizer: Optimizer, progress: dict, rollout: dict | None
+    path: pathlib.Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: dict,
+    rollout: dict | None,
+    made_of: dict[str, dict] | None = None,
 ) -> None:
-    """progress: JSON-able counters. rollout: None, or {"examples": [...], "tensors": {...}, "facts": {...}}."""
+    """progress: JSON-able counters. rollout: None, or {"examples": [...], "tensors": {...}, "facts": {...}}. made_of:
+    what `inputs` returned when the run started."""
     tensors = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors |= {OPTIMIZER + name: t for name, t in optimizer.state().items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    facts = {"progress": progress}
+    tensors |= _random_state()
+    facts = {"progress": progress, **(made_of or {"config": {}, "files": {}})}
     if rollout:
         tensors |= {ROLLOUT + name: t for name, t in rollout["tensors"].items()}
         facts["rollout"] = rollout["facts"]
         facts["examples"] = [
             [e.tokens, e.loss_mask.index(True)] for e in rollout["examples"]
         ]  # prompt length says the mask
+    # the header comes before the tensors, so each is read once more for its checksum: 1 s per GB, of a save of several
+    facts["checksums"] = {name: _checksum(t) for name, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
-    write_safetensors(path, entries, {"state": json.dumps(facts)})
+    text = json.dumps(facts)
+    write_safetensors(path, entries, {"state": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
+
+
+def _random_state() -> dict[str, Tensor]:
+    cuda = {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"rng.cpu": torch.get_rng_state(), **cuda}
+
+
+def _checksum(t: Tensor) -> int:
+    """CRC-32 of a tensor's dtype, shape and bytes: against damage, not against forgery."""
+    t = t.detach().cpu().contiguous()
+    kind = zlib.crc32(f"{t.dtype} {tuple(t.shape)}".encode())
+    return zlib.crc32(memoryview(t.view(-1).view(torch.uint8).numpy()), kind) if t.numel() else kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in
 
 
 def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tuple[dict, dict | None]:
     """Put weights, optimiser and random state back in place; return (progress, rollout).
 
-    Raises ValueError when the file is missing or damaged, or holds other parameters than the model trains.
+    Raises ValueError when the file is missing or damaged, or holds other parameters than the model trains. The model
+    and its optimiser are then as they were.
     """
-    if not path.exists():
-        raise ValueError(f"{path}: no state to resume from; want the folder of a run that has saved at least once")
-    header, metadata = read_header(path)
-    if "state" not in metadata or "rng.cpu" not in header:
-        raise ValueError(f"{path}: got a safetensors file that no run saved as its state; want one of this program")
+    header, facts = read_facts(path)
     wanted = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
     differ = sorted({n for n in header if n.startswith(MODEL)} ^ set(wanted))
     for name in sorted(wanted.keys() & header.keys()):
         kind = DTYPES[header[name]["dtype"]], header[name]["shape"]
         differ += [name] if kind != (wanted[name].dtype, tuple(wanted[name].shape)) else []
     if differ:
-        raise ValueError(
-            f"{path}: the saved run trained other parameters ({', '.join(differ[:4])}"
-            f"{', ...' if len(differ) > 4 else ''}); resume with its own flags"
-        )
+        raise ValueError(f"{path}: the saved run trained other parameters ({_some(differ)}); resume with its own flags")
     with open(path, "rb", buffering=0) as f:
         tensors = {name: read_tensor(f, entry) for name, entry in header.items()}
-    for name, p in wanted.items():
-        p.data.copy_(tensors[name])
-    optimizer.load_state(_under(tensors, OPTIMIZER))
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    facts = json.loads(metadata["state"])
+    if "checksums" in facts:
+        _refuse(path, [name for name, t in tensors.items() if _checksum(t) != facts["checksums"][name]])
+    random = {name: (tensors[name], now) for name, now in _random_state().items() if name in tensors}
+    _refuse(path, [name for name, (t, now) in random.items() if (t.dtype, t.shape) != (now.dtype, now.shape)])
     rollout = None
     if "rollout" in facts:
         examples = [Example(tokens, [i >= start for i in range(len(tokens))]) for tokens, start in facts["examples"]]
         rollout = {"examples": examples, "tensors": _under(tensors, ROLLOUT), "facts": facts["rollout"]}
+    try:
+        optimizer.load_state(_under(tensors, OPTIMIZER))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name, p in wanted.items():
+        p.data.copy_(tensors[name])
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in random:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
     return facts["progress"], rollout
+
+
+def read_facts(path: pathlib.Path) -> tuple[dict[str, dict], dict]:
+    """The tensors of a saved state as read_header gives them, and its JSON, every entry of the type it is saved as."""
+    if not path.exists():
+        raise ValueError(f"{path}: no state to resume from; want the folder of a run that has saved at least once")
+    header, metadata = read_header(path)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("state"), str) or "rng.cpu" not in header:
+        raise ValueError(f"{path}: got a safetensors file that no run saved as its state; want one of this program")
+    text = metadata["state"]
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        _refuse(path, ["state"])
+    added = {"config", "files", "checksums"}
+    if added & facts.keys():  # else saved before these were
+        _refuse(path, ["state"] if metadata.get("crc32") != f"{zlib.crc32(text.encode()):08x}" else [])
+        _refuse(path, sorted(name for name in added if not isinstance(facts.get(name), dict)))
+        _refuse(path, sorted(facts["checksums"].keys() ^ header.keys()))
+    dicts = [name for name in ("progress", "rollout") if not isinstance(facts.get(name, {}), dict)]
+    _refuse(path, dicts + ["progress"] * ("progress" not in facts))
+    examples = facts.get("examples", [])
+    sound = isinstance(examples, list) and all(map(_is_example, examples)) and bool(examples) == ("rollout" in facts)
+    _refuse(path, [] if sound else ["examples"])
+    return header, facts
+
+
+def _is_example(value: object) -> bool:
+    """[tokens, length of the prompt], with at least a token of each."""
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], list)):
+        return False
+    whole = all(type(n) is int and n >= 0 for n in (*value[0], value[1]))
+    return whole and 0 < value[1] < len(value[0])
+
+
+def _refuse(path: pathlib.Path, wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError(f"{path}: {_some(wrong)} is not what was saved; the file is damaged: want a whole copy of it")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def resume(
+    path: pathlib.Path,
+    config: TrainConfig,
+    made_of: dict[str, dict],
+    model: nn.Module,
+    optimizer: Optimizer,
+    phases: int,
+) -> tuple[Progress, Experience | None, list[str]]:
+    """Go on from RUN/state/state.safetensors: what load_state does, and the rest of the run's memory.
+
+    returns  where the run stands, the rollout at hand, and what has changed since (only with config.accept_changes)
+    Raises ValueError with one line for a state that is damaged or does not fit, and for a change that is not accepted.
+    """
+    _, facts = read_facts(path)
+    changed = []
+    if "config" in facts:
+        changed = changes(facts, made_of)
+    else:
+        print(f"{path}: saved by an older version, without checksums and hashes; damage or changed files go unseen")
+    if changed and not config.accept_changes:
+        raise ValueError(
+            f"got --resume {path.parent.parent} with other inputs than it was saved with: {', '.join(changed)}; want "
+            "them as they were, or --accept-changes, which goes on with these and notes it in metrics.jsonl"
+        )
+    saved, rollout = load_state(path, model, optimizer)
+    kinds = {field.name: field.type for field in dataclasses.fields(Progress)}
+    _refuse(path, sorted(f"progress.{name}" for name in saved.keys() ^ kinds.keys()))
+    _refuse(path, [f"progress.{n}" for n, value in saved.items() if type(value) is not kinds[n] or value < 0])
+    progress = Progress(**saved)
+    if progress.phase >= phases:
+        raise ValueError(f"{path}: got phase {progress.phase + 1} of a run of {phases}; want its own --warm-steps")
+    cut = load_yaml(path.parent.parent / "config.yaml", TrainConfig, "it belongs to the run")["updates_per_rollout"]
+    if progress.update and config.updates_per_rollout != cut:
+        raise ValueError(
+            f"got --updates-per-rollout {config.updates_per_rollout} with --resume in the middle of a rollout "
+            f"that was cut into {cut}; want {cut}"
+        )
+    if not progress.update:
+        return progress, None, changed  # the next update samples a new one
+    sizes = {name: (t.ndim, t.dtype) for name, t in (rollout or {"tensors": {}})["tensors"].items()}
+    sound = sizes == {"advantages": (1, torch.float32), "old_logp": (1, torch.float32)}
+    sound = sound and len(rollout["tensors"]["advantages"]) == len(rollout["examples"])
+    _refuse(path, [] if sound and progress.update < cut <= len(rollout["examples"]) else ["rollout"])
+    return progress, from_state(rollout, updates=cut, max_tokens=config.micro_batch_tokens), changed

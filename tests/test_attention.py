@@ -318,6 +318,7 @@ def test_a_high_cap_is_no_cap():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window", [0, 6])
 def test_packed_is_padded(softcap, window):
@@ -335,6 +336,7 @@ def test_packed_is_padded(softcap, window):
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)

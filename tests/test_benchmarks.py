@@ -268,6 +268,7 @@ SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hid
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
 
+@pytest.mark.isa
 @pytest.mark.skipif(not kernels.seq_logprob.triton.__dict__.get("__version__"), reason="Triton is not installed")
 @pytest.mark.parametrize("name", sorted(set(gpu_suite.CHECKS) - gpu_suite.NEEDS_CUDA))
 def test_checks_pass_here_as_well(name, capsys):

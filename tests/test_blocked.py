@@ -43,6 +43,7 @@ def truth(x, layer):
     return y, size
 
 
+@pytest.mark.isa
 @given(group=groups(), rows=st.sampled_from([(1,), (2, 3), (33,), (0,)]), seed=SEEDS)
 def test_the_same_as_the_layers(group, rows, seed):
     """fp32: the order of sums. bf16: the result is rounded; and A, B and x A.T, by half an eps each."""

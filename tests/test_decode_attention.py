@@ -310,6 +310,7 @@ def test_softcap_bounds_the_scores(backend):
     torch.testing.assert_close(step.run(backend), want, rtol=8 * EPS, atol=0)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 0), (torch.bfloat16, 9), (torch.float32, 40)])
 def test_triton_is_batch_invariant(dtype, window):
     """A row's bits are the same whoever else is there: rows leave, prompts empty, tiles of rows are cut elsewhere.

@@ -196,6 +196,7 @@ def test_linear_in_up(backend, activation, N, F, seed):
     assert torch.equal(y2, 2 * y) and torch.equal(dgate2, 2 * dgate) and torch.equal(dup2, dup)
 
 
+@pytest.mark.isa
 @cases(
     **SIZES, seed=SEEDS, activation=st.sampled_from(ACTIVATIONS), dtype=st.sampled_from([torch.bfloat16, torch.float32])
 )

@@ -221,6 +221,7 @@ def test_weights_in_the_product_are_the_dequantised_ones(backend, dtype, K):
     assert torch.equal(got, dequantize_int8(q, dtype, backend="torch").T)  # -0.0 plus 0.0 is 0.0
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_see_its_batch(dtype):
     """Batches of one tile and of several, a tile's every second row nan: the others keep their bits."""

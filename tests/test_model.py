@@ -49,6 +49,7 @@ def logits(model: Transformer, tokens: Tensor) -> Tensor:
 # transformers
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name):
     """70 positions: past the window of 8 and past the 64 that RoPE variants are stretched from.
@@ -74,6 +75,7 @@ def test_a_window_bites_from_the_first_row_that_is_longer(name):
         assert (logits(ours(name), tokens) - want).abs().max() <= 1e-5
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_transformers(name):
     tokens = references.tokens(2, 20)
@@ -91,6 +93,7 @@ def test_gradients_are_those_of_transformers(name):
         assert (got[checkpoint.our_name(n)] - theirs).abs().max() <= 1e-5 * theirs.abs().max(), n
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_hidden_states_are_those_of_transformers(name):
     """bf16 is where the rounding order shows: of the norms, the embedding scale, cos and sin, the softmax.
@@ -143,6 +146,7 @@ def test_cached_decoding_is_the_full_forward(name):
         assert (decoded[row] - full[row, n : n + steps]).abs().max() <= 1e-5
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", NAMES)
 def test_a_packed_row_is_its_sequences_one_by_one(name):
     """Two answers to a prompt of 30 tokens, a prompt of 3 with one answer, and a sequence alone. With a window of 8 the
@@ -277,6 +281,7 @@ def test_only_bf16_operands_are_multiplied_as_bf16(dtype, monkeypatch):
     assert seen == ["bf16" if dtype == torch.bfloat16 else "ieee", "ieee"]
 
 
+@pytest.mark.isa
 @pytest.mark.skipif(not can_block(torch.ones(1, 1, dtype=torch.bfloat16)), reason="no bf16 in oneDNN here")
 @pytest.mark.parametrize("name", ["gemma2", "llama", "qwen3", "qwen2"])
 def test_weights_in_blocks_give_the_same_model(name):

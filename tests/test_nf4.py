@@ -392,6 +392,7 @@ def test_product_and_gradient(backend, M, N, K, block_size, seed, dtype, double_
         assert ((got.cpu().double() - want).abs() <= bound).all()
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size, K", [(64, 192), (32, 48), (4096, 160), (128, 320)])
@@ -404,6 +405,7 @@ def test_weights_in_the_product_are_the_dequantised_ones(backend, dtype, block_s
     assert torch.equal(got, want)  # -0.0 plus 0.0 is 0.0
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_see_its_batch(dtype):
     """Batches of one tile and of several, a tile's every second row nan: the others keep their bits."""

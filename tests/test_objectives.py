@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.seq_logprob import IGNORE, seq_logprob, token_logprob
-from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, sft_loss
+from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss
 from tests import oracles
 from tests.strategies import CLIPS, SEEDS, answers
 
@@ -161,6 +161,20 @@ def check_metrics(metrics, ratio, advantages, clip):
     close(metrics["ratio_std"], (ratio - ratio.mean()).square().mean().sqrt(), atol=1e-7)  # sqrt(1e-16) of rounding
     close(metrics["clip_low_frac"], ((ratio < 1 - clip[0]) & (advantages < 0)).double().mean())
     close(metrics["clip_high_frac"], ((ratio > 1 + clip[1]) & (advantages > 0)).double().mean())
+
+
+@given(st.lists(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), max_size=5), st.randoms())
+def test_ratio_quantiles_are_of_the_whole_update(parts, dice):
+    """Ratios that occur, at the nearest rank, however the update was cut into micro-batches and in whatever order."""
+    got = ratio_quantiles([torch.tensor(part) for part in parts])
+    flat = sorted(sum(parts, []))
+    if not flat:
+        assert got == {}
+        return
+    ranks = {name: round(share * (len(flat) - 1)) for name, share in (("05", 0.05), ("50", 0.5), ("95", 0.95))}
+    assert got == {f"ratio_p{name}": torch.tensor(flat[rank]).exp().item() for name, rank in ranks.items()}
+    dice.shuffle(flat)
+    assert ratio_quantiles([torch.tensor(flat)]) == got
 
 
 @given(answers(), CLIPS)

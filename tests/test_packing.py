@@ -219,6 +219,7 @@ def test_an_answer_is_scored_to_its_last_token(prompt, answer):
 # the scores
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("family", FAMILIES)
 @given(rows=examples(), budget=BUDGETS, share_from=SHARED_FROM, temperature=st.sampled_from([1.0, 0.7]))
 def test_scores_are_those_of_each_example_alone(family, rows, budget, share_from, temperature):
@@ -273,6 +274,7 @@ def alone_one_by_one(model, rows, weights):
     return torch.cat(logp).detach(), gradients, scale
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("family", FAMILIES)
 @given(rows=examples(), budget=BUDGETS, seed=SEEDS)
 def test_a_shared_prompt_is_a_repeated_one(family, rows, budget, seed):
@@ -290,6 +292,7 @@ def test_a_shared_prompt_is_a_repeated_one(family, rows, budget, seed):
             torch.testing.assert_close(x, y, rtol=0, atol=bar * max(1.0, scale))
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @given(rows=examples(), budget=BUDGETS, share_from=SHARED_FROM)

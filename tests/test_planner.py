@@ -77,6 +77,7 @@ def test_what_is_counted_exactly(dtype, lora_r):
     assert parts["KV cache of a rollout"] == bytes_of([*cache.prefix_k, *cache.prefix_v, *cache.k, *cache.v])
 
 
+@pytest.mark.isa
 @DTYPES
 @pytest.mark.parametrize("lora_r", [0, 4])
 def test_weights_in_blocks_are_counted(dtype, lora_r):

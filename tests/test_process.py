@@ -56,6 +56,17 @@ def refused(**flags):
     return str(error.value)
 
 
+def test_a_folder_is_let_go_when_its_run_ends_or_fails(tmp_path, monkeypatch):
+    """From Python, where the process goes on after the run."""
+    monkeypatch.chdir(tmp_path)
+    for flags in ({"out": "run"}, {"out": "run"}, {"resume": "run"}, {}, {"model": "a/b", "algo": "sft"}):
+        with pytest.raises(KeyError), run_folder(TrainConfig(**flags)) as folder:
+            assert f"being written by another run (process {os.getpid()})" in refused(out=str(folder))
+            raise KeyError
+        assert [*folder.iterdir()] == []
+    assert {str(f) for f in tmp_path.glob("*/*")} == {str(tmp_path / "runs" / name) for name in ("tiny", "b-sft")}
+
+
 def test_runs_started_at_once_get_a_folder_each_or_one_line(tmp_path, holders):
     """Three without --out: three folders. Three with the same --out: one has it, two are told which process that is."""
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
@@ -80,17 +91,6 @@ def test_runs_started_at_once_get_a_folder_each_or_one_line(tmp_path, holders):
     for child in automatic:
         assert child.communicate("", timeout=60) == ("", "") and child.returncode == 0
     assert not [*(tmp_path / "runs").rglob(LOCK)]
-
-
-def test_a_folder_is_let_go_when_its_run_ends_or_fails(tmp_path, monkeypatch):
-    """From Python, where the process goes on after the run."""
-    monkeypatch.chdir(tmp_path)
-    for flags in ({"out": "run"}, {"out": "run"}, {"resume": "run"}, {}, {"model": "a/b", "algo": "sft"}):
-        with pytest.raises(KeyError), run_folder(TrainConfig(**flags)) as folder:
-            assert f"being written by another run (process {os.getpid()})" in refused(out=str(folder))
-            raise KeyError
-        assert [*folder.iterdir()] == []
-    assert {str(f) for f in tmp_path.glob("*/*")} == {str(tmp_path / "runs" / name) for name in ("tiny", "b-sft")}
 
 
 def test_nothing_is_written_into_a_folder_of_somebody_else(tmp_path, monkeypatch):

@@ -243,6 +243,7 @@ def test_bytes_a_weight():
     assert eight.nbytes == 1024 * 3072 + 4 * 1024
 
 
+@pytest.mark.isa
 @KINDS
 @DTYPES
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -33,7 +33,7 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="wants Triton's i
 # One row, of a prompt longer than the windows; four steps, the first of which runs by itself. The interpreter takes 0.1
 # s a row, layer and step; several rows are in the test of rows that leave
 SETTINGS = {"group_size": 1, "max_new_tokens": 5, "seed": 0}
-LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 245}  # answers of 6, 3, 8 and 2 tokens
+LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 6098}  # answers of 6, 3, 8 and 2 tokens
 
 
 @contextlib.contextmanager

@@ -224,6 +224,7 @@ def test_no_gradient_along_the_row(backend, N, W, seed):
     assert (along.abs() <= (24 + W / 32) * EPS * (terms * x.abs()).sum(1)).all()
 
 
+@pytest.mark.isa
 @cases(**SIZES, seed=SEEDS, dtype=st.sampled_from([torch.float32, torch.bfloat16]), add=st.booleans())
 def test_a_row_does_not_see_its_batch(N, W, seed, dtype, add):
     """Triton, bit for bit, forward and dx: each row alone, and in another place of another tile. Twice is the same,

@@ -8,6 +8,7 @@ Run: python -m pytest tests/test_rollout.py
 import math
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from nanogspo import rollout
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
-from nanogspo.rollout import generate, sample
+from nanogspo.rollout import draw_uniforms, generate, sample
 from tests.strategies import SEEDS
 
 V = 23
@@ -121,6 +122,7 @@ def test_answers_come_prompt_by_prompt_and_prompts_are_prefilled_once():
     assert all(len(group) > 1 for group in groups)  # answers of a group are drawn apart
 
 
+@pytest.mark.isa
 @given(seed=SEEDS, keep=st.sampled_from([0.0, 0.5, 1.0]))
 def test_a_row_does_not_depend_on_which_rows_have_finished(seed, keep):
     """Dropping finished rows early, late or never: the same tokens. In fp32 log-probs move by rounding only."""
@@ -146,7 +148,7 @@ def test_finished_rows_leave_the_batch():
         return forward(self, tokens, **kwargs)
 
     with patch.object(Transformer, "forward", spy):
-        answers = generate(model, PROMPTS, group_size=8, max_new_tokens=20, eos_ids=[1, 4, 9, 10, 11], seed=0)
+        answers = generate(model, PROMPTS, group_size=8, max_new_tokens=20, eos_ids=[1, 4, 9, 10, 11], seed=4)
     for step, width in enumerate(widths, start=1):
         alive = sum(len(a.tokens) > step for a in answers)
         assert alive <= width < alive / rollout.KEEP + 1
@@ -177,6 +179,40 @@ def test_max_rows_slices_whole_groups():
     greedy = dict(max_new_tokens=4, temperature=0)
     sliced = generate(model, PROMPTS, **greedy, max_rows=2)
     assert [a.tokens for a in sliced] == [a.tokens for a in generate(model, PROMPTS, **greedy)]
+
+
+@pytest.mark.isa
+def test_an_answer_depends_on_the_seed_and_its_prompts_number_alone():
+    """Not on which prompts are beside it, nor on how many rows are decoded at a time."""
+    model, settings = tiny(), {"group_size": 3, "max_new_tokens": 6, "seed": 5}
+    together = generate(model, PROMPTS, first_prompt=40, **settings)
+    for max_rows in (1, 6):
+        sliced = generate(model, PROMPTS, first_prompt=40, max_rows=max_rows, **settings)
+        assert [a.tokens for a in sliced] == [a.tokens for a in together]
+    for p, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], first_prompt=40 + p, **settings)
+        assert [a.tokens for a in alone] == [a.tokens for a in together[3 * p : 3 * p + 3]]
+    other = generate(model, PROMPTS, first_prompt=41, **settings)
+    assert [a.tokens for a in other] != [a.tokens for a in together]
+
+
+@given(
+    seed=st.integers(-(2**63), 2**63 - 2), number=st.integers(0, 2**40), steps=st.integers(1, 5), G=st.integers(1, 4)
+)
+def test_uniforms_of_a_prompt(seed, number, steps, G):
+    """In [0, 1), another stream for every pair of seed and number, the same beginning whatever the limit."""
+    u = draw_uniforms(seed, number, steps, G)
+    assert u.shape == (steps, G) and u.dtype == torch.float64 and ((u >= 0) & (u < 1)).all()
+    assert torch.equal(draw_uniforms(seed, number, steps + 2, G)[:steps], u)
+    for other in ((seed, number + 1), (seed + 1, number), (number, seed), (seed + 1, number - 1)):
+        assert other == (seed, number) or not torch.equal(draw_uniforms(*other, steps, G), u)
+
+
+def test_uniforms_are_uniform_and_what_philox_gives():
+    """Moments of 2^16 draws: mean 1/2 and variance 1/12, each within five of its own standard deviations."""
+    u, n = draw_uniforms(0, 1, 2**14, 4).flatten(), 2**16
+    assert abs(u.mean() - 1 / 2) < 5 * (1 / 12 / n) ** 0.5 and abs(u.var() - 1 / 12) < 5 * (1 / 180 / n) ** 0.5
+    assert torch.equal(u[:8], torch.from_numpy(np.random.Generator(np.random.Philox(key=[0, 1])).random(8)))
 
 
 def test_eos_is_kept_and_scored_and_unfinished_answers_say_so():

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from nanogspo import runlog
 from nanogspo.runlog import RunLog, draw_curves, read_rows, step_line, wilson_interval
 
 GSPO = {
@@ -375,6 +378,69 @@ def test_the_clip_range_and_the_control_are_drawn(tmp_path):
     whole, rootless, without = evaluations, [evaluations[0], *evaluations[2:]], evaluations[:3]
     # the control's line starts where SFT ended, and without that point there is no line, only the control's own marker
     assert green(picture(whole)) > green(picture(rootless)) + 100 > 100 > green(picture(without)) == 0
+
+
+def panel(draw, *arguments, **options):
+    """What a panel holds: the points and lines as [(x, y), ...] each, and the corners of its bands likewise."""
+    axes = Figure().add_subplot()
+    draw(axes, *arguments, **options)
+    lines = [line.get_xydata().tolist() for line in axes.lines]
+    return lines, [path.vertices.tolist() for band in axes.collections for path in band.get_paths()]
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=60))
+@example(values=[0.0, 1.0, 1.0, 1.0, 1.0] * 5)  # bands that would pass 1, and 0
+@example(values=[1.0, 0.0, 0.0, 0.0, 0.0] * 5)
+def test_bands_are_drawn_from_twenty_points_on_and_within_what_is_possible(values):
+    """Of fewer points the line is the points. The mean of neighbours lies in its band, the band within the bounds."""
+    steps = list(range(len(values)))
+    lines, bands = panel(runlog._smooth, steps, values, "b", possible=(0, 1))
+    assert lines[0] == [[step, value] for step, value in zip(steps, values, strict=True)]
+    assert len(lines) == 1 + (len(values) >= 20) and len(bands) == (len(values) >= 20)
+    for band in bands:
+        assert all(0 <= y <= 1 for _, y in band)
+        for step, mean in lines[1]:
+            near = values[max(0, step - 2) : step + 3]
+            assert mean == pytest.approx(sum(near) / len(near))
+            low, *_, high = sorted(y for x, y in band if x == step)
+            assert low - 1e-9 <= mean <= high + 1e-9
+            want = 1.959964 * statistics.stdev(near) / math.sqrt(len(near))
+            assert (low, high) == pytest.approx((max(0, mean - want), min(1, mean + want)))
+
+
+def test_only_a_reward_that_is_a_share_is_held_to_0_and_1():
+    for scale in (1, 5):
+        rows = [{"step": n, "reward": scale * (n % 2)} for n in range(40)]
+        _, [band] = panel(runlog._draw_reward, rows)
+        assert (min(y for _, y in band) >= 0 and max(y for _, y in band) <= 1) == (scale == 1)
+
+
+def test_a_rollout_is_one_point_of_reward_and_length():
+    """Its four updates tell the same number four times; taken for four measurements they would narrow the interval."""
+    rows = [{**GSPO, "step": n, "reward": n // 4 / 9, "answer_len": 5.0 + n // 4} for n in range(28)]
+    [line], _ = panel(runlog._draw_reward, rows)
+    assert line == [[4 * n, n / 9] for n in range(7)]
+    [line], _ = panel(runlog._draw_length, rows)
+    assert line == [[4 * n, 5.0 + n] for n in range(7)]
+
+
+def test_the_ratio_panel_shows_quantiles():
+    """Few updates one by one, from end to end; of many the medians of neighbours, but for those that are 1 by
+    construction; runs from before the quantiles with minimum, mean and maximum in their place."""
+    spread = {"ratio_p05": 0.75, "ratio_p50": 1.125, "ratio_p95": 1.25, "ratio_min": 0.5, "ratio_max": 3.0}
+    still = {name: 1.0 for name in (*spread, "ratio_mean")}
+    few = [{**GSPO, **(spread if n % 4 else still), "step": n} for n in range(6)]
+    lines, bands = panel(runlog._draw_ratio, few, None)
+    assert lines == [[[n, 0.125 if n % 4 else 0.0] for n in range(6)]]
+    assert [[y for _, y in band] for band in bands] == [
+        [low, high] if n % 4 else [0, 0] for low, high in ((-0.5, 2.0), (-0.25, 0.25)) for n in range(6)
+    ]
+    many = [{**GSPO, **(spread if n % 4 else still), "step": n} for n in range(40)]
+    many[5] |= {"ratio_p95": 1000.0}  # one update among its neighbours
+    [line], [band] = panel(runlog._draw_ratio, many, None)
+    assert line == [[n, 0.125] for n in range(40) if n % 4] and {y for _, y in band} == {-0.25, 0.25}
+    [line], [band] = panel(runlog._draw_ratio, [{**GSPO, "step": n} for n in range(40)], None)
+    assert {y for _, y in line} == {0.0} and {y for _, y in band} == {GSPO["ratio_min"] - 1, GSPO["ratio_max"] - 1}
 
 
 def test_nothing_to_draw(tmp_path):

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_runstate.py
 """
 
 import copy
+import dataclasses
 import json
 import os
 import struct
@@ -14,13 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogspo.checkpoint import read_header, write_safetensors
+from nanogspo import runstate
+from nanogspo.checkpoint import read_header, read_tensor, write_safetensors
+from nanogspo.config import TrainConfig, dump
 from nanogspo.families import model_config
 from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
-from nanogspo.runstate import load_state, save_state
+from nanogspo.runstate import Progress, changes, fingerprint, load_state, resume, save_state
 from tests.strategies import SEEDS
 
 SHAPE = {
@@ -188,3 +191,143 @@ def test_a_safetensors_file_that_is_no_state_is_refused(tmp_path):
     for metadata in ({}, {"format": "pt"}, {"state": json.dumps({"progress": PROGRESS})}):
         write_safetensors(path, tensors, metadata)
         assert "no run saved" in one_line(path, model, optimizer)
+
+
+def test_a_flipped_bit_anywhere_is_refused_in_one_line(tmp_path):
+    """In a tensor, in the JSON, in the header: nothing of it is taken, whatever the bit would have changed."""
+    path = tmp_path / "state.safetensors"
+    model, optimizer = run(lora=True)
+    save_state(path, model, optimizer, PROGRESS, ROLLOUT)
+    whole, (header, _) = path.read_bytes(), read_header(path)
+    length = 8 + struct.unpack("<Q", whole[:8])[0]
+    places = {*range(0, length, 43), *range(length, len(whole), 397), *(entry["end"] - 1 for entry in header.values())}
+    for place in sorted(places):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        with pytest.raises(ValueError) as error:
+            load_state(path, model, optimizer)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    last = max(header, key=lambda name: header[name]["end"])
+    assert f"{last} is not what was saved; the file is damaged" in one_line(path, model, optimizer)
+
+
+# ----------------------------------------------------------------------------
+# resume: a run in the middle of a rollout
+
+AT_HAND = Progress(step=25, phase_step=5, update=1, rl_cursor=32)
+
+
+def saved(folder, change=lambda tensors, facts: None, older=False):
+    """RUN/state/state.safetensors after `change`; older: as versions without checksums and hashes wrote it."""
+    config = TrainConfig(updates_per_rollout=2, lr=0.25)
+    path = folder / "state" / "state.safetensors"
+    made_of = {"config": {"lr": 0.25, "seed": 0}, "files": {"data": "1-a", "model/config.json": "2-b"}}
+    rollout = {**ROLLOUT, "tensors": {"advantages": torch.tensor([0.1, -0.1]), "old_logp": torch.tensor([-1.5])}}
+    save_state(path, *run(), dataclasses.asdict(AT_HAND), rollout, made_of)
+    (folder / "config.yaml").write_text(dump(config))
+    header, metadata = read_header(path)
+    with open(path, "rb", buffering=0) as f:
+        tensors = {name: read_tensor(f, entry) for name, entry in header.items()}
+    facts = json.loads(metadata["state"])
+    for name in ("config", "files", "checksums") if older else ():
+        del facts[name]
+    facts = change(tensors, facts) or facts
+    if older:
+        entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+        text = facts if isinstance(facts, str) else json.dumps(facts)
+        write_safetensors(path, entries, {"state": text})
+    return path, config, made_of
+
+
+def test_a_state_of_an_older_version_is_resumed_and_a_line_says_what_is_not_known(tmp_path, capsys):
+    for older in (True, False):
+        path, config, made_of = saved(tmp_path, older=older)
+        model, optimizer = run(seed=1)
+        progress, rollout, changed = resume(path, config, made_of, model, optimizer, 1)
+        assert (progress, changed) == (AT_HAND, []) and equal(everything(model, optimizer), everything(*run()))
+        assert rollout.examples == ROLLOUT["examples"] and rollout.facts == ROLLOUT["facts"]
+        assert [[logp if logp is None else logp.tolist() for logp in logps] for logps in rollout.old_logp] == [
+            [None],
+            [[-1.5]],
+        ]
+        out = capsys.readouterr().out
+        assert ("saved by an older version, without checksums" in out and out.count("\n") == 1) == older
+
+
+WRONG = {
+    "no JSON": lambda t, f: "{",
+    "deep": lambda t, f: "[" * 100_000,
+    "a list": lambda t, f: [f],
+    "no progress": lambda t, f: f.pop("progress") and None,
+    "progress is a list": lambda t, f: f.update(progress=[1]),
+    "progress without its step": lambda t, f: f["progress"].pop("step") and None,
+    "progress of another kind": lambda t, f: f["progress"].update(epoch=1),
+    "step is text": lambda t, f: f["progress"].update(step="25"),
+    "step is negative": lambda t, f: f["progress"].update(step=-1),
+    "step is true": lambda t, f: f["progress"].update(step=True),
+    "done is a number": lambda t, f: f["progress"].update(phase_done=1),
+    "a phase that is not there": lambda t, f: f["progress"].update(phase=1),
+    "an update that is not there": lambda t, f: f["progress"].update(update=2),
+    "no rollout": lambda t, f: [f.pop("rollout"), f.pop("examples")] and None,
+    "rollout is text": lambda t, f: f.update(rollout="none"),
+    "no examples": lambda t, f: f.pop("examples") and None,
+    "examples are numbers": lambda t, f: f.update(examples=[1, 2]),
+    "an example too few": lambda t, f: f.update(examples=f["examples"][:1]),
+    "tokens are text": lambda t, f: f.update(examples=[[["a", "b"], 1]] * 2),
+    "nothing but a prompt": lambda t, f: f.update(examples=[[[1, 2], 2]] * 2),
+    "no random state": lambda t, f: t.update({"rng.cpu": t["rng.cpu"][:-1]}),
+    "no moments": lambda t, f: t.pop("optimizer.norm.weight.exp_avg") is None,
+    "moments of another shape": lambda t, f: t.update({"optimizer.norm.weight.exp_avg": torch.zeros(3)}),
+    "moments of another kind": lambda t, f: t.update({"optimizer.norm.weight.exp_avg": torch.zeros(16).half()}),
+    "no advantages": lambda t, f: t.pop("rollout.advantages") is None,
+    "advantages of another kind": lambda t, f: t.update({"rollout.advantages": torch.tensor([1, 2])}),
+    "log-probs in a table": lambda t, f: t.update({"rollout.old_logp": torch.zeros(1, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_state_of_wrong_types_is_refused_in_one_line(tmp_path, wrong):
+    """Without checksums, so that each is found by itself: as an older version would have written it."""
+    path, config, made_of = saved(tmp_path, WRONG[wrong], older=True)
+    with pytest.raises(ValueError) as error:
+        resume(path, config, made_of, *run(seed=1), 1)
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message and "want" in message and len(message) < 500
+
+
+def test_what_has_changed_is_named_and_only_accepted_by_a_flag(tmp_path):
+    path, config, made_of = saved(tmp_path)
+    now = {"config": {"lr": 0.5, "seed": 0, "a_later_flag": 1}}
+    now["files"] = {"data": "1-c", "model/tokenizer.json": "3-d", "rewards/own.py": "4-e"}  # rewards: no such kind then
+    changed = ["--lr (0.25 -> 0.5)", "data", "model/config.json", "model/tokenizer.json"]
+    assert changes(made_of, now) == changed and changes(made_of, made_of) == []
+    model, optimizer = run(seed=1)
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError) as error:
+        resume(path, config, now, model, optimizer, 1)
+    assert f"with other inputs than it was saved with: {', '.join(changed)}; want" in str(error.value)
+    assert equal(everything(model, optimizer), before)
+    accepted = dataclasses.replace(config, accept_changes=True)
+    assert resume(path, accepted, now, model, optimizer, 1)[2] == changed
+
+
+def test_a_large_file_is_known_by_its_size_and_pieces_of_it(tmp_path, monkeypatch):
+    """A small one by every byte."""
+    path, size = tmp_path / "weights", 10_007
+    data = bytes(i * i % 251 for i in range(size))
+
+    def of(data):
+        path.write_bytes(data)
+        return fingerprint(path)
+
+    def flipped(places):
+        return [i for i in places if of(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]) != of(data)]
+
+    some = [0, 1, 5000, size - 2, size - 1]
+    assert of(data) == of(data) and flipped(some) == some
+    monkeypatch.setattr(runstate, "WHOLE", 1000)
+    monkeypatch.setattr(runstate, "PIECES", 4)
+    monkeypatch.setattr(runstate, "PIECE", 100)  # from bytes 0, 3302, 6604 and 9907 on
+    places = [0, 99, 100, 3301, 3302, 3401, 3402, 6604, 6703, 6704, 9906, 9907, size - 1]
+    assert flipped(places) == [0, 99, 3302, 3401, 6604, 6703, 9907, size - 1]
+    assert of(data) != of(data + b"\0") != of(data + b"\0\0")

@@ -136,6 +136,7 @@ def test_dweight_is_summed_in_fp32():
     torch.testing.assert_close(got, want, rtol=2**-8, atol=0)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("softcap", [None, 60.0])
 @pytest.mark.parametrize("frozen", [True, False])
@@ -249,6 +250,7 @@ def test_two_products_and_one_gradient_are_kept(dtype, stored):
         assert count((logp + entropy).sum().backward)[0] == (2 if frozen else 3)  # the entropy brings x and dx back
 
 
+@pytest.mark.isa
 @given(heads(), SEEDS, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_bits_do_not_depend_on_what_is_trained(case, seed, dtype):
     """A scoring pass, LoRA and full training: three ways through the file, one number each for logp and entropy."""
@@ -265,6 +267,7 @@ def test_the_bits_do_not_depend_on_what_is_trained(case, seed, dtype):
 # laws
 
 
+@pytest.mark.isa
 @given(heads(rows=(9, 13)), SEEDS, st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
 def test_a_row_does_not_see_its_batch(case, seed, dtype, frozen):
     """Bit for bit: alone, in another order, among fewer. Fails as soon as a product's shape follows N."""
@@ -279,6 +282,7 @@ def test_a_row_does_not_see_its_batch(case, seed, dtype, frozen):
                 assert torch.equal(g, w[rows])
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("C, V", [(9, 2), (34, 7), (33, 20), (64, 17), (64, 515), (100, 4099)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_see_its_batch_in_real_tiles(C, V, dtype):
@@ -384,6 +388,7 @@ def test_temperature_divides_the_logits(case, temperature):
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+@pytest.mark.isa
 @given(heads(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_bits_do_not_depend_on_who_asks(case, dtype):
     """GSPO's first ratio is exactly 1 only if scoring without gradients, with them, again, or under autocast is one

@@ -126,6 +126,7 @@ def test_entropy_has_a_gradient(path, case, seed, frozen):
     torch.testing.assert_close(got[2], want[2], rtol=0, atol=atol * case.weight.norm(dim=1).max().item())
 
 
+@pytest.mark.isa
 @paths
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("softcap", [None, 60.0])
@@ -165,6 +166,7 @@ def test_the_tiles_that_are_launched_on_a_gpu():
 # bits
 
 
+@pytest.mark.isa
 @paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_see_its_batch_or_who_asks(path, dtype):

@@ -7,6 +7,7 @@ Run: python -m pytest tests/test_train.py
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -27,18 +29,20 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanogspo import checkpoint, tiny
+from nanogspo import checkpoint, runlog, tiny
 from nanogspo.cache import KVCache
 from nanogspo.config import ROOT, TrainConfig
 from nanogspo.experience import experience, from_state, plan
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
 from nanogspo.packing import Example, score
+from nanogspo.process import hold
 from nanogspo.rollout import generate
 from nanogspo.runlog import RunLog, read_rows
 from nanogspo.tasks import get_task
 from nanogspo.tokenizer import load_tokenizer
 from tests import oracles
+from train import run
 
 TIMES = {"tokens_per_s", "step_s", "peak_mem_bytes"}  # all that two equal runs may differ in
 ROW_KEYS = TIMES | {"step", "algo", "loss", "entropy", "grad_norm", "lr"}
@@ -295,10 +299,11 @@ def check_ratios(rl, updates=4):
     assert moved >= (len(rl) - len(rl) // updates) / 2
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("algo", ["gspo", "grpo"])
 def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
     """One rollout and its four updates again, the slow way: no packing, no micro-batches, torch's own AdamW."""
-    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 33".split()]
+    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 20".split()]
     train(tmp_path / "run", *flags, "--temperature", 0.8)
     task = get_task("addition", 2)
     tokenizer, model = tiny.build(task.characters, seed=0)
@@ -342,6 +347,9 @@ def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-2, abs=1e-5)
         assert row["ratio_max"] == pytest.approx(ratios.max().item(), rel=1e-3)
         assert row["ratio_min"] == pytest.approx(ratios.min().item(), rel=1e-3)
+        for p in (5, 50, 95):
+            want = ratios.sort().values[round(p / 100 * (len(ratios) - 1))].item()
+            assert row[f"ratio_p{p:02}"] == pytest.approx(want, rel=1e-3)
 
 
 def drawn_examples():
@@ -416,6 +424,7 @@ def test_what_is_left_out_counts_in_the_average(tmp_path):
     assert row["loss"] == pytest.approx(-sum(advantages) / 16, abs=1e-6)
 
 
+@pytest.mark.isa
 def test_the_first_rollout_of_a_run_compares_two_passes(tmp_path, monkeypatch):
     """And only that one: afterwards the first update's own forward is the old one. A difference ends the run."""
     calls, run = [], [*TINY, *"--steps 8 --lr 1e-3".split()]
@@ -491,6 +500,7 @@ def flags_of(name, base):
 
 
 # N on both sides of the rollout's end at 4, in the middle, at the last update, and on both sides of the warm-up's end
+@pytest.mark.isa
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
@@ -589,6 +599,64 @@ def test_the_control_can_be_interrupted_and_the_run_resumed(tmp_path):
     rl = [[row for row in steps_of(tmp_path / name) if row["phase"] == "gspo"] for name in ("run", "longer")]
     assert rl[0] == rl[1] and len(rl[0]) == 6
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "longer")
+
+
+def logged(folder):
+    """All rows of metrics.jsonl, without what the clock decides."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def test_killed_between_any_two_writes_and_resumed_leaves_what_the_whole_run_leaves(tmp_path):
+    """A run changes its folder by a row or by a file that is renamed into place, so a copy of the folder at each of
+    these is what a kill between two of them leaves. Each copy is resumed: no row may be missing, or there twice."""
+    flags = [*TINY, *"--warm-steps 2 --warm-until 2 --steps 4 --eval-size 5 --eval-every 2 --save-every 2".split()]
+    folder, left = tmp_path / "whole", {}
+    write, replace = runlog._write, os.replace
+
+    def copy(cut=0):
+        files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+        files[Path("metrics.jsonl")] = files.get(Path("metrics.jsonl"), b"")[: -cut or None]
+        weights = {name for name in files if name.parts[0] == "model"}  # written as one of the last: none, or some
+        key = [(name, data) for name, data in sorted(files.items()) if name.suffix != ".tmp" and name not in weights]
+        left[tuple([*key, bool(weights)])] = files
+
+    def write_and_copy(file, row):
+        write(file, row)
+        if "answer" not in row:
+            copy()
+        if "eval_exact" in row:
+            copy(cut=1 + 8 * (row["phase"] == "sft"))  # all of a line but its end, or less of it
+
+    def copy_and_replace(source, target):
+        copy()  # with the temporary file
+        replace(source, target)
+        copy()
+
+    with patch("nanogspo.runlog._write", write_and_copy), patch("os.replace", copy_and_replace):
+        train(folder, *flags, "--lr", 1e-3)
+    rows = logged(folder)
+    evals = [(row["step"], row["phase"]) for row in rows if "eval_exact" in row]
+    assert evals == [(0, "start"), (2, "sft"), (4, "gspo"), (6, "gspo")] and len(rows) == 10
+    copy()  # and the finished run, which has nothing left to do
+    resumable = [files for files in left.values() if Path("state", "state.safetensors") in files]
+    assert len(resumable) >= 14
+    for i, files in enumerate(resumable):
+        for name, data in files.items():
+            (tmp_path / str(i) / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / str(i) / name).write_bytes(data)
+        resume(tmp_path / str(i))
+        assert logged(tmp_path / str(i)) == rows, i
+        assert weights_of(tmp_path / str(i)) == weights_of(folder)
+        for name in ("state/state.safetensors", "samples.jsonl"):
+            assert (tmp_path / str(i) / name).read_bytes() == (folder / name).read_bytes(), i
+
+
+def test_an_exam_of_another_size_is_another_exam(tmp_path):
+    train(tmp_path / "run", *TINY, *"--steps 4 --eval-size 5".split())
+    resume(tmp_path / "run", "--eval-size", 6)
+    evals = [(row["step"], row["eval_count"]) for row in logged(tmp_path / "run") if "eval_exact" in row]
+    assert evals == [(0, 5), (4, 5), (4, 6)]
 
 
 def test_seeds_decide_everything(tmp_path, whole):
@@ -861,6 +929,65 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path, whole):
         train(tmp_path / "gspo", *RUNS["gspo"])
     assert "--updates-per-rollout" in refusal("--resume", tmp_path / "gspo", "--updates-per-rollout", 2)
     resume(tmp_path / "gspo", "--micro-batch-tokens", 9)  # which is only about memory
+
+
+def test_a_run_is_resumed_with_what_it_was_made_of(tmp_path, base):
+    """Data, model, adapter, a setting: one line names what has changed; --accept-changes goes on and notes it."""
+    data, model, folder = tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "run"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    shutil.copytree(base, model)
+    train(tmp_path / "first", *CHECKPOINT, *"--steps 1 --algo sft --lora-r 4".split(), "--model", model)
+    adapter = tmp_path / "first" / "adapter"
+    flags = ["--algo", "sft", "--task", "jsonl", "--data", data, "--model", model, "--adapter", adapter, "--lora-r", 4]
+    train(folder, *CHECKPOINT, *flags, "--steps", 1)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def changes_named(*argv):
+        message = refusal("--resume", folder, "--steps", 2, *argv)
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+        return re.search(r"than it was saved with: (.*); want them as they were, or --accept-changes", message)[1]
+
+    data.write_text('{"prompt": "c", "completion": "b"}\n' * 4)  # of the same size
+    assert changes_named() == "data"
+    edit_json(model, "config.json", eos_token_id=[1, 2])
+    rewrite(model, lambda t: {n: -x if n == NORM else x for n, x in t.items()})
+    (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text() + "\n")
+    files = "adapter/adapter_config.json, data, model/config.json, model/model.safetensors"
+    assert changes_named() == files
+    assert re.search(r"--lr \(was .*--accept-changes", refusal("--resume", folder, "--lr", 0.5))
+    config = yaml.safe_load(before[folder / "config.yaml"])
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "lr": 0.25}))  # by hand
+    before[folder / "config.yaml"] = (folder / "config.yaml").read_bytes()
+    what = f"--lr ({config['lr']} -> 0.25), {files}"
+    assert changes_named() == what
+    what = what.replace("0.25", "0.5")
+    done = resume(folder, "--steps", 2, "--lr", 0.5, "--accept-changes")
+    assert f"goes on with what has changed: {what}" in done.out
+    note = {"step": 1, "accepted_changes": [what.split(", ")[0], *files.split(", ")]}
+    assert [row for row in logged(folder) if "algo" not in row] == [note]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["accept_changes"] is False
+    resume(folder, "--steps", 3)  # accepted once is accepted
+    assert [row.get("lr", row) for row in logged(folder)] == [config["lr"], note, 0.5, 0.5]
+    # from Python, where no flags are compared with config.yaml
+    with pytest.raises(ValueError, match=r"with other inputs .* -> \), --seed \(0 -> 3\), data; "):
+        run(dataclasses.replace(resolved(folder), seed=3, data="", task="addition", resume=str(folder)))
+    run(dataclasses.replace(resolved(folder), steps=4, resume=str(folder)))
+
+
+def resolved(folder):
+    return TrainConfig(**yaml.safe_load((folder / "config.yaml").read_text()))
+
+
+def test_a_folder_is_held_while_a_run_writes_into_it(tmp_path, whole):
+    """Both by --resume and by --out; and let go after an error, in a process that goes on."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole("sft"), folder)
+    with hold(folder):
+        assert f"is being written by another run (process {os.getpid()})" in refusal("--resume", folder)
+        assert "is being written by another run" in refusal("--out", folder, *RUNS["sft"])
+    with patch.object(RunLog, "step", side_effect=KeyError), pytest.raises(KeyError):
+        script("train.py", "--resume", folder, "--steps", 12)
+    resume(folder, "--steps", 11)
 
 
 def test_exit_code_and_stderr_of_a_real_process(tmp_path, base):

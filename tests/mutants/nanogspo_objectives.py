@@ -4,6 +4,7 @@
 FILE = "nanogspo/objectives.py"
 MUTANTS = {
     "tests/test_objectives.py": [
+        ("torch.cat(log_ratios)", "log_ratios[-1]", "quantiles of one micro-batch"),
         (
             "rewards.mean(dim=1, keepdim=True)",
             "rewards.mean(dim=0, keepdim=True)",

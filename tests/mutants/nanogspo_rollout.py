@@ -86,7 +86,19 @@ MUTANTS = {
             "if on_step and not on_step(complete,",
             "every rollout ends at its first token",
         ),
-        ("seed=seed + first,", "seed=seed,", "equal draws in every slice"),
+        ("first_prompt=first_prompt + first,", "first_prompt=first_prompt,", "equal draws in every slice"),
+        (
+            "seed=seed,\n                first_prompt",
+            "seed=seed + first,\n                first_prompt",
+            "an answer that depends on rollout_rows",
+        ),
+        ("[seed % 2**64, prompt_number % 2**64]", "[prompt_number % 2**64, 0]", "the same answers for every seed"),
+        (
+            "[seed % 2**64, prompt_number % 2**64]",
+            "[(seed + prompt_number) % 2**64, 0]",
+            "seed 1 draws for prompt 0 what seed 0 drew for prompt 1",
+        ),
+        (".view(steps, group_size)", ".view(group_size, steps).T", "a longer limit changes how an answer begins"),
         (
             "return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)",
             "return token.squeeze(1), logits.log_softmax(-1).gather(1, token).squeeze(1)",

@@ -21,12 +21,28 @@ MUTANTS = {
         ("return bool(stop)", "return False", "Ctrl-C waits for the end of the rollout"),
         ("math.inf if rewarded else", "0 if rewarded else", "a hint for the start of a run, given in its middle"),
         ("if self._unrewarded == 3:", "if self._unrewarded >= 3:", "the same hint at every rollout"),
+        ("if len(values) < FEW:", "if not values:", "six points smoothed away"),
+        ("max(mean[-1] - half, possible[0])", "mean[-1] - half", "a share below 0"),
+        ("min(mean[-1] + half, possible[1])", "mean[-1] + half", "a share above 1"),
+        ("(0, 1) if share else (-math.inf, math.inf)", "(0, 1)", "a reward of 5 under a band that ends at 1"),
+        (
+            "if i == 0 or facts[i] != facts[i - 1]",
+            "if facts",
+            "one rollout counted as four measurements",
+        ),
+        (
+            'row.get("ratio_max") == 1] or rows',
+            'row.get("ratio_max") == 2] or rows',
+            "a comb that touches 1 at every fourth update",
+        ),
+        ("new: row.get(new, row.get(old))", "new: row.get(old)", "minimum and maximum drawn as quantiles"),
         ("    file.flush()", "    pass", "a killed run loses its last rows"),
         (
             'row.get("step", 0) <= step]',
             'row.get("step", 0) < step]',
             "a resumed run forgets the step it was saved at",
         ),
+        ('line.removesuffix(b"\\n") + b"\\n"', "line", "a row whose end was cut off and the next share a line"),
         (
             "math.nan if any(map(math.isnan, ends)) else max(ends)",
             "max(ends)",

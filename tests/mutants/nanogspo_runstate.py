@@ -11,5 +11,26 @@ MUTANTS = {
             "kind[1] != tuple(wanted[name].shape)",
             "fp32 weights resumed in bf16 without a word",
         ),
+        ("if _checksum(t) != facts", "if False and t != facts", "a damaged tensor is trained on"),
+        (
+            '        _refuse(path, ["state"] if metadata.get("crc32")',
+            '        ([] and ["state"] if metadata.get("crc32")',
+            "damaged JSON is believed",
+        ),
+        ('zlib.crc32(f"{t.dtype} {tuple(t.shape)}".encode())', "0", "the bytes of one dtype are read as another"),
+        ("if changed and not config.accept_changes:", "if False:", "other data, and not a word"),
+        ('if name.split("/")[0] in kinds}', "}", "a file that only a later version knows of counts as changed"),
+        ('known = then["files"].keys() | {', 'known = then["files"].keys() & {', "a file that is gone does not count"),
+        (
+            "file.seek(i * (size - PIECE) // (PIECES - 1))",
+            "file.seek(i * PIECE)",
+            "only the beginning of large weights counts",
+        ),
+        ("type(value) is not kinds[n] or value < 0]", "not isinstance(value, kinds[n])]", "true is a step, and -1"),
+        ("    if not progress.update:\n", "    if not rollout:\n", "in the middle of a rollout that is not there"),
+    ],
+    "tests/test_train.py": [
+        ("*SMALL_FILES, ", "", "the tokenizer and the configuration of a model may change"),
+        ('("adapter", config.adapter)', '("adapter", "")', "the adapter a run began with may change"),
     ],
 }

@@ -4,6 +4,11 @@
 FILE = "train.py"
 MUTANTS = {
     "tests/test_train.py": [
+        (
+            "entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()",
+            "entropy = entropy.mean()",
+            "an entropy that depends on how answers fall into micro-batches",
+        ),
         ("planner.cache_slots(config, longest)", "10**9", "an exam of 500 rows at a time"),
         (
             "if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):",
@@ -12,6 +17,19 @@ MUTANTS = {
         ),
         ("(prompt, skip_special_tokens=False)", "(prompt)", "samples.jsonl without the marks that the model reads"),
         ('"truncated": not a.finished, ', '"truncated": a.finished, ', "truncated says its opposite"),
+        (
+            "log_ratios.append(logp.detach() - old_logp)",
+            "log_ratios[:] = [logp.detach() - old_logp]",
+            "quantiles of the last micro-batch",
+        ),
+        (
+            "(seq_logp.detach() - old_seq_logp) / batch.lengths",
+            "seq_logp.detach() - old_seq_logp",
+            "quantiles of ratios that are not per token",
+        ),
+        (" and not log.has(step=progress.step, phase=name, eval_count=config.eval_size)", "", "an exam counts twice"),
+        ("dump(record)", "dump(config)", "what was accepted once is accepted for ever"),
+        ("        save_state()  # from now on", "        # from now on", "what was accepted is asked again"),
         (
             '(model.config.max_positions, "max_position_embeddings"))',
             '(2**40, "max_position_embeddings"))',
@@ -36,7 +54,7 @@ MUTANTS = {
         ),
         ("weight = len(logp) / total", "weight = 1 / len(batches)", "a token weighs more in a small micro-batch"),
         ("                progress.sft_cursor += config.batch_size\n", "", "the same examples for ever"),
-        ("rollout and rollout.state()", "None", "a rollout in progress is lost"),
+        ("rollout.state() if progress.update else None", "None", "a rollout in progress is lost"),
         (
             "                progress.phase_step,\n                peak",
             "                progress.step,\n                peak",

@@ -1,0 +1,75 @@
+"""nanogspo/device.py: bf16 where it is fast, and a line where it is not."""
+
+import os
+
+import pytest
+import torch
+
+from nanogspo import device
+from nanogspo.device import choose_device, choose_dtype, lacks_bf16
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A CPU with the units that a test names, on a machine without a GPU."""
+
+    def make(name="x86_64", onednn=True, avx512_bf16=False, amx=False, mkldnn=True, **variables):
+        for variable in device.CAPS:
+            monkeypatch.delenv(variable, raising=False)
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setattr(device.platform, "machine", lambda: name)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"avx512_bf16": True}, ""),
+        ({"amx": True}, ""),
+        ({"name": "AMD64", "avx512_bf16": True}, ""),  # Windows' word
+        ({"name": "aarch64"}, ""),
+        ({"avx512_bf16": True, "ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, ""),
+        ({"amx": True, "ONEDNN_MAX_CPU_ISA": "AVX10_1_512_AMX"}, ""),
+        ({}, "this CPU has no bf16 units"),  # oneDNN says yes to AVX-512 without them: it converts
+        ({"onednn": False, "avx512_bf16": True}, "this CPU has no bf16 units"),
+        ({"name": "aarch64", "onednn": False}, "this CPU has no bf16 units"),
+        ({"name": "arm64", "mkldnn": False}, "this torch has no oneDNN"),  # Apple's
+        ({"avx512_bf16": True, "ATEN_CPU_CAPABILITY": "avx2"}, "ATEN_CPU_CAPABILITY=avx2 keeps"),
+        ({"avx512_bf16": True, "ATEN_CPU_CAPABILITY": "default"}, "ATEN_CPU_CAPABILITY=default keeps"),
+        ({"avx512_bf16": True, "ONEDNN_MAX_CPU_ISA": "AVX2"}, "ONEDNN_MAX_CPU_ISA=AVX2 keeps"),
+        ({"avx512_bf16": True, "ONEDNN_MAX_CPU_ISA": "avx512_core_vnni"}, "ONEDNN_MAX_CPU_ISA=avx512_core_vnni keeps"),
+        ({"amx": True, "DNNL_MAX_CPU_ISA": "AVX512_CORE"}, "DNNL_MAX_CPU_ISA=AVX512_CORE keeps"),
+    ],
+    ids=str,
+)
+def test_bf16_only_where_the_cpu_multiplies_it(machine, facts, reason, capsys):
+    machine(**facts)
+    assert lacks_bf16().startswith(reason) and bool(lacks_bf16()) == bool(reason)
+    assert choose_dtype("auto", "cpu") == ("fp32" if reason else "bf16")
+    said = capsys.readouterr().err
+    assert said.startswith(f"computing in fp32: {reason}") and said.count("\n") == 1 if reason else said == ""
+
+
+def test_what_is_asked_for_is_given_and_what_is_stored_is_kept(machine, capsys):
+    machine()
+    assert [choose_dtype(dtype, "cpu") for dtype in ("bf16", "fp32")] == ["bf16", "fp32"]
+    assert [choose_dtype("auto", "cpu", stored) for stored in (torch.float32, torch.float16)] == ["fp32", "fp32"]
+    assert [choose_dtype("auto", "cuda", stored) for stored in (torch.float32, torch.bfloat16)] == ["bf16", "bf16"]
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="got --device cuda, but torch sees no GPU; want --device cpu"):
+        choose_device("cuda")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.isa
+def test_this_machine_says_something_definite():
+    """Under a cap on instructions, as CI sets it, bf16 is never chosen."""
+    capped = any("avx2" in os.environ.get(name, "").lower() for name in device.CAPS)
+    assert not capped or choose_dtype("auto", "cpu") == "fp32"
