@@ -24,9 +24,11 @@ from kernels.backend import choose, tl, triton
 def helper(x):
     return deeper(x) * 2.0
 
+ONE = tl.constexpr(1.0)
+
 @triton.jit
 def deeper(x):
-    return x + 1.0
+    return x + ONE  # of a helper's helper
 
 @triton.jit
 def nobody_calls_this(x):
@@ -87,7 +89,7 @@ def cases():
 """
 
 SCRIPT = """
-import json, sys
+import json, pathlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import compile_kernels as tool
 import bad_kernels
@@ -104,6 +106,20 @@ good = {k: cases[k] for k in ("good", "odd")}
 with tool.odd_widths():
     report["odd"] = tool.gate({"spill": cases["spill"]}, [], ["sm_90"])
 report["good"] = tool.gate(good, [], every)
+tool.LEDGER, tool.ledger.drawn_again = pathlib.Path(sys.argv[2], "compiled"), lambda root, keys: set()
+for step in ("first", "second", "changed", "wrong", "deep"):
+    if step == "changed":
+        bad_kernels.ONE = bad_kernels.tl.constexpr(2.0)
+        tool.closure.cache_clear()
+    if step == "wrong":  # too much of everything, as the ledger says
+        path = tool.LEDGER / "bad_kernels.jsonl"
+        entries = tool.ledger.read(path)
+        tool.ledger.write(path, [entry | {"spills": 8} for entry in entries])
+    memory = tool.Ledger(tool.LEDGER, step == "deep")
+    failures = tool.gate(good, [], ["sm_90"], memory=memory)
+    report["ledger " + step] = [failures, len(tool.KNOWN), len(tool.JOBS)]
+report["closure"] = tool.closure(bad_kernels.good)
+report["entries"] = entries
 for name in ("much_shared", "spilling"):
     tool.EXCUSED[("bad_kernels." + name, "sm_90")] = "shared memory", "a test"
 report["excused"] = tool.gate({"shared": cases["shared"]}, [bad_kernels], ["sm_90"], "much_shared")
@@ -208,3 +224,20 @@ def test_exit_codes(report):
 
 def test_the_table_names_registers_shared_memory_and_spills(run):
     assert "sm_90 regs shared spill" in run.stdout and "*bf16 *fp32 BLOCK" not in run.stderr
+
+
+def test_what_is_known_is_not_compiled_again(report):
+    assert report["ledger first"] == [[], 0, 2] and report["ledger second"] == [[], 2, 2]
+    assert report["ledger changed"] == [[], 0, 2]  # a constant that a function of a function reads
+    assert {"return x + ONE", "return deeper(x) * 2.0"} <= {line.strip() for line in report["closure"]}
+    assert [entry["kernel"] for entry in report["entries"]] == ["bad_kernels.good"] * 4  # with those that are old
+
+
+def test_limits_hold_for_what_is_known(report):
+    failures, known, _ = report["ledger wrong"]
+    assert known == 2 and len(failures) == 2 and all("spills: 8 bytes a thread" in failure for failure in failures)
+
+
+def test_deep_contradicts_a_wrong_ledger(report):
+    failures, known, _ = report["ledger deep"]
+    assert known == 0 and len(failures) == 2 and all("tests/compiled says" in failure for failure in failures)

@@ -17,7 +17,14 @@ resources and sees no value. What fails:
 
 Two processes, no GPU, no cache left behind. CUDA C++ files are compiled with nvcc where there is one.
 
+A ledger remembers what each launch compiled to: tests/compiled/, one file for each module, one launch for one target a
+line. Its key is the hash of the kernel (its source without comments, the @triton.jit functions and the constants it
+mentions, however deep), the launch, the target and Triton's version. All cases still run and all limits are still
+checked; what is known is not compiled again, but for 5 % drawn by the commit's hash. Read it to see what a kernel
+takes; commit it with a change of one.
+
 Run: python tools/compile_kernels.py [--case SUBSTRING] [--only SUBSTRING] [--targets sm_90,gfx942]
+     python tools/compile_kernels.py --deep       compiles all, and must find what the ledger says; about 4 minutes
 Tests: tests/test_compile_kernels.py
 """
 
@@ -33,6 +40,8 @@ import argparse  # noqa: E402
 import ast  # noqa: E402
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
+import functools  # noqa: E402
+import hashlib  # noqa: E402
 import importlib  # noqa: E402
 import inspect  # noqa: E402
 import io  # noqa: E402
@@ -41,6 +50,7 @@ import multiprocessing  # noqa: E402
 import re  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
+import textwrap  # noqa: E402
 import time  # noqa: E402
 import types  # noqa: E402
 import warnings  # noqa: E402
@@ -49,10 +59,12 @@ from concurrent.futures import ProcessPoolExecutor  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import ledger  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from code_lines import code_lines  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
@@ -60,6 +72,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature  # no
 from kernels import backend as choice  # noqa: E402
 
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # kernels say it where bits matter
+
+LEDGER = ROOT / "tests" / "compiled"
 
 # name -> what Triton calls it, and the shared memory one block may have. CUDA C++ programming guide, table of compute
 # capabilities: 163 KB of 164 (A100) and 227 KB of 228 (H100); 64 KB of LDS on MI300.
@@ -359,6 +373,12 @@ class Job:
         return str((self.name, self.target, self.signature, self.constants, self.attributes, self.options))
 
     @property
+    def digest(self) -> str:
+        """The key of the ledger: all that decides what Triton makes of it."""
+        parts = [triton.__version__, self.key, *closure(self.kernel)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @property
     def label(self) -> str:
         """What tells two rows of a kernel apart: types of pointers, constants, how many arguments divide by 16."""
         arguments = [t for t in self.signature.values() if t != "constexpr"]
@@ -481,11 +501,33 @@ def kernels_of(module: types.ModuleType) -> dict[str, JITFunction]:
     return {full_name(f): f for f in found if isinstance(f, JITFunction) and f.fn.__module__ == module.__name__}
 
 
+def mentioned(kernel: JITFunction) -> dict[str, object]:
+    """Global names in its body -> what they are: @triton.jit functions, constants, modules."""
+    scope = kernel.fn.__globals__
+    names = {node.id for node in ast.walk(kernel.parse()) if isinstance(node, ast.Name)}
+    return {name: scope[name] for name in sorted(names) if name in scope}
+
+
 def called_by(kernel: JITFunction) -> set[str]:
     """Names of the @triton.jit functions that its body mentions."""
-    tree, scope = kernel.parse(), kernel.fn.__globals__
-    mentioned = [scope.get(node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    return {full_name(f) for f in mentioned if isinstance(f, JITFunction)}
+    return {full_name(f) for f in mentioned(kernel).values() if isinstance(f, JITFunction)}
+
+
+@functools.cache
+def closure(kernel: JITFunction) -> tuple[str, ...]:
+    """Code of a kernel and of the functions that it calls, and the constants they read."""
+    parts, seen, waiting = [], {kernel}, [kernel]
+    while waiting:
+        function = waiting.pop()
+        parts += code_lines(textwrap.dedent(inspect.getsource(function.fn)))
+        for name, value in mentioned(function).items():
+            if not isinstance(value, JITFunction):
+                value = getattr(value, "value", value)  # of a tl.constexpr
+                parts += [] if callable(value) or isinstance(value, types.ModuleType) else [f"{name} = {value!r}"]
+            elif value not in seen:
+                seen.add(value)
+                waiting.append(value)
+    return tuple(parts)
 
 
 def escaped(kernels: dict[str, JITFunction], launched: Iterable[str]) -> list[str]:
@@ -527,6 +569,53 @@ def compile_cuda(target: str) -> list[tuple[str, Result]]:
 
 
 # ----------------------------------------------------------------------------
+# the ledger
+
+
+class Ledger:
+    """What launches compiled to before, in one file of a folder for each module.
+
+    deep: as if it were empty, and what is found must be what it says.
+    """
+
+    def __init__(self, folder: Path, deep: bool):
+        self.folder, self.deep = folder, deep
+        self.entries = {e["key"]: e for path in sorted(folder.glob("*.jsonl")) for e in ledger.read(path)}
+
+    def known(self, jobs: list[Job]) -> dict[str, Result]:
+        """Digest -> result, of those that are not compiled again."""
+        keys = [] if self.deep else [job.digest for job in jobs if job.digest in self.entries]
+        again = ledger.drawn_again(ROOT, keys)
+        return {key: result_of(self.entries[key]) for key in keys if key not in again}
+
+    def contradicts(self, job: Job, result: Result) -> str:
+        held = self.entries.get(job.digest)
+        if not held or result.error or (was := result_of(held)) == dataclasses.replace(result, seconds=0.0):
+            return ""
+        found = f"{result.registers} registers, {result.shared} B shared, {result.spills} B spilled"
+        return f"tests/compiled says {was.registers}, {was.shared}, {was.spills}; compiled again it takes {found}"
+
+    def write(self, jobs: list[Job], results: list[Result], complete: bool) -> None:
+        """complete: these are all jobs there are, others leave the ledger."""
+        found = {} if complete else self.entries
+        for job, result in zip(jobs, results, strict=True):
+            if not result.error:
+                numbers = {"registers": result.registers, "shared": result.shared, "spills": result.spills}
+                found[job.digest] = {"kernel": job.name, "launch": job.label, "target": job.target}
+                found[job.digest] |= numbers | {"key": job.digest}
+        by_module: dict[str, list[dict]] = {path.stem: [] for path in self.folder.glob("*.jsonl")}
+        for entry in sorted(found.values(), key=lambda e: [e[k] for k in ("kernel", "launch", "key")]):
+            by_module.setdefault(entry["kernel"].rpartition(".")[0], []).append(entry)
+        for module, entries in by_module.items():
+            if entries != ledger.read(self.folder / f"{module}.jsonl"):
+                ledger.write(self.folder / f"{module}.jsonl", entries)
+
+
+def result_of(entry: dict) -> Result:
+    return Result(entry["registers"], entry["shared"], entry["spills"])
+
+
+# ----------------------------------------------------------------------------
 
 
 def gate(
@@ -535,9 +624,11 @@ def gate(
     targets: list[str],
     only: str = "",
     all_cases: bool = True,
+    memory: Ledger | None = None,
 ) -> list[str]:
     """Record, compile, print a row each; returns what is wrong, one line each. all_cases: none was left out, so that a
-    kernel without a launch has no case, and an excuse that nothing needed is none."""
+    kernel without a launch has no case, and an excuse that nothing needed is none. memory: what need not be compiled,
+    nor shown unless something is wrong."""
     launches, failures = record(cases)
     kernels = {name: f for module in sources for name, f in kernels_of(module).items() if only in name}
     launches = [launch for launch in launches if only in full_name(launch.kernel)]
@@ -556,24 +647,34 @@ def gate(
                     unique[job.key] = job
     global JOBS
     JOBS = sorted(unique.values(), key=lambda job: (job.name, job.label, job.target))
-    print(f"{len(launches)} launches, {len(JOBS)} kernels to compile, triton {triton.__version__}", flush=True)
+    global KNOWN
+    KNOWN = memory.known(JOBS) if memory else {}
+    print(f"{len(launches)} launches, triton {triton.__version__}", flush=True)
+    print(f"{len(JOBS)} kernels, {len(KNOWN)} known, {len(JOBS) - len(KNOWN)} to compile", flush=True)
     context, excused, rows = multiprocessing.get_context("fork"), set(), {}  # fork: a JITFunction cannot be pickled
+    results = []
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         for job, result in zip(JOBS, pool.map(_compile, range(len(JOBS))), strict=True):
+            results.append(result)
             if rows and (job.name,) != next(iter(rows))[:1]:  # the kernel before is complete
                 show(list(rows.values()), targets)
                 rows.clear()
-            row = rows.setdefault((job.name, job.label, str(job.signature)), {"job": job, "notes": []})
+            row = rows.setdefault((job.name, job.label, str(job.signature)), {"job": job, "notes": [], "excuses": []})
             row[job.target] = result
-            wrong, (fault, reason) = faults(job, result), EXCUSED.get((job.name, job.target), ("", ""))
+            row["fresh"] = row.get("fresh") or job.digest not in KNOWN
+            contradiction = memory.contradicts(job, result) if memory else ""
+            wrong = faults(job, result) + [contradiction] * bool(contradiction)
+            fault, reason = EXCUSED.get((job.name, job.target), ("", ""))
             kept = [w for w in wrong if not fault or fault not in w]
             if len(kept) < len(wrong):
                 excused.add((job.name, job.target))
-                row["notes"].append(f"{job.target} excused: {reason}")
+                row["excuses"].append(f"{job.target} excused: {reason}")
             if wrong := kept:
                 failures += [f"{job.name} for {job.target} [{job.label}, from {job.case}]: {w}" for w in wrong]
                 row["notes"] += [f"{job.target} {w[:100]}" for w in wrong]
     show(list(rows.values()), targets)
+    if memory:
+        memory.write(JOBS, results, complete=all_cases and not only and targets == list(TARGETS))
     unused = (pair for pair in EXCUSED if pair[0] in kernels and pair[1] in targets and pair not in excused)
     needless = list(unused) if all_cases else []
     return failures + [f"{name} for {target}: is excused and compiles; delete the excuse" for name, target in needless]
@@ -581,8 +682,8 @@ def gate(
 
 def show(rows: list[dict], targets: list[str]) -> None:
     """The table of one kernel, a row for each specialisation: registers a thread, shared bytes a block, spills."""
-    for i, row in enumerate(rows):
-        job, cells = row["job"], ""
+    for i, row in enumerate(row for row in rows if row["fresh"] or row["notes"]):
+        job, notes, cells = row["job"], row["excuses"] + row["notes"], ""
         if i == 0:
             print(f"\n{job.name}\n  " + "".join(f"{t + ' regs shared spill':>26}" for t in targets))
         for result in (row.get(t) for t in targets):
@@ -590,14 +691,15 @@ def show(rows: list[dict], targets: list[str]) -> None:
                 "-" if result is None or result.error else f"{result.registers} {result.shared:>6} {result.spills:>5}"
             )
             cells += f"{cell:>26}"
-        print(f"  {cells}  {job.label}" + "".join(f"\n{'':6}{note}" for note in row["notes"]), flush=True)
+        print(f"  {cells}  {job.label}" + "".join(f"\n{'':6}{note}" for note in notes), flush=True)
 
 
 JOBS: list[Job] = []  # read by the forked workers
+KNOWN: dict[str, Result] = {}
 
 
 def _compile(index: int) -> Result:
-    return compile_job(JOBS[index])
+    return KNOWN.get(JOBS[index].digest) or compile_job(JOBS[index])
 
 
 def main(arguments: list[str]) -> int:
@@ -605,6 +707,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--case", default="", metavar="SUBSTRING", help="run only the cases whose name holds this")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="kernels whose full name holds this")
     parser.add_argument("--targets", default=",".join(TARGETS), metavar="LIST", help=f"some of {','.join(TARGETS)}")
+    parser.add_argument("--deep", action="store_true", help="compile what tests/compiled knows, too, and compare")
     options = parser.parse_args(arguments)
     targets = options.targets.split(",")
     if unknown := [t for t in targets if t not in TARGETS]:
@@ -613,7 +716,8 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     started = time.perf_counter()
     cases = {name: case for name, case in CASES.items() if options.case in name}
-    failures = gate(cases, modules(), targets, options.only, all_cases=not options.case)
+    memory = Ledger(LEDGER, options.deep)
+    failures = gate(cases, modules(), targets, options.only, all_cases=not options.case, memory=memory)
     for target in [t for t in targets if t.startswith("sm_")] * bool(list((ROOT / "kernels").glob("*.cu"))):
         if not shutil.which("nvcc"):
             print(f"\nCUDA C++ for {target}: not compiled, there is no nvcc on this machine")

@@ -51,9 +51,11 @@ from typing import NamedTuple
 
 import _hypothesis_pytestplugin  # noqa: F401  pytest would import these two in every run, and rewrite them
 import hypothesis.strategies  # noqa: F401
+import ledger
 import pytest
 import torch
 from code_lines import code_lines
+from ledger import drawn_again
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +89,6 @@ class Verdict(NamedTuple):
 
 TIME_LIMIT = 600  # seconds for one test file: a mutant may wait forever, and that is noticed too
 SUITE_TIME_LIMIT = 7200
-ROTATING = 20  # of the proven, one in so many is run again
 FORK = multiprocessing.get_context("fork")
 ENVIRONMENT = {
     # Python trusts a .pyc whose source has the same size and second of change: a mutant may have both
@@ -168,7 +169,7 @@ class Ledger:
         self.path = path
 
     def entries(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return ledger.read(self.path)
 
     def update(self, mutants: dict[str, Mutant], key: str, verdict: Verdict) -> None:
         """Writes what became of one of `mutants` (key -> all that are listed in this file).
@@ -188,11 +189,7 @@ class Ledger:
             how = {"how": verdict.how} if verdict.how else {}
             kept.append({"test": mutant.test, "why": mutant.why, "key": key, "killer": verdict.killer} | how)
         kept.sort(key=lambda entry: (entry["test"], entry["why"], entry["key"]))
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)
-        self.path.parent.mkdir(exist_ok=True)
-        fresh = self.path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(lines)
-        fresh.replace(self.path)
+        ledger.write(self.path, kept)
 
 
 # ----------------------------------------------------------------------------
@@ -327,14 +324,6 @@ def budgets(tree: Path) -> dict[str, float]:
     return json.loads(path.read_text())["seconds"] if path.exists() else {}
 
 
-def drawn_again(root: Path, keys: list[str]) -> set[str]:
-    """A part of the proven that differs from commit to commit."""
-    command = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
-    digests = {key: hashlib.sha256((commit + key).encode()).digest() for key in keys}
-    return {key for key, digest in digests.items() if int.from_bytes(digest) % ROTATING == 0}
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="mutants with this in their file, edit or why")
@@ -366,7 +355,7 @@ def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadl
     wanted = {keys(mutant): mutant for mutant in mutants}
     folder = root / "tests" / "mutants" / "ledger"
     ledgers = {m.listed: Ledger(folder / f"{m.listed}.jsonl") for m in everything.values()}
-    known = [(listed, entry) for listed, ledger in ledgers.items() for entry in ledger.entries()]
+    known = [(listed, entry) for listed, held in ledgers.items() for entry in held.entries()]
     proven = {entry["key"]: entry for _, entry in known if entry["key"] in everything}
     if options.deep or options.only:
         chosen = list(wanted)
