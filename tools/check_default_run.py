@@ -1,12 +1,16 @@
-"""`python train.py` keeps what the README promises: within two minutes and 1.5 GB it learns, whatever the seed.
+"""`python train.py` keeps what the README promises: in a minute or two and 1.0 GB it learns, whatever the seed.
 
-For each seed, in a folder that is removed afterwards, without any flag but --seed and --out:
+Runs without any flag but --seed and --out, in folders that are removed afterwards. The first seed runs alone and its
+seconds count; the others run side by side, for what they learn.
 
-    wall time     <= 120 s, from the command line to the last line      peak memory   <= 1.5 GB, by the kernel's count
-    after SFT     15 to 50 % of the held-out problems exactly right     after GSPO    >= 90 %
+    CPU time      <= 120 s for the first seed. The README gives the clock's seconds on an idle machine: the same there,
+                  because the run uses one thread, but those of the CPU hardly depend on what else is running
+    peak memory   <= 1.0 GB each, by the kernel's count
+    after SFT     15 to 50 % of the held-out problems exactly right, each
+    after GSPO    >= 90 %; of three seeds one may be below, none below 85 %
     start         the untrained model: measured and printed, with no bar
 
-Run: python tools/check_default_run.py [SEED ...]      default 0; the numbers come from metrics.jsonl
+Run: python tools/check_default_run.py [SEED ...]      default 0 1 2; the numbers come from metrics.jsonl
 """
 
 import json
@@ -16,29 +20,47 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS, BYTES = 120, 1.5e9
+CPU_SECONDS, BYTES = 120, 1.0e9
+PATIENCE = 600  # seconds by the clock, then it is ended by force
+LEARNED, NEARLY = 0.90, 0.85
 PHASES = ("start", "sft", "gspo")
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes there, in KiB on Linux
 
 
-def run(seed: int, out: Path, log: Path) -> tuple[int, float, int]:
-    """(exit code, seconds, bytes) of one default run; ended by force at twice the limit."""
-    command = [sys.executable, "train.py", "--seed", str(seed), "--out", str(out)]
-    started = time.monotonic()
-    with log.open("wb") as file:
-        child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-    while True:
-        pid, status, usage = os.wait4(child.pid, os.WNOHANG)  # the only call that tells one child's peak memory
-        seconds = time.monotonic() - started
-        if pid:
-            child.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait for it once more
-            return child.returncode, seconds, usage.ru_maxrss * MAXRSS_UNIT
-        if seconds > 2 * SECONDS:
-            child.send_signal(signal.SIGKILL)
-        time.sleep(0.05)
+class Run(NamedTuple):
+    seed: int
+    code: int
+    seconds: float  # by the clock
+    cpu: float
+    memory: int  # bytes
+    exact: dict[str, float]  # phase -> share of the held-out problems
+    tail: list[str]  # the last lines it printed
+
+
+def run(seed: int) -> Run:
+    with tempfile.TemporaryDirectory() as scratch:
+        out, log = Path(scratch, "run"), Path(scratch, "log")
+        command = [sys.executable, "train.py", "--seed", str(seed), "--out", str(out)]
+        started = time.monotonic()
+        with log.open("wb") as file:
+            child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        pid = 0
+        while not pid:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)  # the only call that tells one child's peak memory
+            seconds = time.monotonic() - started
+            if not pid and seconds > PATIENCE:
+                child.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+        child.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait for it once more
+        tail = log.read_text(errors="replace").splitlines()[-20:]
+        exact = {phase: row["eval_exact"] for phase, row in last_evaluations(out).items()}
+    memory = usage.ru_maxrss * MAXRSS_UNIT
+    return Run(seed, child.returncode, seconds, usage.ru_utime + usage.ru_stime, memory, exact, tail)
 
 
 def last_evaluations(out: Path) -> dict[str, dict]:
@@ -48,36 +70,42 @@ def last_evaluations(out: Path) -> dict[str, dict]:
     return {row.get("phase"): row for row in rows if row.get("eval_exact") is not None}
 
 
-def misses(seconds: float, memory: int, exact: dict[str, float]) -> list[str]:
-    bars = [
-        (seconds <= SECONDS, f"took {seconds:.0f} s, want at most {SECONDS}"),
-        (memory <= BYTES, f"peaked at {memory / 1e9:.2f} GB, want at most {BYTES / 1e9}"),
-        *[(phase in exact, f"has no eval_exact row of phase {phase}") for phase in PHASES],
-        (0.15 <= exact.get("sft", 0.15) <= 0.50, "want 15 to 50 % after SFT: GSPO needs some success, and room"),
-        (exact.get("gspo", 1.0) >= 0.90, "want 90 % or more after GSPO"),
-    ]
-    return [text for held, text in bars if not held]
+def misses(runs: list[Run]) -> list[str]:
+    """One line for each bar that is not held. The first run's CPU time counts."""
+    found = []
+    for i, (seed, code, seconds, cpu, memory, exact, tail) in enumerate(runs):
+        bars = [
+            (code == 0, "\n  ".join([f"exit code {code} after {seconds:.0f} s; the last lines were", *tail])),
+            (i > 0 or cpu <= CPU_SECONDS, f"took {cpu:.0f} s of CPU, want at most {CPU_SECONDS}"),
+            (memory <= BYTES, f"peaked at {memory / 1e9:.2f} GB, want at most {BYTES / 1e9}"),
+            *[(phase in exact, f"has no eval_exact row of phase {phase}") for phase in PHASES],
+            (0.15 <= exact.get("sft", 0.15) <= 0.50, "want 15 to 50 % after SFT: GSPO needs some success, and room"),
+            (exact.get("gspo", 1.0) >= NEARLY, f"want {NEARLY:.0%} or more after GSPO"),
+        ]
+        found += [f"seed {seed}: {text}" for held, text in bars if not held]
+    below = [str(run.seed) for run in runs if run.exact.get("gspo", 0.0) < LEARNED]
+    if len(below) > len(runs) // 3:
+        found.append(f"seeds {', '.join(below)}: below {LEARNED:.0%} after GSPO, want that of at most one in three")
+    return found
 
 
 def main(seeds: list[int]) -> int:
-    failed = False
-    print("seed   seconds     GB" + "".join(f"{phase:>10}" for phase in PHASES))
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as scratch:
-            out, log = Path(scratch, "run"), Path(scratch, "log")
-            code, seconds, memory = run(seed, out, log)
-            tail = log.read_text(errors="replace").splitlines()[-20:]
-            exact = {phase: row["eval_exact"] for phase, row in last_evaluations(out).items()}
-        shares = "".join(f"{exact[phase]:>10.1%}" if phase in exact else f"{'-':>10}" for phase in PHASES)
-        print(f"{seed:<4} {seconds:>9.1f} {memory / 1e9:>6.2f}{shares}", flush=True)
-        errors = [f"exit code {code}; the last lines were", *tail] if code else misses(seconds, memory, exact)
-        for error in errors:
-            print(f"  seed {seed}: {error}")
-        failed |= bool(errors)
-    return int(failed)
+    print("seed   seconds    CPU     GB" + "".join(f"{phase:>10}" for phase in PHASES), flush=True)
+    runs = []
+    for together in (seeds[:1], seeds[1:]):
+        with ThreadPoolExecutor(2) as pool:
+            for done in pool.map(run, together):
+                runs.append(done)
+                cells = (f"{done.exact[phase]:>10.1%}" if phase in done.exact else f"{'-':>10}" for phase in PHASES)
+                numbers = f"{done.seed:<4} {done.seconds:>9.1f} {done.cpu:>6.1f} {done.memory / 1e9:>6.2f}"
+                print(numbers + "".join(cells), flush=True)
+    failures = misses(runs)
+    for failure in failures:
+        print(f"  {failure}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
     if not all(argument.isdigit() for argument in sys.argv[1:]):
         sys.exit(__doc__)
-    sys.exit(main([int(argument) for argument in sys.argv[1:]] or [0]))
+    sys.exit(main([int(argument) for argument in sys.argv[1:]] or [0, 1, 2]))

@@ -61,5 +61,25 @@ MUTANTS = {
             "    return failures",
             "an excuse outlives its reason",
         ),
+        (
+            "parts = [triton.__version__, self.key, *closure(self.kernel)]",
+            "parts = [triton.__version__, self.key]",
+            "a changed kernel keeps what the ledger says",
+        ),
+        (
+            "                waiting.append(value)",
+            "                pass",
+            "a change in a function that a kernel calls keeps what the ledger says",
+        ),
+        (
+            "wrong = faults(job, result) + [contradiction]",
+            "wrong = (faults(job, result) if row['fresh'] else []) + [contradiction]",
+            "what is known may spill",
+        ),
+        (
+            'contradiction = memory.contradicts(job, result) if memory else ""',
+            'contradiction = ""',
+            "deep agrees with any ledger",
+        ),
     ],
 }
