@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_SECONDS, BYTES = 120, 1.0e9
-PATIENCE = 600  # seconds by the clock, then it is ended by force
+PATIENCE = 1800  # seconds by the clock, then it is ended by force
 LEARNED, NEARLY = 0.90, 0.85
 PHASES = ("start", "sft", "gspo")
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes there, in KiB on Linux

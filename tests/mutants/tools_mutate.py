@@ -40,8 +40,8 @@ MUTANTS = {
             "what is proven is never run again",
         ),
         (
-            "() if options.deep",
-            "() if False",
+            "killers = [] if options.deep",
+            "killers = [] if False",
             "deep believes former killers",
         ),
     ],
