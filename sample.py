@@ -39,7 +39,9 @@ def run(config: SampleConfig) -> None:
         raise ValueError("got --chat with --raw, which has no turns; want one of them")
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
     device = choose_device(config.device)
-    folder = checkpoint.resolve(config.model)
+    if config.adapter:  # named wrongly, it is said before a model is fetched
+        checkpoint.resolve(config.adapter, want="adapter")
+    folder = checkpoint.resolve(config.model, want="model")
     tokenizer = load_tokenizer(folder)
     dtype = DTYPES[choose_dtype(config.dtype, device, checkpoint.stored_dtype(folder))]
     model = checkpoint.load(folder, device=device, dtype=dtype, quant=None if config.quant == "none" else config.quant)

@@ -93,6 +93,8 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
     # 3. model, tokenizer, adapter
 
     quant = None if config.quant == "none" else config.quant
+    if config.adapter:  # named wrongly, it is said before a model is fetched
+        checkpoint.resolve(config.adapter, want="adapter")
     if config.model == "tiny":
         if task is None:
             raise ValueError("got --model tiny with --data: its vocabulary is one task's alphabet; want a real --model")
@@ -101,7 +103,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
         if quant:
             pack_model(model, quant)
     else:
-        tokenizer = load_tokenizer(checkpoint.resolve(config.model))
+        tokenizer = load_tokenizer(checkpoint.resolve(config.model, want="model"))
         model = checkpoint.load(config.model, device=config.device, dtype=DTYPES[config.dtype], quant=quant)
     if packed_layers(model) and not config.lora_r:
         raise ValueError(f"got --lora-r 0 with {config.model}, whose weights are packed in 4 bits; want --lora-r 16")

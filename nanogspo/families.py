@@ -10,15 +10,21 @@ mechanism, not for the vendor, and model.py reads nothing else:
     scale_embedding the embedding is multiplied by sqrt(hidden_size), rounded to the weight dtype
     layer_pattern   which layers see only a sliding window
 
-Reading order: FAMILIES, ModelConfig, model_config, the four small readers under it, export_config.
+Reading order: FAMILIES, ModelConfig, model_config, the small readers under it, export_config.
 Two generations of files are read: what the hub holds (rope_theta, rope_scaling, sliding_window_pattern at the top)
 and what transformers 5 writes (rope_parameters, layer_types). Both must give the same model.
+A key of the file is read, or known to have no effect on what a text model computes (NO_EFFECT), or known to change it
+(CHANGES: refused when set). Any other is named in `ModelConfig.unread`, which checkpoint.load prints.
 Left out here: MoE and gated DeltaNet families (their rows come with their layers).
 
 Lesson: lessons/01_one_transformer.md       Tests: tests/test_families.py
 """
 
+import re
 from dataclasses import dataclass, field
+from typing import Any
+
+from nanogspo.inputs import REQUIRED, need, shown, some
 
 GELU_TANH, SILU = "gelu_tanh", "silu"
 
@@ -34,15 +40,17 @@ class Family:
     qkv_bias: bool | None = None  # None: the file's attention_bias decides
     o_bias: bool | None = None
     activation: str = SILU
+    activation_key: str = "hidden_act"
     scale_embedding: bool = False
     layer_pattern: str = "full"  # "full" | "window_flag" (Qwen) | "alternate" (Gemma 2) | "every_nth_full" (Gemma 3)
-    softcaps: bool = False  # whether attn_logit_softcapping / final_logit_softcapping mean anything
+    softcaps: tuple[str, ...] = ()  # which of SOFTCAPS act
     attn_scalar: bool = False  # whether query_pre_attn_scalar replaces head_dim in the attention scale
     head_dim: int | None = None  # class default when the file is silent; None: hidden_size / heads
     tied: bool = False  # class default of tie_word_embeddings
     defaults: dict = field(default_factory=dict)  # class defaults a sparse hub file leans on
 
 
+SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, o_bias=False, layer_pattern="window_flag"),
@@ -56,9 +64,10 @@ FAMILIES = {
         norm_plus_one=True,
         post_norms=True,
         activation=GELU_TANH,
+        activation_key="hidden_activation",
         scale_embedding=True,
         layer_pattern="alternate",
-        softcaps=True,
+        softcaps=SOFTCAPS,
         attn_scalar=True,
         head_dim=256,
         tied=True,
@@ -69,15 +78,18 @@ FAMILIES = {
             "final_logit_softcapping": 30.0,
         },
     ),
-    # Gemma 3 dropped the soft-caps for qk_norm. The 4B+ files are sparse, so the class defaults are part of the format.
+    # Gemma 3 has qk_norm instead of the soft-caps; of a file that sets both transformers obeys the final one alone.
+    # The 4B+ files are sparse, so the class defaults are part of the format.
     "gemma3": Family(
         "Gemma3ForCausalLM",
         norm_plus_one=True,
         post_norms=True,
         qk_norm=True,
         activation=GELU_TANH,
+        activation_key="hidden_activation",
         scale_embedding=True,
         layer_pattern="every_nth_full",
+        softcaps=SOFTCAPS[1:],
         attn_scalar=True,
         head_dim=256,
         tied=True,
@@ -112,6 +124,14 @@ MODEL_TYPES = {
     "gemma3_text": "gemma3",
     "gemma3": "gemma3",
 }
+# Multimodal model types -> their class. It keeps the text layers in model.language_model, a text-only class in model.
+WRAPPERS = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+}
+DEFAULT_THETA = {"qwen2_vl": 1e6, "qwen2_5_vl": 1e6, "qwen3_vl": 5e5}  # of files that state no rope_theta
 # what export_config writes: the text-only type that transformers opens without its wrapper
 TEXT_TYPES = {"gemma3": "gemma3_text"}
 
@@ -147,6 +167,8 @@ class ModelConfig:
     final_softcap: float = 0.0
     max_positions: int = 32768
     eos_ids: tuple[int, ...] = ()
+    module_prefix: str = field(default="model.", compare=False)  # where transformers' class keeps the text layers
+    unread: tuple[str, ...] = field(default=(), repr=False, compare=False)  # keys that nobody here knows
     source: dict = field(
         default_factory=dict, repr=False, compare=False
     )  # the text part of config.json, as it was read
@@ -163,79 +185,150 @@ def model_config(config: dict) -> ModelConfig:
 
     Source: the configuration_*.py files of transformers 5.23; hub files of Qwen2.5, Qwen3, Gemma 2, Gemma 3.
     """
-    text = text_part(config)
+    text = stated = text_part(config)
     model_type = text.get("model_type") or config.get("model_type")
-    name = MODEL_TYPES.get(model_type)
+    name = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
     if name is None:
         known = ", ".join(sorted(MODEL_TYPES))
-        raise ValueError(f"got model_type {model_type!r} in config.json, want one of: {known}")
-    if text.get("use_bidirectional_attention"):
-        raise ValueError("config.json: got use_bidirectional_attention, want a decoder: this is an embedding model")
-    row = FAMILIES[name]
-    text = {**row.defaults, **{key: value for key, value in text.items() if value is not None or key in NULL_MEANS}}
+        raise ValueError(f"got model_type {shown(model_type)} in config.json, want one of: {known}")
+    row, where = FAMILIES[name], f"config.json of a {name} model"
+    _refuse_other_functions(row, config, stated)
+    theta = {"rope_theta": DEFAULT_THETA.get(model_type.removesuffix("_text"), 10_000.0)}
+    text = theta | row.defaults | {k: v for k, v in text.items() if v is not None or k in SOFTCAPS}
 
-    def need(key: str) -> int:
-        value = text.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.json: got {key}={value!r}, want a positive integer (family {name})")
-        return value
+    def size(key: str, high: int, default: Any = REQUIRED) -> int:
+        return need(text, key, int, low=1, high=high, default=default, where=where)
 
-    C, H, L = need("hidden_size"), need("num_attention_heads"), need("num_hidden_layers")
-    K = text.get("num_key_value_heads") or H
-    D = text.get("head_dim") or row.head_dim or C // H
+    def flag(key: str) -> bool:
+        return need(text, key, bool, default=False, where=where)
+
+    C, H, L = (size("hidden_size", 2**20), size("num_attention_heads", 2**16), size("num_hidden_layers", MOST_LAYERS))
+    K = size("num_key_value_heads", 2**16, H)
+    D = size("head_dim", 2**16, row.head_dim or C // H)
+    if not row.head_dim and text.get("head_dim") is None and C % H:
+        raise ValueError(f"config.json: got hidden_size {C} for {H} attention heads and no head_dim, want a multiple")
     if H % K:
         raise ValueError(f"config.json: got {H} attention heads for {K} key/value heads, want a multiple")
-    layer_types = _layer_types(row, text, L)
-    rope = _rope(text, layer_types)
-    partial = next(iter(rope.values())).get("partial_rotary_factor", 1.0)
-    attention_bias = bool(text.get("attention_bias", False))
-    caps = (text.get("attn_logit_softcapping"), text.get("final_logit_softcapping")) if row.softcaps else (None, None)
-    # a wrapper and its text_config may disagree about tying; the outer one is what transformers obeys
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", row.tied))
+    layer_types = _layer_types(row, text, L, where)
+    rope = _rope(text, layer_types, where)
+    rotary_dim = int(D * next(iter(rope.values())).get("partial_rotary_factor", 1.0))
+    if rotary_dim % 2 or not rotary_dim:
+        raise ValueError(f"config.json: got {rotary_dim} channels of a head of {D} to rotate, want an even number")
+    attention_bias = flag("attention_bias")
+    caps = [need(text, key, float, low=1e-3, high=1e6, default=0.0, where=where) for key in SOFTCAPS]
+    caps = [cap if key in row.softcaps else 0.0 for key, cap in zip(SOFTCAPS, caps, strict=True)]
+    outer = need(config, "model_type", str, default="", where=where)
+    wrapped = outer in WRAPPERS
+    if wrapped and caps[1]:
+        raise ValueError(
+            f"config.json: got final_logit_softcapping={caps[1]} in {outer}, want null: transformers' "
+            f"{WRAPPERS[outer]} ignores it and others obey it"
+        )
+    # a wrapper and its text_config may disagree about tying; the outer one is what transformers obeys, save that of
+    # Qwen 2 VL an inner true counts, where older versions wrote it
+    tied = need(config, "tie_word_embeddings", bool, default=row.tied, where=where)
+    tied = tied or (outer in ("qwen2_vl", "qwen2_5_vl") and flag("tie_word_embeddings"))
     return ModelConfig(
         family=name,
-        vocab_size=need("vocab_size"),
+        vocab_size=size("vocab_size", 2**27),
         hidden_size=C,
-        intermediate_size=need("intermediate_size"),
+        intermediate_size=size("intermediate_size", 2**24),
         num_layers=L,
         num_heads=H,
         num_kv_heads=K,
         head_dim=D,
         layer_types=layer_types,
         rope=rope,
-        rotary_dim=int(D * partial),
+        rotary_dim=rotary_dim,
         # read the scalar, never derive it: Gemma 2 27B says 144 and Gemma 3 27B says 168, both with head_dim 128
-        attn_scale=float(text["query_pre_attn_scalar"] if row.attn_scalar else D) ** -0.5,
-        sliding_window=int(text.get("sliding_window") or 0) if "sliding" in layer_types else 0,
-        norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        activation=_activation(row, text),
-        tied=bool(tied),
+        attn_scale=float(
+            need(text, "query_pre_attn_scalar", float, low=1e-3, high=1e6, where=where) if row.attn_scalar else D
+        )
+        ** -0.5,
+        sliding_window=size("sliding_window", LONGEST_CONTEXT) if "sliding" in layer_types else 0,
+        norm_eps=float(need(text, "rms_norm_eps", float, low=0, high=1, default=1e-6, where=where)),
+        activation=_activation(row, text, where),
+        tied=tied,
         norm_plus_one=row.norm_plus_one,
         post_norms=row.post_norms,
         qk_norm=row.qk_norm,
         qkv_bias=attention_bias if row.qkv_bias is None else row.qkv_bias,
         o_bias=attention_bias if row.o_bias is None else row.o_bias,
-        mlp_bias=bool(text.get("mlp_bias", False)),
+        mlp_bias=flag("mlp_bias"),
         scale_embedding=row.scale_embedding,
-        attn_softcap=float(caps[0] or 0.0),
-        final_softcap=float(caps[1] or 0.0),
-        max_positions=int(text.get("max_position_embeddings", 32768)),
+        attn_softcap=float(caps[0]),
+        final_softcap=float(caps[1]),
+        max_positions=size("max_position_embeddings", LONGEST_CONTEXT, 32768),
         eos_ids=eos_ids(config, text),
-        source={**text_part(config), "model_type": model_type},
+        module_prefix="model.language_model." if wrapped else "model.",
+        unread=_unread(row, config, stated, rope),
+        source={**stated, "model_type": model_type},
     )
 
 
-NULL_MEANS = {
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-}  # null switches these off; elsewhere it means "unset"
+MOST_LAYERS, LONGEST_CONTEXT = 1024, 2**40  # beyond every model there is, and small enough to be counted with
+
+# Keys that change what a model computes, in a way that is not built here -> what is wanted instead. None, false, 0 and
+# empty are fine.
+CHANGES = {
+    "use_bidirectional_attention": "a decoder: this is an embedding model",
+    "rope_interleaved": "rotated halves: transformers rotates no neighbouring channels here",
+    "pruned_heads": "all heads",
+    "transformers_weights": "weights in model.safetensors or behind its index",
+}
+READ = frozenset(
+    """architectures attention_bias auto_map dtype eos_token_id head_dim hidden_act hidden_activation hidden_size
+    intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias model_type num_attention_heads
+    num_hidden_layers num_key_value_heads partial_rotary_factor quantization_config query_pre_attn_scalar rms_norm_eps
+    rope_local_base_freq rope_parameters rope_scaling rope_theta sliding_window sliding_window_pattern text_config
+    thinker_config tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()
+)
+# how transformers runs, trains or samples; labels; what transformers 4 wrote of every config
+NO_EFFECT = frozenset(
+    """_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path _sliding_window_pattern
+    add_cross_attention attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder is_llama_config
+    label2id length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
+    use_cache use_mrope""".split()
+)
+MEDIA = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa|mm)_")  # pictures and sound, which a text has not
+
+
+def _refuse_other_functions(row: Family, *parts: dict) -> None:
+    """Raises for what says that this family's code is not this model's: CHANGES, code of its own."""
+    for key in sorted({key for part in parts for key in CHANGES if part.get(key)}):
+        raise ValueError(f"config.json: got {key}, want {CHANGES[key]}")
+    classes = {
+        row.architecture,
+        WRAPPERS.get(need(parts[0], "model_type", str, default="", where="config.json"), row.architecture),
+    }
+    classes |= {re.sub("For(CausalLM|ConditionalGeneration)$", "Model", name) for name in classes}
+    named = need(parts[0], "architectures", list, default=[], where="config.json")
+    if parts[0].get("auto_map") and not (named and all(isinstance(n, str) and n in classes for n in named)):
+        raise ValueError(
+            f"config.json: got auto_map with architectures {shown(named)}, want one of {some(sorted(classes))}: "
+            "code of its own is not run"
+        )
+
+
+def _unread(row: Family, config: dict, text: dict, rope: dict[str, dict]) -> tuple[str, ...]:
+    """Keys that are set and of no kind known here: it may be that the model's authors mean something by them."""
+    known = READ | NO_EFFECT | CHANGES.keys() | {*row.softcaps}
+    keys = {k for part in (config, text) for k, v in part.items() if v is not None and k not in known}
+    keys = {key for key in keys if not MEDIA.match(key)}
+    return tuple(sorted(keys | {f"rope_parameters.{k}" for p in rope.values() for k in p.keys() - ROPE_RANGES.keys()}))
 
 
 def text_part(config: dict) -> dict:
     """The text decoder's own keys: thinker_config, then text_config, are wrappers around it."""
     for wrapper in ("thinker_config", "text_config"):
-        if isinstance(config.get(wrapper), dict):
-            config = config[wrapper]
+        config = need(config, wrapper, dict, default=config, where="config.json")
     return config
 
 
@@ -244,43 +337,54 @@ def eos_ids(*configs: dict) -> tuple[int, ...]:
     found: set[int] = set()
     for config in configs:
         value = config.get("eos_token_id")
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError(f"got eos_token_id={shown(value)}, want a token id or a list of them")
+        found.update(ids)
     return tuple(sorted(found))
 
 
-def _activation(row: Family, text: dict) -> str:
-    """Gemma files say "gelu" and mean the tanh approximation; everyone else says what they mean."""
-    if row.activation == GELU_TANH:
-        return GELU_TANH
-    name = text.get("hidden_act", "silu")
-    if name not in ("silu", "swish"):
-        raise ValueError(f"config.json: got hidden_act {name!r}, want 'silu' for {row.architecture}")
-    return SILU
+def _activation(row: Family, text: dict, where: str) -> str:
+    """Gemma 1 files say "gelu" and mean the tanh approximation; everyone else says what they mean."""
+    tanh = row.activation == GELU_TANH
+    wanted = (
+        ("gelu_pytorch_tanh", "gelu")[: 2 if row.activation_key == "hidden_act" else 1] if tanh else ("silu", "swish")
+    )
+    name = need(text, row.activation_key, str, default=wanted[0], where=where)
+    if name not in wanted:
+        raise ValueError(
+            f"config.json: got {row.activation_key} {shown(name)}, want {wanted[0]!r} for {row.architecture}"
+        )
+    return row.activation
 
 
-def _layer_types(row: Family, text: dict, L: int) -> tuple[str, ...]:
+def _layer_types(row: Family, text: dict, L: int, where: str) -> tuple[str, ...]:
     """One "full" or "sliding" per layer, from layer_types if the file has it, else from the family's older keys."""
-    stated = text.get("layer_types")
+    stated = need(text, "layer_types", list, default=[], where=where)
+    window = need(text, "sliding_window", int, low=0, high=LONGEST_CONTEXT, default=0, where=where)
     if stated:
         names = {"full_attention": "full", "sliding_attention": "sliding"}
-        unknown = sorted({str(name) for name in stated if name not in names})
+        if row.layer_pattern == "full":  # transformers does not look at layer_types here
+            del names["sliding_attention"]
+        unknown = sorted({str(name) for name in stated if not isinstance(name, str) or name not in names})
         if unknown or len(stated) != L:
             raise ValueError(
-                f"config.json: got layer_types with {len(stated)} entries {unknown or ''}, "
-                f"want {L} of full_attention or sliding_attention"
+                f"config.json: got layer_types with {len(stated)} entries {shown(unknown[:3]) if unknown else ''}, "
+                f"want {L} of {' or '.join(names)}"
             )
         types = tuple(names[name] for name in stated)
     elif row.layer_pattern == "alternate":
         types = tuple("full" if layer % 2 else "sliding" for layer in range(L))
     elif row.layer_pattern == "every_nth_full":
-        n = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern")
+        n = need(text, "sliding_window_pattern", int, low=1, high=LONGEST_CONTEXT, where=where)
         types = tuple("sliding" if (layer + 1) % n else "full" for layer in range(L))
-    elif row.layer_pattern == "window_flag" and text.get("use_sliding_window") and text.get("sliding_window"):
-        first = text.get("max_window_layers", 28)  # layers below this one stay full
+    elif row.layer_pattern == "window_flag" and need(text, "use_sliding_window", bool, default=False, where=where):
+        # layers below the first stay full
+        first = need(text, "max_window_layers", int, low=0, high=LONGEST_CONTEXT, default=28, where=where)
         types = tuple("sliding" if layer >= first else "full" for layer in range(L))
     else:
         types = ("full",) * L
-    if "sliding" in types and not text.get("sliding_window"):
+    if "sliding" in types and not window:
         raise ValueError("config.json: got sliding_attention layers without sliding_window, want a window size")
     return types
 
@@ -292,39 +396,67 @@ ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
+# what a RoPE entry may hold, and the numbers that make sense
+ROPE_RANGES = {
+    "rope_theta": (1.01, 1e15),
+    "factor": (1e-3, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "original_max_position_embeddings": (1, LONGEST_CONTEXT),
+    "partial_rotary_factor": (1e-3, 1),
+    "attention_factor": (1e-3, 1e3),
+    "beta_fast": (1e-6, 1e9),
+    "beta_slow": (1e-6, 1e9),
+    "mscale": (0, 1e3),
+    "mscale_all_dim": (0, 1e3),
+    "truncate": None,
+    "rope_type": None,
+}
 
 
-def _rope(text: dict, layer_types: tuple[str, ...]) -> dict[str, dict]:
+def _rope(text: dict, layer_types: tuple[str, ...], where: str) -> dict[str, dict]:
     """RoPE parameters per layer type. Gemma 3 turns its sliding layers at another base and scales only the full."""
-    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    base = {"rope_theta": text.get("rope_theta", 10_000.0)}
-    if "partial_rotary_factor" in text:
-        base["partial_rotary_factor"] = text["partial_rotary_factor"]
-    local = text.get("rope_local_base_freq")
+    new, old = (need(text, key, dict, default={}, where=where) for key in ("rope_parameters", "rope_scaling"))
+    if new and old and new != old:
+        raise ValueError("config.json: got rope_parameters and another rope_scaling, want one of them")
+    base = {"rope_theta": text["rope_theta"], "partial_rotary_factor": text.get("partial_rotary_factor")}
+    local = need(text, "rope_local_base_freq", float, low=1.01, high=1e15, default=None, where=where)
+    scaling = _stated(new or old)
+    full, sliding = (
+        _stated(need(scaling, f"{kind}_attention", dict, default={}, where=where)) for kind in ("full", "sliding")
+    )
     if "full_attention" in scaling or "sliding_attention" in scaling:  # transformers 5, one entry per layer type
-        rope = {
-            "full": {**base, **scaling.get("full_attention", {})},
-            "sliding": {**base, **({"rope_theta": local} if local else {}), **scaling.get("sliding_attention", {})},
-        }
+        rope = {"full": base | full, "sliding": base | ({"rope_theta": local} if local else {}) | sliding}
     elif local:  # hub files of Gemma 3
-        rope = {"full": {**base, **scaling}, "sliding": {"rope_theta": local}}
+        rope = {"full": base | scaling, "sliding": base | {"rope_theta": local}}
     else:
-        rope = {"full": {**base, **scaling}, "sliding": {**base, **scaling}}
-    rope = {kind: _checked_rope(p, text) for kind, p in rope.items() if kind in layer_types}
-    return rope
+        rope = {"full": base | scaling, "sliding": base | scaling}
+    return {kind: _checked_rope(p, text, where) for kind, p in rope.items() if kind in layer_types}
 
 
-def _checked_rope(parameters: dict, text: dict) -> dict:
+def _stated(values: dict) -> dict:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _checked_rope(parameters: dict, text: dict, where: str) -> dict:
     # the sections of a three-axis RoPE say which channels turn by time, height or width: the same angle for text
-    p = {k: v for k, v in parameters.items() if k not in ("type", "mrope_section", "mrope_interleaved")}
-    p["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
+    sections = ("type", "mrope_section", "mrope_interleaved")
+    p = {k: v for k, v in _stated(parameters).items() if k not in sections}
+    older = need(parameters, "type", str, default="default", where=where)
+    p["rope_type"] = need(parameters, "rope_type", str, default=older, where=where)
     if p["rope_type"] == "mrope":
         p["rope_type"] = "default"
     if p["rope_type"] not in ROPE_KEYS:
-        raise ValueError(f"config.json: got rope_type {p['rope_type']!r}, want one of: {', '.join(ROPE_KEYS)}")
+        raise ValueError(f"config.json: got rope_type {shown(p['rope_type'])}, want one of: {', '.join(ROPE_KEYS)}")
     missing = [key for key in ROPE_KEYS[p["rope_type"]] if p.get(key) is None]
     if missing:
         raise ValueError(f"config.json: rope_type {p['rope_type']!r} needs {', '.join(missing)}")
+    for key, range_ in ROPE_RANGES.items():
+        if range_ and key in p:
+            need(p, key, float, low=range_[0], high=range_[1], where=where)
+    need(p, "truncate", bool, default=True, where=where)
+    if p["rope_type"] == "llama3" and p["high_freq_factor"] <= p["low_freq_factor"]:
+        raise ValueError("config.json: got high_freq_factor <= low_freq_factor, want a ramp between them")
     if p["rope_type"] == "yarn" and p.get("original_max_position_embeddings") is None:
         p["original_max_position_embeddings"] = text.get("max_position_embeddings", 32768)
     return p

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.blocked import Layer
+from nanogspo.inputs import some
 from nanogspo.model import Transformer
 from nanogspo.quant import LINEAR, PackedLinear, dense_weight, weight_count
 
@@ -175,9 +176,8 @@ def add_lora(
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
     if unmatched or not targets:
-        raise ValueError(
-            f"got LoRA targets {unmatched or 'none'}, which match no layer; want some of: {', '.join(leaves)}"
-        )
+        named = some(map(repr, unmatched)) or "none"
+        raise ValueError(f"got LoRA targets {named}, which match no layer; want some of: {', '.join(leaves)}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     touched = []

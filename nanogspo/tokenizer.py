@@ -54,7 +54,7 @@ def load_tokenizer(path_or_repo: str | Path) -> "Tokenizer":
     if not folder.is_dir():
         from nanogspo.checkpoint import resolve  # not on top: it brings torch, seconds of start-up
 
-        folder = resolve(path_or_repo)
+        folder = resolve(path_or_repo, want="tokenizer")
     present = sorted(path.name for path in folder.iterdir() if path.is_file())
     if "tokenizer.json" not in present:
         advice = "copy the tokenizer files of the model that this one was trained from into it"

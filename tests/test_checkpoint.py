@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import huggingface_hub
@@ -25,10 +26,12 @@ from huggingface_hub import errors
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
+from test_inputs import corrupted, refused_or
 
 from nanogspo import checkpoint
 from nanogspo.checkpoint import load, load_adapter, read_header, read_tensor, save, save_adapter, write_safetensors
 from nanogspo.families import model_config
+from nanogspo.inputs import parse_json
 from nanogspo.lora import add_lora, lora_layers, merge_lora
 from nanogspo.model import Transformer
 
@@ -60,7 +63,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @contextlib.contextmanager
 def refused(says: str):
     with pytest.raises(ValueError, match=says) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value), "one line"
 
 
@@ -315,7 +318,7 @@ def test_shards_are_found_by_the_index(qwen3, first):
 def test_extra_tensors_that_may_be_left_aside_are_named(qwen3, capsys):
     """Qwen3-0.6B's file holds the tied head a second time; old Llama files hold RoPE's frequencies."""
     extra = {
-        "lm_head.weight": torch.zeros(97, 64),
+        "lm_head.weight": safetensors.torch.load_file(qwen3 / "model.safetensors")["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
         "mtp.lm_head.weight": torch.zeros(97, 64),
     }
@@ -354,7 +357,7 @@ BAD_TENSORS = {
     "a bias too many": (
         lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(128)}), "unexpected model.*q_proj.bias"
     ),
-    "all missing": (lambda t: t.clear(), "missing embed_tokens.weight; .*missing norm.weight"),
+    "all missing": (lambda t: t.clear(), "35 tensors do .*: missing embed_tokens.weight; .* and 27 more$"),
 }  # fmt: skip
 
 
@@ -371,6 +374,156 @@ def test_an_untied_head_must_be_there(tmp_path):
     edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
     with refused("1 tensors do not fit a llama model: missing lm_head.weight"):
         load(folder)
+
+
+def test_a_head_that_is_not_the_tied_embedding_is_used(qwen3, tmp_path, capsys):
+    """A trainer merged modules_to_save = embed_tokens, lm_head. Saved, packed, with an adapter: the same head."""
+    edit(
+        qwen3, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0.05 * torch.arange(97)[:, None]})
+    )
+    theirs = logits(references.open_reference(qwen3, "qwen3"))
+    model = load(qwen3, dtype=torch.float32)
+    assert torch.equal(logits(model), theirs) and not model.config.tied
+    assert (theirs - logits(references.reference("qwen3"))).abs().max() > 0.1
+    assert "lm_head.weight is not the embedding that tie_word_embeddings promises" in capsys.readouterr().err
+    save(model, tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    for opened in (load(tmp_path / "out", dtype=torch.float32), references.open_reference(tmp_path / "out", "qwen3")):
+        assert torch.equal(logits(opened), theirs)
+    packed = load(qwen3, dtype=torch.float32, quant="int8")
+    assert torch.equal(packed.lm_head.weight, model.lm_head.weight)
+    add_lora(packed, r=2, alpha=2, targets=["q_proj"])
+    save(packed, tmp_path / "packed")
+    assert torch.equal(load(tmp_path / "packed", dtype=torch.float32).lm_head.weight, model.lm_head.weight)
+    edit(qwen3, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:, :63].contiguous()}))
+    with refused(r"lm_head.weight has shape \[97, 63\], config.json wants \[97, 64\]"):
+        load(qwen3)
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head_alone_or_differ_in_rounding_alone(qwen3):
+    """transformers ties the embedding to what there is. Two copies that dtype makes equal are one matrix."""
+    edit(qwen3, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(logits(load(qwen3, dtype=torch.float32)), logits(references.open_reference(qwen3, "qwen3")))
+    edit(qwen3, lambda t: t.update({"model.embed_tokens.weight": t["lm_head.weight"].bfloat16()}))
+    assert load(qwen3, dtype=torch.bfloat16).config.tied and not load(qwen3, dtype=torch.float32).config.tied
+
+
+def test_of_two_sets_of_weights_the_single_file_is_read(qwen3, tmp_path, capsys):
+    """As transformers does, also where the shards that an old index names are gone."""
+    whole = (qwen3 / "model.safetensors").read_bytes()
+    edit(qwen3, lambda t: [t.__setitem__(n, w * 1.5) for n, w in t.items()])
+    shard(qwen3, 1)
+    (qwen3 / "model.safetensors").write_bytes(whole)
+    (qwen3 / "adapter_config.json").write_text("{}")
+    for shards in ("there", "gone"):
+        if shards == "gone":
+            [file.unlink() for file in qwen3.glob("model-*")]
+        assert torch.equal(logits(load(qwen3, dtype=torch.float32)), logits(references.reference("qwen3")))
+        said = capsys.readouterr().err
+        assert "got model.safetensors and model.safetensors.index.json, read the first, as transformers does" in said
+        assert "got a model and an adapter, read the model alone: add --adapter" in said
+    (qwen3 / "adapter_config.json").unlink()
+    assert torch.equal(logits(references.open_reference(qwen3, "qwen3")), logits(references.reference("qwen3")))
+
+
+def test_keys_that_are_not_read_are_counted_and_named(qwen3, capsys):
+    config = json.loads((qwen3 / "config.json").read_text())
+    load(qwen3)
+    assert capsys.readouterr().err == ""
+    (qwen3 / "config.json").write_text(json.dumps({**config, **{f"key_{i:02d}": i for i in range(20)}}))
+    load(qwen3)
+    assert "config.json: 20 keys are not read: key_00, key_01, " in (said := capsys.readouterr().err)
+    assert said.endswith("key_07 and 12 more\n") and said.count("\n") == 1
+
+
+def test_gemma_3s_final_cap_is_transformers(tmp_path):
+    folder = Path(shutil.copytree(references.folder("gemma3"), tmp_path / "gemma3"))
+    config = json.loads((folder / "config.json").read_text())
+    capped = {**config, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.5}
+    (folder / "config.json").write_text(json.dumps(capped))
+    theirs = logits(references.open_reference(folder, "gemma3"))
+    assert theirs.abs().max() <= 0.5 and (logits(load(folder, dtype=torch.float32)) - theirs).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "rename, says",
+    [
+        (
+            lambda n: f"_orig_mod.{n}",
+            r"got '_orig_mod.' of torch.compile in 35 names \(_orig_mod.model.* and 34 more\), ",
+        ),
+        (lambda n: f"module.{n}", "got 'module.' of DistributedDataParallel in 35 names"),
+        (lambda n: f"base_model.model.{n}".replace("q_proj", "q_proj.base_layer"), "'base_model.model.' of PEFT in 35"),
+        (lambda n: n.replace("layers.0.", "layers.0._orig_mod."), "'_orig_mod.' of torch.compile in 11 names"),
+    ],
+    ids=["compile", "ddp", "peft", "inside"],
+)
+def test_a_wrapped_models_names_are_one_line(rename, says, qwen3):
+    edit(qwen3, lambda t: [t.__setitem__(rename(n), t.pop(n)) for n in list(t)])
+    with refused(says + ".*want the model's own names: save the model inside the wrapper$") as caught:
+        load(qwen3)
+    assert len(str(caught.value)) < 400
+
+
+def test_an_adapter_or_a_run_given_as_a_model_is_told_the_flags(tmp_path):
+    """And a model or a run given as an adapter."""
+    run, model = tmp_path / "run", references.folder("qwen3")
+    save_adapter(adapted("qwen3", targets=["q_proj"]), run / "adapter", base="Qwen/Qwen3-0.6B")
+    flags = f"--model Qwen/Qwen3-0.6B --adapter {run / 'adapter'}$"
+    for folder, says in [(run / "adapter", f"is an adapter: give {flags}"), (run, f"is a run's folder: give {flags}")]:
+        with refused(says):
+            load(folder)
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    with refused(f"is a run's folder: give --model {run / 'model'}$"):
+        load(run)
+    assert checkpoint.resolve(run) == checkpoint.resolve(run, want="tokenizer") == run
+    for folder, says in [
+        (run, f"is a run's folder: give --adapter {run / 'adapter'}$"),
+        (model, "got no adapter_config.json, want an adapter's folder; this is a model: give --model$"),
+        (tmp_path / "gone", "got adapter '.*gone', which is no folder here; want an adapter's folder or a hub id"),
+        (model / "model.safetensors", "got the file .*, want an adapter's folder"),
+    ]:
+        with refused(says):
+            load_adapter(load(model), folder)
+
+
+def test_a_wrong_value_anywhere_is_refused(qwen3, tmp_path, monkeypatch):
+    """In an index, a header and an adapter's config, whatever type and size it has: one line, nothing allocated."""
+    shard(qwen3, 1)
+    index = json.loads((qwen3 / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict(list(index["weight_map"].items())[::12])  # every shard is still named
+
+    def stands_for_the_file(tree):  # a write for each would take most of the time
+        monkeypatch.setattr(checkpoint, "read_json", lambda path: parse_json(json.dumps(tree).encode(), str(path)))
+
+    def read_index(tree):
+        stands_for_the_file(tree)
+        checkpoint.weight_files(qwen3)
+
+    def read(tree):
+        text = json.dumps(tree).encode()
+        (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+        tensors = read_header(tmp_path / "a")[0]
+        with open(tmp_path / "a", "rb", buffering=0) as f:
+            assert sum(read_tensor(f, e).numel() for e in tensors.values()) <= 8
+
+    header = {"__metadata__": {"format": "pt"}, "a": entry(shape=[2, 0]), "b": entry(shape=[2], end=8)}
+    header["a"]["data_offsets"] = [0, 0]
+    model = adapted("qwen3", targets=["q_proj"], r=1)
+    save_adapter(model, tmp_path / "adapter")
+    stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+
+    def read_adapter(tree):
+        stands_for_the_file(tree)
+        load_adapter(fresh, tmp_path / "adapter")
+
+    fresh = load(references.folder("qwen3"), dtype=torch.float32)
+    monkeypatch.setattr(checkpoint, "add_lora", lambda *_, **__: [])  # what comes after all checks
+    for reader, tree in [(read_index, index), (read, header), (read_adapter, {**stated, "rank_pattern": {}})]:
+        assert refused_or(reader, tree)
+        accepted = [refused_or(reader, wrong) for _, wrong in corrupted(tree)]
+        assert sum(accepted) < 0.6 * len(accepted)
 
 
 def test_says_what_is_wrong_with_a_folder(qwen3, tmp_path):
@@ -416,6 +569,9 @@ def test_says_what_is_wrong_with_an_index(qwen3):
         ([], "got JSON that is no object"),
         ({"weight_map": {**good["weight_map"], "x": "../other/a.safetensors"}}, "a file name that leaves the folder"),
         ({"weight_map": {"x": "/etc/passwd"}}, "a file name that leaves the folder"),
+        ({"weight_map": {"x": ".."}}, "a file name that leaves the folder"),
+        ({"weight_map": {"x": "x" * 5000}}, "a file name that leaves the folder"),
+        ({"weight_map": {str(i): f"{i:02d}" for i in range(20)}}, "missing weight files 00, .*, 07 and 12 more; fetch"),
     ]:
         index.write_text(json.dumps(bad))
         with refused(says):
@@ -482,11 +638,20 @@ def test_peak_memory_is_the_model_and_one_tensor(stored, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", references.NAMES)
 def test_transformers_opens_what_we_save(name, dtype, tmp_path):
-    """The text part alone, as its own family, with the same bits."""
+    """Its own family, or the whole multimodal folder around it, with the same bits."""
     model = load(references.folder(name), dtype=dtype)
     save(model, tmp_path)
     stated = json.loads((tmp_path / "config.json").read_text())
-    assert stated["architectures"][0].endswith("ForCausalLM") and stated["dtype"] == str(dtype).removeprefix("torch.")
+    wrapped = references.CASES[name].wrapper is not None
+    assert stated["architectures"] == [references.CASES[name].model.__name__]
+    assert stated["dtype"] == str(dtype).removeprefix("torch.")
+    if wrapped:
+        want = json.loads(json.dumps(references.new_config(name)).replace('"float32"', f'"{stated["dtype"]}"'))
+        assert stated == {**want, "vision_config": references.new_config(name)["vision_config"]}
+        kept, base = (safetensors.torch.load_file(f / "model.safetensors") for f in (tmp_path, model.folder))
+        towers = {n for n in base if checkpoint.SKIP.search(n)}
+        assert towers and kept.keys() == base.keys()
+        assert all(torch.equal(kept[n], base[n]) and kept[n].dtype == base[n].dtype for n in towers)
     if dtype == torch.float32:  # what bf16 does is test_model.py's; here it is enough that the bytes come back
         assert torch.equal(logits(references.open_reference(tmp_path, name)), logits(model))
     again = load(tmp_path, dtype=dtype)
@@ -535,6 +700,34 @@ def adapted(name: str, *, targets=LINEAR, r: int = 4, alpha: float = 12) -> Tran
     return model
 
 
+def test_a_multimodal_folder_of_packed_weights(tmp_path):
+    """Written back byte for byte, and in 16 bits where an adapter is merged; not around a tower that is packed too."""
+    base, folder, dtype = tmp_path / "base", references.folder("qwen3_vl"), torch.bfloat16
+    base.mkdir()
+    packed = load(folder, dtype=dtype, quant="nf4")
+    parts = checkpoint._with_towers(folder, checkpoint._parameters(packed, False, True), True)
+    write_safetensors(base / "model.safetensors", dict(sorted(parts.items(), key=lambda i: -i[1][0].itemsize)), {})
+    stated = {**references.new_config("qwen3_vl"), "quantization_config": {"quant_method": "bitsandbytes"}}
+    (base / "config.json").write_text(json.dumps(stated))
+    model = load(base, dtype=dtype)
+    assert torch.equal(logits(model), logits(packed))
+    save(model, tmp_path / "again")
+    again, first = (safetensors.torch.load_file(f / "model.safetensors") for f in (tmp_path / "again", base))
+    assert same(again, first)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    add_lora(model, r=2, alpha=2, targets=["q_proj"])
+    save(model, tmp_path / "wide")
+    assert "quantization_config" not in json.loads((tmp_path / "wide" / "config.json").read_text())
+    wide = safetensors.torch.load_file(tmp_path / "wide" / "model.safetensors")
+    assert wide.keys() == safetensors.torch.load_file(folder / "model.safetensors").keys()
+    theirs = references.open_reference(tmp_path / "wide", "qwen3_vl")
+    assert torch.equal(logits(load(tmp_path / "wide", dtype=torch.float32)), logits(theirs))
+    edit(base, lambda t: t.update({"model.visual.x.weight.absmax": torch.ones(1)}))
+    with refused("got a tower with packed weights .model.visual.x.weight.absmax.*the adapter alone works"):
+        save(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("name", references.NAMES)
 def test_saving_merges_the_adapter(name, tmp_path):
     """fp32: W + BA against Wx + BAx, a few eps of logits around 5. Unmerged weights are 0.5 away and more."""
@@ -561,15 +754,17 @@ def test_the_base_can_be_saved_alone(tmp_path):
 @pytest.mark.parametrize(
     "targets", [LINEAR, ["q_proj", "v_proj"], ["layers.1.mlp.up_proj", "layers.0.self_attn.o_proj"]], ids=len
 )
-@pytest.mark.parametrize("name", ["qwen3", "llama_biases", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "llama_biases", "gemma3", "gemma3_multimodal", "qwen2_5_vl", "qwen3_vl"])
 def test_peft_opens_our_adapter(name, targets, tmp_path):
+    """Of a multimodal base it has the text layers alone: Gemma 3's tower has layers of the same leaf names."""
     model = adapted(name, targets=targets)
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(references.reference(name)), tmp_path).eval()
     # the same two products in the same order; 1e-5 as for the logits themselves
     assert (logits(theirs) - logits(model)).abs().max() <= 1e-5
     wrapped = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
-    assert wrapped == {f"base_model.model.model.{name}" for name in lora_layers(model)}
+    prefix = "base_model.model.model." if name in references.PLAIN else "base_model.model.model.language_model."
+    assert wrapped == {f"{prefix}{name}" for name in lora_layers(model)}
     again = load(references.folder(name), dtype=torch.float32)
     assert load_adapter(again, tmp_path) == list(lora_layers(model))
     assert torch.equal(logits(again), logits(model))
@@ -589,6 +784,59 @@ def test_we_open_an_adapter_of_peft(rslora, targets, tmp_path):
     load_adapter(model, tmp_path)
     assert (logits(theirs) - logits(model)).abs().max() <= 1e-5
     assert (logits(theirs) - logits(references.reference("qwen2_tied"))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gemma3_multimodal", "qwen2_5_vl", "qwen3_vl"])
+def test_we_open_an_adapter_of_peft_over_a_multimodal_base(name, tmp_path, capsys):
+    """By leaf names PEFT wraps Gemma 3's tower too, which a text does not pass. Older versions had other names."""
+    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=LINEAR, init_lora_weights=False, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(copy.deepcopy(references.reference(name)), config).eval()
+    theirs.save_pretrained(tmp_path)
+    want = logits(theirs)
+    assert (want - logits(references.reference(name))).abs().max() > 0.1
+    file = tmp_path / "adapter_model.safetensors"
+    for older in ("model.language_model.", "language_model.model.", "model."):
+        tensors = safetensors.torch.load_file(file)
+        renamed = {n.replace("model.language_model.", older): t for n, t in tensors.items()}
+        safetensors.torch.save_file(renamed, file)
+        model = load(references.folder(name), dtype=torch.float32)
+        touched = load_adapter(model, tmp_path)
+        assert len(touched) == 7 * model.config.num_layers and (want - logits(model)).abs().max() <= 1e-5
+        safetensors.torch.save_file(tensors, file)
+    said = capsys.readouterr().err
+    assert ("tensors, of no use for text: base_model.model.model.vision_tower" in said) == (name == "gemma3_multimodal")
+
+
+def test_a_multimodal_folder_may_have_other_names_a_tied_head_and_16_bits(tmp_path):
+    """What an older transformers wrote, whatever class names it had: the merged folder has these names again, both
+    copies of a tied matrix are the trained one, and the processor's files come along."""
+    base, out = Path(shutil.copytree(references.folder("qwen3_vl"), tmp_path / "base")), tmp_path / "out"
+
+    def older(tensors):
+        for name in list(tensors):
+            new = name.replace("model.language_model.", "language_model.model.").replace("model.visual.", "visual.")
+            tensors[new] = tensors.pop(name).bfloat16()
+        tensors["lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
+
+    edit(base, older)
+    (base / "preprocessor_config.json").write_text("{}")
+    shutil.copy(base / "config.json", tmp_path / "config.json")
+    (base / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"')
+    )
+    model = load(base, dtype=torch.float32)
+    model.embed_tokens.weight.data.mul_(1.5)
+    save(model, out)
+    stored, kept = (safetensors.torch.load_file(f / "model.safetensors") for f in (base, out))
+    assert kept.keys() == stored.keys() and (out / "preprocessor_config.json").exists()
+    assert torch.equal(kept["lm_head.weight"], kept["language_model.model.embed_tokens.weight"])
+    assert kept["visual.pos_embed.weight"].dtype == torch.bfloat16  # as it was; the text part is as it was trained
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    assert torch.equal(logits(load(out, dtype=torch.float32)), logits(model))
+    with refused("which is what the model was loaded from; want another folder"):
+        save(model, base)
 
 
 def test_says_what_is_wrong_with_an_adapter(tmp_path):
@@ -616,15 +864,44 @@ def test_says_what_is_wrong_with_an_adapter(tmp_path):
         ("init_lora_weights", "pissa"),
     ]:  # fmt: skip
         attempt(f"got {{'{key}': .*want a plain LoRA adapter", {key: value})
+    for key, value in [("lora_bias", True), ("trainable_token_indices", [1]), ("of_next_year", {"a": 1})]:
+        attempt(f"got {{'{key}': .*want a plain LoRA adapter", {key: value})
     attempt("got r=None, .*want", {"r": "gone"})
+    attempt("got r=1000000000, want a positive integer up to 65,536", {"r": 10**9})
+    attempt(r"has dtype I64, want F32", tensors={n: t.long() for n, t in tensors.items()})
+    twice = {**tensors, some.replace(".weight", ".default.weight"): tensors[some] + 1}
+    attempt("beside another tensor for the same layer, want one", tensors=twice)
     attempt("lora_alpha='x'.*want", {"lora_alpha": "x"})
     attempt("got no adapter_model.safetensors", tensors=None)
     attempt("only lora_., want lora_A and lora_B", tensors={k: v for k, v in tensors.items() if k != some})
     attempt("names that end in lora_A.weight", tensors={**tensors, "x.lora_magnitude_vector": torch.ones(2)})
     attempt("match no layer", tensors={n.replace("q_proj", "qkv"): t for n, t in tensors.items()})
     attempt(r"has shape \[.*want \[", {"r": 5})
+    plain = {
+        key: value for key, value in peft.LoraConfig(r=4, lora_alpha=3).to_dict().items() if key != "runtime_config"
+    }
+    for file in ("good", "bad"):  # what peft 0.21 writes of every adapter is no reason to refuse one
+        stated = {**plain, **config, "target_modules": ["q_proj"]} if file == "good" else {**config, "use_dora": False}
+        (good / "adapter_config.json").write_text(json.dumps(stated))
+        load_adapter(load(references.folder("qwen3")), good)
     with refused("no LoRA adapter to save"):
         save_adapter(load(references.folder("qwen3")), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "base, silent",
+    [("", True), (".", False), ("{folder}", True), ("{folder}/../qwen3", True), ("Qwen/qwen3", True),
+     ("Qwen/Qwen3-8B", False), ("other/qwen3", False), ("/old/place/qwen3", False)],
+)  # fmt: skip
+def test_another_base_is_said(base, silent, tmp_path, capsys):
+    """By name, where the shapes fit. A hub id is the folder of its name, or its place in the hub's cache."""
+    folder = tmp_path / ("models--Qwen--qwen3/snapshots/0" if base.startswith(("Q", "o")) else "qwen3")
+    shutil.copytree(references.folder("qwen3"), folder)
+    model = load(folder, dtype=torch.float32)
+    add_lora(model, r=2, alpha=2, targets=["q_proj"])
+    save_adapter(model, tmp_path / "adapter", base=base.format(folder=folder) or str(folder))
+    load_adapter(load(folder, dtype=torch.float32), tmp_path / "adapter")
+    assert ("this adapter was trained over" not in capsys.readouterr().err) == silent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,10 +937,29 @@ def test_only_the_files_that_are_needed_are_fetched(hub):
     assert set(hub) == shards | {"config.json", "generation_config.json", "model.safetensors.index.json"}
 
 
+def test_of_an_adapter_or_a_tokenizer_no_model_is_fetched(hub, qwen3):
+    """And a single file, where there is one, wins over the shards."""
+    checkpoint.resolve("owner/qwen3", want="tokenizer")
+    small = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert set(hub) == small
+    with refused("got no adapter_config.json, want an adapter's folder; this is a model: give --model"):
+        checkpoint.resolve("owner/qwen3", want="adapter")
+    assert set(hub) == small
+    (qwen3 / "model.safetensors").write_bytes(b"")
+    checkpoint.resolve("owner/qwen3")
+    assert set(hub) == small | {"model.safetensors"}
+
+
 def hub_errors():
     def http(kind, status):
         error = kind.__new__(kind)  # the constructor wants a whole HTTP response; only the type is looked at
         Exception.__init__(error, f"{status} Client Error.\nSome lines of help")
+        return error
+
+    def answered(status):  # as snapshot_download raises it: a file that is not here, because of an answer
+        error, cause = errors.LocalEntryNotFoundError("not here"), http(errors.HfHubHTTPError, status)
+        cause.response = types.SimpleNamespace(status_code=status)
+        error.__cause__ = cause
         return error
 
     return [
@@ -675,6 +971,16 @@ def hub_errors():
         (TimeoutError("slow"), "cannot reach the hub"),
         (errors.HTTPError("time-out in the middle of a file"), "cannot reach the hub"),
         (http(errors.HfHubHTTPError, 500), "cannot reach the hub"),
+        (answered(401), "the hub answers 401 for owner/x: it wants a token.*hf auth login"),
+        (answered(403), "the hub answers 403 for owner/x: this token may not read it"),
+        (answered(404), "the hub answers 404 for owner/x: there is no such repository or file"),
+        (answered(429), "the hub answers 429 for owner/x: too many requests: wait"),
+        (answered(503), "the hub answers 503 for owner/x: the hub has a fault of its own: try again later"),
+        (answered(418), "cannot reach the hub"),
+        (
+            ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."),
+            "through the SOCKS proxy of ALL_PROXY, which needs .*: pip install socksio, or unset ALL_PROXY",
+        ),
         (OSError(28, "No space left on device"), "the disk is full while fetching owner/x: free some space or set HF_"),
     ]
 
@@ -685,5 +991,6 @@ def test_says_what_is_wrong_with_the_hub(error, says, monkeypatch):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
     with refused(says + ".*or give a local folder with --model DIR$"):
         load("owner/x")

@@ -4,17 +4,20 @@ The real files are quoted below (all keys that matter), and their parameter coun
 has billions of parameters, both sides are built on the meta device: names and shapes, no memory.
 """
 
+import copy
 import dataclasses
+import json
 
 import pytest
 import references
 import torch
 import transformers
+from test_inputs import corrupted, refused_or
 from transformers import AutoConfig
 
 from nanogspo.checkpoint import our_name
-from nanogspo.families import FAMILIES, MODEL_TYPES, export_config, model_config, text_part
-from nanogspo.model import Transformer
+from nanogspo.families import FAMILIES, MODEL_TYPES, WRAPPERS, export_config, model_config, text_part
+from nanogspo.model import Transformer, inverse_frequencies
 
 # ---------------------------------------------------------------------------------------------------------------------
 # real files
@@ -291,13 +294,39 @@ def test_real_configs_survive_the_export(name):
 
 
 def test_the_outer_tie_flag_wins():
-    """transformers obeys the wrapper's flag where it contradicts the text part's."""
+    """transformers obeys the wrapper's flag where the text part contradicts it, and its default where it is silent."""
     config = references.new_config("qwen3_vl")
     assert config["tie_word_embeddings"] is True
     config["text_config"]["tie_word_embeddings"] = False
     assert model_config(config).tied
     config["tie_word_embeddings"] = False
     assert not model_config(config).tied
+    config["text_config"]["tie_word_embeddings"] = True
+    assert not model_config(config).tied
+    del config["tie_word_embeddings"]
+    assert not model_config(config).tied and not AutoConfig.for_model(**config).tie_word_embeddings
+    older = {**copy.deepcopy(references.new_config("qwen2_5_vl")), "tie_word_embeddings": False}
+    assert not model_config(older).tied
+    older["text_config"]["tie_word_embeddings"] = True  # where Qwen 2 VL's files had it
+    assert model_config(older).tied and AutoConfig.for_model(**older).tie_word_embeddings
+
+
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_a_wrapper_keeps_its_text_layers_where_we_say(model_type):
+    """transformers' class for each, two layers of it: names, and the RoPE base of a file that states none."""
+    text = {**references.SIZES, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        theirs = getattr(transformers, WRAPPERS[model_type])._from_config(
+            AutoConfig.for_model(model_type, text_config=text, vision_config={"depth": 1, "num_hidden_layers": 1})
+        )
+    ours = model_config({"model_type": model_type, "text_config": {**text, "model_type": f"{model_type}_text"}})
+    names = {n for n, _ in theirs.named_modules() if n.endswith("q_proj") and not n.startswith("model.vision_tower.")}
+    assert names == {f"{ours.module_prefix}layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+    rope = theirs.config.text_config.rope_parameters
+    assert (
+        ours.rope["full" if "full" in ours.rope else "sliding"]["rope_theta"]
+        == rope.get("sliding_attention", rope)["rope_theta"]
+    )
 
 
 def test_a_window_counts_only_where_the_flag_says_so():
@@ -314,6 +343,47 @@ def test_null_switches_a_soft_cap_off_and_silence_keeps_it():
     assert model_config({**config, "final_logit_softcapping": None}).final_softcap == 0
     silent = {k: v for k, v in config.items() if "softcapping" not in k}
     assert (model_config(silent).attn_softcap, model_config(silent).final_softcap) == (50, 30)
+
+
+def test_of_gemma_3_the_final_cap_acts_alone():
+    """Logits beside transformers' are test_checkpoint.py's. Around a tower transformers ignores it; vLLM does not."""
+    capped = model_config({**GEMMA3, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0})
+    assert (capped.attn_softcap, capped.final_softcap) == (0, 30) and capped.unread == ("attn_logit_softcapping",)
+    config = copy.deepcopy(references.new_config("gemma3_multimodal"))
+    config["text_config"]["final_logit_softcapping"] = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping=30.0 in gemma3, want null"):
+        model_config(config)
+
+
+def test_keys_are_read_or_without_effect_or_named():
+    """No real file and no file of transformers has a key that we would have to name; a key of somebody's own is."""
+    configs = [config for config, _ in REAL.values()]
+    configs += [read(name) for name in references.NAMES for read in (references.hub_config, references.new_config)]
+    for config in configs:
+        assert model_config(config).unread == ()
+    old = {
+        "model_type": "llama",
+        **references.SIZES,
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "clip_qkv": None,
+    }
+    assert model_config(old).unread == ()
+    rope = {"rope_type": "linear", "factor": 2.0, "alpha": 4}
+    own = {**QWEN3, "logit_scale": 0.5, "rope_scaling": rope, "final_logit_softcapping": 30.0, "image_token_id": 5}
+    assert model_config(own).unread == ("final_logit_softcapping", "logit_scale", "rope_parameters.alpha")
+    assert model_config(own).final_softcap == 0  # Qwen's class has none, whatever the file says
+
+
+def test_own_code_is_refused_where_the_class_is_not_the_familys():
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    assert model_config({**QWEN3, **own}) == model_config(QWEN3)
+    assert model_config({**references.new_config("qwen3_vl"), **own}).family == "qwen3"
+    for architectures in (["CappedQwen3"], ["LlamaForCausalLM"], [], None, ["Qwen3ForCausalLM", 5]):
+        with pytest.raises(
+            ValueError, match="got auto_map with architectures .*want one of Qwen3ForCausalLM, Qwen3Mod"
+        ):
+            model_config({**QWEN3, **own, "architectures": architectures})
 
 
 def test_partial_rotary_factor_is_read_from_either_place():
@@ -362,6 +432,22 @@ QWEN3, GEMMA3 = REAL["Qwen3-0.6B"][0], REAL["gemma-3-1b"][0]
         ({**QWEN3, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_fac"),
         ({**QWEN3, "layer_types": ["full_attention"] * 27}, "layer_types with 27 entries .*want 28 of full_attention"),
         ({**QWEN3, "layer_types": ["linear_attention"] * 28}, r"28 entries \['linear_attention'\]"),
+        ({**QWEN3, "use_sliding_window": True, "max_window_layers": 20}, "layers without sliding_window"),
+        ({**QWEN3, "model_type": "llama", "layer_types": ["sliding_attention"] * 28}, "want 28 of full_attention$"),
+        ({**QWEN3, "rope_interleaved": True}, "got rope_interleaved, want rotated halves"),
+        ({**QWEN3, "transformers_weights": "other.safetensors"}, "got transformers_weights, want weights in model.saf"),
+        ({**GEMMA3, "hidden_activation": "gelu"}, "hidden_activation 'gelu', want 'gelu_pytorch_tanh' for Gemma3For"),
+        ({**QWEN3, "hidden_size": 10**12}, "hidden_size=1000000000000, want a positive integer up to 1,048,576"),
+        ({**QWEN3, "num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, want a positive integer up to 1,024"),
+        ({**QWEN3, "head_dim": 7}, "got 7 channels of a head of 7 to rotate, want an even number"),
+        ({**QWEN3, "model_type": "llama", "head_dim": None, "hidden_size": 1023}, "hidden_size 1023 for 16 .*no head_"),
+        ({**QWEN3, "rope_theta": 0}, "rope_theta=0, want a number from 1.01 up to 1e"),
+        ({**QWEN3, "rope_scaling": {"rope_type": "linear", "factor": -2.0}}, "factor=-2.0, want a number from 0.001"),
+        ({**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 0}}, "factor=0, want a number from 0.001 up to 1"),
+        ({**QWEN3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+         "got rope_parameters and another rope_scaling, want one of them"),
+        ({**QWEN3, "rope_scaling": {**references.LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor <= low_freq"),
+        ({**QWEN3, "eos_token_id": [-1]}, r"eos_token_id=\[-1\], want a token id or a list"),
         ({**QWEN3, "layer_types": ["sliding_attention"] * 28}, "sliding_attention layers without sliding_window"),
         ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention, want a decoder"),
     ],
@@ -370,3 +456,21 @@ def test_says_what_is_wrong(config, says):
     with pytest.raises(ValueError, match=says) as caught:
         model_config(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gemma3_multimodal", "llama_llama3", "qwen3_yarn"])
+def test_a_wrong_value_anywhere_is_refused_or_harmless(name):
+    """Every value of the file replaced by values of every other type and size: one line, or a model with finite RoPE
+    that can be exported."""
+
+    def read(config):
+        ours = model_config(config)
+        for rope in ours.rope.values():
+            f, magnitude = inverse_frequencies(rope, ours.rotary_dim)
+            assert f.isfinite().all() and 0 < magnitude < 1e4
+        json.dumps(export_config(ours, dtype="float32"))
+
+    text = {k: v for k, v in references.new_config(name).items() if k != "vision_config"}
+    config = {**text, "architectures": ["X"], "eos_token_id": [1, 2], "auto_map": {}}
+    accepted = [refused_or(read, tree) for _, tree in corrupted(config)]
+    assert 0.2 < sum(accepted) / len(accepted) < 0.8  # the test refuses some and accepts some

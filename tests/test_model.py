@@ -386,7 +386,14 @@ FLIPS = {
     "final_softcap": 1.0,
 }
 SHAPES = {"vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"}
-NOT_ARITHMETIC = {"family", "max_positions", "eos_ids", "source"}  # names, limits and what to stop at
+NOT_ARITHMETIC = {
+    "family",
+    "max_positions",
+    "eos_ids",
+    "module_prefix",
+    "unread",
+    "source",
+}  # names, limits and what to stop at
 IN_OTHER_TESTS = {"sliding_window"}  # test_a_sliding_layer_reaches_window_minus_one_back
 
 

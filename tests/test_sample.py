@@ -173,6 +173,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(base, tmp_path):
     assert "--max-new-tokens 0, want 1 to" in refusal("--model", base, "--max-new-tokens", 0, "hello")
     assert "max_position_embeddings" in refusal("--model", base, "--max-new-tokens", 1000, "hello")
     assert "adapter_config.json" in refusal("--model", base, "--adapter", base, "hello")
+    with pytest.raises(ValueError, match="got adapter 'gone', which is no folder here"):  # before a model is fetched
+        module.run(SampleConfig(model="owner/unknown", adapter="gone", prompt="hello"))
     shutil.copytree(base, tmp_path / "model")
     edit_json(tmp_path / "model", "tokenizer_config.json", chat_template="{{ raise_exception('no') }}")
     assert "chat template" in refusal("--model", tmp_path / "model", "hello")

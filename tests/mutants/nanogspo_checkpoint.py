@@ -11,16 +11,96 @@ MUTANTS = {
         ),
         ('text += b" " * (-len(text) % 8)', 'text += b""', "data not aligned"),
         (
-            'if SKIP.search(name) or (config.tied and ours == "lm_head.weight"):',
-            "if SKIP.search(name):",
+            "    if config.tied:  # a file may hold the head all the same\n",
+            "    if False:\n",
             "a tied lm_head in the file is an error",
+        ),
+        (
+            "        if _same_values(found[HEAD], found[EMBEDDING], dtype):",
+            "        if True:",
+            "a head that differs from the tied embedding is ignored",
+        ),
+        (
+            'start = entry["start"] + first * C * DTYPES[entry["dtype"]].itemsize',
+            'start = entry["start"]',
+            "only the first rows of a tied head are compared",
+        ),
+        (
+            "(folder / INDEX).exists() and not (folder / SINGLE).exists()",
+            "(folder / INDEX).exists()",
+            "of two sets of weights the stale shards win",
+        ),
+        (
+            "{PEFT_PREFIX}{model.config.module_prefix}{name}.{part}.weight",
+            "{PEFT_PREFIX}model.{name}.{part}.weight",
+            "an adapter over a multimodal base does nothing in peft",
+        ),
+        (
+            "return leaves if plain else",
+            "return leaves if True else",
+            "peft wraps the tower of a multimodal base as well",
+        ),
+        (
+            "            if SKIP.search(stored):\n                if COMPANION",
+            "            if SKIP.search(stored):\n                continue\n                if COMPANION",
+            "a multimodal base is exported without its tower",
+        ),
+        (
+            "        part[key] = dtype\n",
+            "        pass\n",
+            "fp32 weights that transformers rounds to the base's bf16",
+        ),
+        (
+            "                out[stored] = ours[EMBEDDING]",
+            "                pass",
+            "of a tied matrix stored twice one copy is dropped",
+        ),
+        (
+            "        if SKIP.search(name):\n            towers",
+            "        if False:\n            towers",
+            "an adapter of peft that wraps the tower too is refused",
+        ),
+        (
+            "if v and k not in ADAPTER_READ | ADAPTER_NO_EFFECT}",
+            'if v and k in ("use_dora", "modules_to_save")}',
+            "keys of a new kind of adapter are ignored",
+        ),
+        (
+            "    return same or bool(",
+            "    return True or bool(",
+            "an adapter over another base is loaded without a word",
+        ),
+        (
+            '    if want == "model" and not is_model:',
+            "    if False:",
+            "an adapter given as --model has no config.json: fetch it again",
+        ),
+        (
+            "(match := FOREIGN_PART.search(name)) and",
+            "(match := FOREIGN_PART.match(name)) and",
+            "a compiled block's names are a list of unknown tensors",
+        ),
+        (
+            "        error = error.__cause__ or error.__context__",
+            "        error = None",
+            "the hub's 429 reads like a broken network",
+        ),
+        ("    except ImportError as e:", "    except MemoryError as e:", "a SOCKS proxy ends in a traceback"),
+        (
+            "math.prod(max(n, 1) for n in shape)",
+            "math.prod(shape)",
+            "an empty tensor of 2**62 columns cannot be made",
         ),
         (
             "get = layer.merged_weight if merge_lora else lambda layer=layer: base_weight(layer)",
             "get = lambda layer=layer: base_weight(layer)",
             "the export forgets the adapter",
         ),
-        ('(math.sqrt(r) if config.get("use_rslora") else r)', "r", "rank-stabilised adapters scaled wrongly"),
+        (
+            '(math.sqrt(r) if need(config, "use_rslora", bool, default=False, where=where) else r)',
+            "r",
+            "rank-stabilised adapters scaled wrongly",
+        ),
         ('"lora_alpha": first.scale * first.r,', '"lora_alpha": first.scale,', "PEFT would divide by r once more"),
         ("        if old.name not in written:", "        if False:", "stale shards stay and win"),
         ("if 8 + length + expected != size:", "if False:", "a truncated file is read"),
@@ -29,7 +109,11 @@ MUTANTS = {
             "except errors.DisabledRepoError as e:",
             "a gated repository looks like an unknown one",
         ),
-        ("if any(file.parent != folder for file in files):", "if False:", "an index may point outside its folder"),
+        (
+            r'if any(re.search(r"[/\\\0]|^\.*$|.{256}", name) for name in names):',
+            "if False:",
+            "an index may point outside its folder",
+        ),
         (
             't["start"] + 8 + length, t["end"] + 8 + length',
             't["start"] + length, t["end"] + length',

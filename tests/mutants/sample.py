@@ -5,6 +5,11 @@ FILE = "sample.py"
 MUTANTS = {
     "tests/test_sample.py": [
         (r're.split(r"\r\n?|\n", text)', 'text.split("\n")', "prompts of a Windows file end in a carriage return"),
+        (
+            "    if config.adapter:  # named wrongly",
+            "    if False:  # named wrongly",
+            "hours of download before a mistyped adapter is said",
+        ),
         ('if not text.endswith("\\ufffd"):', "if True:", "half a character on the screen"),
         (
             '        messages.append({"role": "assistant", "content": answer})',

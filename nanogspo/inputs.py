@@ -1,0 +1,86 @@
+"""Values out of files that others wrote: read by type and range, and shown in one line when they do not fit.
+
+Every reader of a JSON file goes through `read_json` and `need`, so that a wrong type, a nan, a number of 300 digits or
+a thousand nested lists is one ValueError with the file's name in it, before anything is allocated.
+
+Tests: tests/test_inputs.py
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+DEEPEST = 50  # levels of a JSON file; the deepest file of a checkpoint has six
+LONGEST = 80  # characters of a foreign value in a message
+REQUIRED = object()
+KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", list: "list", dict: "object {...}"}
+
+
+def shown(value: Any) -> str:
+    """repr(value) for a message: one line, cut."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def some(names: Iterable, most: int = 8, sep: str = ", ") -> str:
+    """Names for a message: at most `most` of them, and how many more there are."""
+    names = [str(name) if str(name).isprintable() and len(str(name)) <= 200 else shown(str(name)) for name in names]
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return sep.join(names[:most]) + rest
+
+
+def need(values: dict, key: str, kind: type, *, where: str, low=-1e300, high=1e300, default: Any = REQUIRED) -> Any:
+    """values[key], which must be of this kind; numbers within low .. high (both count; nan and inf are outside).
+
+    kind     int, float (an integer will do), bool, str, list or dict
+    where    the file, for the message
+    default  what null or a missing key stands for; without one the key must be there
+
+    Raises ValueError: got, want, where.
+    """
+    value = values.get(key)
+    if value is None and default is not REQUIRED:
+        return default
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if fits and (kind not in (int, float) or low <= value <= high):
+        return value
+    range_ = ""
+    if kind in (int, float):
+        most = f"{high:,}" if kind is int else f"{high:g}"
+        range_ = f" from {low:g}" * (low > -1e300 and low != 1) + f" up to {most}" * (high < 1e300)
+    positive = "positive " if kind in (int, float) and low == 1 else ""
+    article = {int: "a " if positive else "an ", bool: "", str: "", dict: "an "}.get(kind, "a ")
+    raise ValueError(f"got {key}={shown(value)}, want {article}{positive}{KINDS[kind]}{range_} in {where}")
+
+
+def parse_json(data: bytes, where: str) -> dict:
+    """The object in these bytes of UTF-8, with or without a byte mark."""
+    too_deep = f"got JSON nested deeper than {DEEPEST} levels; fetch the file again"
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError(f"{where}: {too_deep}") from None
+    except ValueError as e:  # not JSON, not UTF-8, an integer of more than 4,300 digits
+        raise ValueError(f"{where}: broken JSON ({e}); fetch the file again") from e
+    level = [value]
+    for _ in range(DEEPEST):
+        parents = (x for x in level if isinstance(x, dict | list))
+        level = [child for x in parents for child in (x.values() if isinstance(x, dict) else x)]
+    if level:  # json reads 990 levels; whoever copies or prints them later would run out of stack
+        raise ValueError(f"{where}: {too_deep}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: got JSON that is no object, want {{...}}; fetch the file again")
+    return value
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file. Raises ValueError for a file that is missing, unreadable, broken or no object."""
+    try:
+        data = pathlib.Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; want a checkpoint folder that has it") from None
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror}); want a file of the checkpoint") from e
+    return parse_json(data, str(path))

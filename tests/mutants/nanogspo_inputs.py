@@ -1,0 +1,18 @@
+"""Wrong edits of nanogspo/inputs.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/inputs.py"
+MUTANTS = {
+    "tests/test_inputs.py": [
+        (
+            "type(value) is kind or (kind is float and type(value) is int)",
+            "isinstance(value, kind) or (kind is float and type(value) is int)",
+            "true is the number 1",
+        ),
+        ("or low <= value <= high)", "or not (value < low or value > high))", "nan is within every range"),
+        ("    if level:  # json", "    if False:  # json", "whoever copies a deep file runs out of stack"),
+        ("    except RecursionError:", "    except MemoryError:", "a thousand brackets end in a traceback"),
+        ("sep.join(names[:most]) + rest", "sep.join(names) + rest", "a message of 30,000 characters"),
+        ('decode("utf-8-sig")', "decode()", "a byte mark is broken JSON"),
+    ],
+}

@@ -1,0 +1,100 @@
+"""nanogspo/inputs.py: foreign JSON is read by type and range, and what does not fit is one line.
+
+`corrupted` is the generator of wrong files that the tests of every reader draw from.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+
+from nanogspo.inputs import DEEPEST, need, parse_json, read_json, shown, some
+
+DEEP: list = []
+for _ in range(900):  # json reads it, and nobody after it could copy or print it
+    DEEP = [DEEP]
+GONE = object()
+FOREIGN = [GONE, None, True, 0, 1, -1, 10**12, 10**400, 1.5, float("nan"), float("inf"), "", "x\n", [], [[]], ["x"], {},
+           {"a": {"b": 1}}, DEEP]  # fmt: skip
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every value of a JSON tree below its root."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield (*path, key)
+            yield from places(value[key], (*path, key))
+
+
+def corrupted(value: dict) -> Iterator[tuple[str, dict]]:
+    """The tree with one value of it gone or replaced by every value of FOREIGN, and what was done."""
+    for path in places(value):
+        for wrong in FOREIGN:
+            tree = copy.deepcopy(value)
+            owner = tree
+            for key in path[:-1]:
+                owner = owner[key]
+            if wrong is GONE:
+                del owner[path[-1]]
+            else:
+                owner[path[-1]] = wrong
+            yield f"{path} {'gone' if wrong is GONE else shown(wrong) if wrong is not DEEP else 'deep'}", tree
+
+
+def refused_or(reader, tree: object) -> bool:
+    """Whether reader(tree) accepts; a refusal is a plain ValueError of one line that is not long."""
+    try:
+        reader(tree)
+    except ValueError as error:
+        assert type(error) is ValueError and "\n" not in str(error) and len(str(error)) < 900, error
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (int, [1, 7], [None, True, 0, 8, 1.0, "1", [1], 10**400]),
+        (float, [1, 1.5, 7], [None, False, 0.5, 7.1, float("nan"), float("inf"), "1", 10**400]),
+        (bool, [True, False], [None, 0, 1, "true"]),
+        (str, ["", "x"], [None, 1, ["x"]]),
+        (list, [[], [1]], [None, {}, "x", 1]),
+        (dict, [{}, {"a": 1}], [None, [], "x"]),
+    ],
+)
+def test_need_takes_its_kind_within_its_range(kind, good, bad):
+    for value in good:
+        assert need({"k": value}, "k", kind, low=1, high=7, where="w") is value
+    for value in bad:
+        with pytest.raises(ValueError, match=r"^got k=.*, want .* in w$"):
+            need({"k": value}, "k", kind, low=1, high=7, where="w")
+    assert need({"k": None}, "k", kind, default=5, where="w") == need({}, "k", kind, default=5, where="w") == 5
+    with pytest.raises(ValueError, match="got k=None, want a positive integer up to 1,000 in w"):
+        need({}, "k", int, low=1, high=1000, where="w")
+
+
+def test_messages_are_short_and_of_one_line():
+    assert some(["a", "b"]) == "a, b" and some(range(10), 3, "; ") == "0; 1; 2 and 7 more"
+    assert some(range(3000), 1) == "0 and 2,999 more" and some([]) == ""
+    assert some(["a\nb"]) == repr("a\nb") and len(some(["x" * 5000] * 5000)) < 1000
+    assert shown("x" * 5000) == "'" + "x" * 79 + "..."
+
+
+def test_json_is_an_object_of_bounded_depth(tmp_path):
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}', "w") == {"a": 1}  # a byte mark, as Windows editors write
+    whole = lambda depth: b'{"a":' + b"[" * depth + b"]" * depth + b"}"  # noqa: E731
+    assert parse_json(whole(DEEPEST - 1), "w")
+    for data, says in [
+        (whole(DEEPEST), "w: got JSON nested deeper than 50 levels"),
+        (whole(100_000), "w: got JSON nested deeper than 50 levels"),
+        (b'{"a": %s}' % (b"1" * 5000), "w: broken JSON .*4300 digits"),
+        (b"[1]", "w: got JSON that is no object"),
+        (b"\xff", "w: broken JSON .*utf-8"),
+        (b'{"a"', "w: broken JSON"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            parse_json(data, "w")
+    with pytest.raises(ValueError, match="no such file"):
+        read_json(tmp_path / "gone")
+    with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read .*directory"):
+        read_json(tmp_path)
