@@ -5,20 +5,20 @@
     python sample.py --model DIR --prompts questions.txt --temperature 0
 
 Prompts go through the checkpoint's own chat template when it has one (--raw switches that off).
+
+Exit codes: 0 done · 2 one line on stderr says what is wrong and what to do · 130 Ctrl-C · 141 nobody reads the answers
+any more, as after `| head` · 1 with a traceback: a bug.
 """
 
 import re
-import sys
 from collections.abc import Iterator
 
-from nanogspo.config import SampleConfig, check_fields, parse
+from nanogspo.config import SampleConfig, check_fields
+from nanogspo.program import main
 
 if __name__ == "__main__":  # flags before torch: a wrong one answers at once
-    try:
-        CONFIG, _ = parse(SampleConfig, sys.argv[1:], "sample.py")
-        check_fields(CONFIG)
-    except ValueError as error:
-        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
+    hint = "lower --max-new-tokens, or take --dtype bf16 or --quant int8"
+    main(__file__, SampleConfig, check_fields, memory=hint, needs_stdout=True)
 
 from nanogspo import checkpoint  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
@@ -135,12 +135,3 @@ def chat(model: Transformer, tokenizer: Tokenizer, config: SampleConfig) -> None
             answer += piece
         print()
         messages.append({"role": "assistant", "content": answer})
-
-
-if __name__ == "__main__":
-    try:
-        run(CONFIG)
-    except (ValueError, FloatingPointError) as error:
-        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        print()

@@ -15,6 +15,9 @@ One update of GSPO (arXiv 2507.18071), which is the whole file in six lines:
 
 The printed loss is about 0 by construction (the advantages of a group sum to 0); watch the reward and the ratio.
 
+Exit codes: 0 done, or saved after Ctrl-C, SIGTERM or SIGHUP · 2 one line on stderr says what is wrong and what to do ·
+130 a second Ctrl-C, or one before the first update · 1 with a traceback: a bug.
+
 Sections: 1 configuration · 2 device, seeds, run folder · 3 model, tokenizer, adapter · 4 data · 5 optimiser ·
 6 resume · 7 the loop · 8 log, evaluate, save.      Lessons: lessons/00_setup.md, lessons/10_gspo.md
 """
@@ -25,17 +28,15 @@ import pathlib
 import sys
 import time
 
-from nanogspo.config import TrainConfig, check, dump, parse, resolve
+from nanogspo.config import TrainConfig, check, dump, resolve
+from nanogspo.program import main
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. configuration
 
 if __name__ == "__main__":  # flags are read before torch is imported: --help and a wrong flag answer at once
-    try:
-        CONFIG, _ = parse(TrainConfig, sys.argv[1:], "train.py")
-        check(CONFIG)
-    except ValueError as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing on"
+    main(__file__, TrainConfig, check, memory=hint)  # runs this file again as a module, calls its `run`, and exits
 
 import torch  # noqa: E402
 
@@ -439,21 +440,3 @@ def save_weights(model, tokenizer: Tokenizer, config: TrainConfig, folder: pathl
         print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
     if config.save_merged or not config.lora_r:
         checkpoint.save(model, folder / "model", tokenizer=tokenizer)
-
-
-if __name__ == "__main__":
-    try:
-        run(CONFIG)
-    except ValueError as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
-    except FloatingPointError as error:
-        sys.exit(print(f"train.py: {error}; try a lower --lr; the last saved state is intact", file=sys.stderr) or 2)
-    except torch.OutOfMemoryError:
-        hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing on"
-        sys.exit(
-            print(f"train.py: the GPU is out of memory; {hint}; the last saved state is intact", file=sys.stderr) or 2
-        )
-    except OSError as error:
-        sys.exit(print(f"train.py: {error}; the last saved state is intact", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("train.py: stopped at once; the last saved state is intact", file=sys.stderr) or 130)

@@ -41,7 +41,8 @@ class Optimizer:
         norm = nn.utils.clip_grad_norm_(self.masters, grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient's norm is {norm.item()}; the weights are as they were before this update"
+                f"the gradient's norm is {norm.item()}; the weights are as they were before this update; "
+                "try a lower --lr"
             )
         for group in self.adamw.param_groups:
             group["lr"] = lr

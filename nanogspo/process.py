@@ -6,6 +6,8 @@ Tests: tests/test_process.py, tests/test_train.py
 import contextlib
 import errno
 import itertools
+import math
+import mmap
 import os
 import pathlib
 import signal
@@ -148,32 +150,37 @@ def _lock(file: int) -> bool:
     return True
 
 
-def peak_memory(device: str) -> int:
-    """Bytes: the most the GPU held, or the most this process ever had resident."""
+def peak_memory(device: str) -> float:
+    """Bytes: the most the GPU held, or the most this process ever had resident; nan where nothing says."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def available_memory(device: str, root: str = "/") -> int:
+def available_memory(device: str, root: str = "/") -> float:
     """Bytes that this process can hold, those included that it holds already: of the GPU; as Linux estimates them, and
-    no more than a container is allowed; elsewhere all that the machine has."""
+    no more than a container is allowed; elsewhere all that the machine has; inf, with a notice, where nothing says."""
     if device == "cuda":
         import torch
 
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    page, top = os.sysconf("SC_PAGE_SIZE"), pathlib.Path(root)
+    top = pathlib.Path(root)
     try:
         facts = dict(line.split(":") for line in (top / "proc/meminfo").read_text().splitlines())
         resident, shared = (int(n) for n in (top / "proc/self/statm").read_text().split()[1:3])
         # pages shared with files are available: they can be read again
-        available = int(facts["MemAvailable"].split()[0]) * 1024 + (resident - shared) * page
+        available = int(facts["MemAvailable"].split()[0]) * 1024 + (resident - shared) * mmap.PAGESIZE
     except (OSError, KeyError):
-        available = os.sysconf("SC_PHYS_PAGES") * page
+        if not hasattr(os, "sysconf"):  # Windows
+            print("this system does not say how much memory is free: the plan is not compared with it")
+            return math.inf
+        available = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     for limit in (top / "sys/fs/cgroup/memory.max", top / "sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if limit.is_file() and (words := limit.read_text().strip()).isdigit():  # "max": none
             available = min(available, int(words))
@@ -181,18 +188,25 @@ def available_memory(device: str, root: str = "/") -> int:
 
 
 class StopRequest:
-    """True after Ctrl-C or SIGTERM: the update at hand is finished and saved. A second Ctrl-C stops at once."""
+    """True after Ctrl-C, SIGTERM or SIGHUP (the terminal was closed): the update at hand is finished and saved.
+
+    A second Ctrl-C stops at once; of the others many may come, as when a terminal and its shell both send one. SIGHUP
+    is left ignored where it was, by nohup."""
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.asked:
+            print("\nstopping after this update (Ctrl-C once more to stop at once)", file=sys.stderr)
         self.asked = True
-        print("\nstopping after this update (once more to stop at once)", file=sys.stderr)
 
     def __bool__(self) -> bool:
         return self.asked

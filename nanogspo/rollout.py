@@ -156,7 +156,8 @@ def _decode(
             kept = [logp[n] for n in running]
             if not all(map(math.isfinite, kept)):
                 raise FloatingPointError(
-                    "the model's scores are not finite numbers any more; its weights have diverged"
+                    "the model's scores are not finite numbers any more; its weights have diverged; "
+                    "train with a lower --lr"
                 )
             yield [rows[n] for n in running], [int(drawn[n]) for n in running], kept, [ends[n] > 0 for n in running]
             running = [n for n in running if not ends[n]]

@@ -20,6 +20,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from nanogspo import program
 from nanogspo.checkpoint import DTYPES, SMALL_FILES, read_header, read_tensor, resolve, write_safetensors
 from nanogspo.config import MAY_CHANGE, TrainConfig, load_yaml
 from nanogspo.experience import Experience, from_state
@@ -121,6 +122,7 @@ def save_state(
     entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
     text = json.dumps(facts)
     write_safetensors(path, entries, {"state": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
+    program.state = path
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -172,6 +174,7 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in random:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
+    program.state = path
     return facts["progress"], rollout
 
 

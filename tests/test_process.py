@@ -1,4 +1,4 @@
-"""nanogspo/process.py: one folder, one run, whoever starts when.
+"""nanogspo/process.py: one folder, one run, whoever starts when; and how a run is asked to stop.
 
 Run: python -m pytest tests/test_process.py
 """
@@ -142,3 +142,30 @@ def test_without_locks_one_line_says_so(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.count("this file system has no locks") == 1
     with run_folder(TrainConfig()) as one, run_folder(TrainConfig()) as other:
         assert (one.name, other.name) == ("tiny", "tiny-2")
+
+
+# ----------------------------------------------------------------------------
+# being asked to stop
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here: Windows ends a program with its console")
+def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(capsys):
+    """A second SIGHUP or SIGTERM changes nothing (a terminal and its shell send one each), a second Ctrl-C ends it."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = process.StopRequest()
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = process.StopRequest()
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            signal.raise_signal(number)
+            assert stop
+        assert capsys.readouterr().err.count("stopping after") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -169,6 +169,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(base, tmp_path):
     assert "got no prompts" in refusal("--model", base, "--prompts", tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "want a UTF-8 text file" in refusal("--model", base, "--prompts", tmp_path / "latin.txt")
+    assert "want a UTF-8 text file" in refusal("--model", base, "--prompts", tmp_path)  # a folder
     assert "--temperature -1.0, want 0 to 100" in refusal("--model", base, "--temperature", -1, "hello")
     assert "--max-new-tokens 0, want 1 to" in refusal("--model", base, "--max-new-tokens", 0, "hello")
     assert "max_position_embeddings" in refusal("--model", base, "--max-new-tokens", 1000, "hello")
@@ -180,6 +181,9 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(base, tmp_path):
     assert "chat template" in refusal("--model", tmp_path / "model", "hello")
     (tmp_path / "model" / "tokenizer.json").unlink()
     assert "want a tokenizer.json" in refusal("--model", tmp_path / "model", "hello")
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "model" / "config.json").mkdir()  # an error of the operating system
+    assert "config.json" in refusal("--model", tmp_path / "model", "hello")
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in refusal("--model", base, "--device", "cuda", "hello")
 

@@ -8,9 +8,11 @@ Run: python -m pytest tests/test_train.py
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -36,7 +38,7 @@ from nanogspo.experience import experience, from_state, plan
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
 from nanogspo.packing import Example, score
-from nanogspo.process import hold
+from nanogspo.process import available_memory, hold
 from nanogspo.rollout import generate
 from nanogspo.runlog import RunLog, read_rows
 from nanogspo.tasks import get_task
@@ -60,7 +62,7 @@ TINY += "--prompts-per-rollout 4 --group-size 4 --updates-per-rollout 4 --batch-
 def quick(monkeypatch, request):
     """No picture: matplotlib would take longer than the training. And signal handlers are put back."""
     monkeypatch.setattr("nanogspo.runlog.draw_curves", lambda *args, **kwargs: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -988,6 +990,38 @@ def test_a_folder_is_held_while_a_run_writes_into_it(tmp_path, whole):
     with patch.object(RunLog, "step", side_effect=KeyError), pytest.raises(KeyError):
         script("train.py", "--resume", folder, "--steps", 12)
     resume(folder, "--steps", 11)
+
+
+def test_a_saved_state_is_promised_only_where_there_is_one(tmp_path, monkeypatch):
+    """Not by an earlier run in this process, not by the state of the warm-up alone, and not before the first save."""
+    flags = [*TINY, *"--steps 4 --save-every 2 --warm-steps 1 --warm-until 2".split()]
+    log = RunLog.step
+
+    def refused(step, *argv):
+        def full_disk(self, row):
+            log(self, row)
+            if row["step"] == step:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(RunLog, "step", full_disk)
+        return refusal(*argv).removeprefix("train.py: [Errno 28] No space left on device")
+
+    intact = f"; the last saved state is intact (--resume {tmp_path / 'one'})\n"
+    assert refused(4, "--out", tmp_path / "one", *flags) == intact
+    assert refused(2, "--out", tmp_path / "two", *flags) == "\n"  # --resume does not read state/warm.safetensors
+    assert refused(3, "--resume", tmp_path / "one") == intact
+
+
+def test_a_system_without_memory_figures_runs_and_says_so(tmp_path, monkeypatch, capsys):
+    """Windows has neither `resource` nor os.sysconf, nor /proc."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(os, "sysconf")
+    assert available_memory("cpu", str(tmp_path)) == math.inf
+    assert capsys.readouterr().out.count("does not say how much memory is free") == 1
+    with patch("nanogspo.process.available_memory", lambda device: math.inf):
+        done = train(tmp_path / "run", *TINY, "--steps", 2)
+    assert "gradient checkpointing" not in done.out and "inf" not in done.out
+    assert [row["peak_mem_bytes"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [None, None]
 
 
 def test_exit_code_and_stderr_of_a_real_process(tmp_path, base):

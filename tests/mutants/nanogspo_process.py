@@ -29,5 +29,16 @@ MUTANTS = {
         ),
         ("if folder.exists() and not (folder / LOCK).exists():", "if False:", "a lock in somebody else's folder"),
         ("        return False\n    return True", "        raise\n    return True", "no run where there are no locks"),
+        ("and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN", "", "nohup is not heeded"),
+        ("            numbers.append(signal.SIGHUP)\n", "            pass\n", "a closed terminal kills the run"),
+        (
+            "if self.asked and number == signal.SIGINT:",
+            "if self.asked:",
+            "the second signal of a closed terminal kills",
+        ),
+    ],
+    "tests/test_train.py": [
+        ("        return math.nan\n", "        raise\n", "no run without the module resource"),
+        ('if not hasattr(os, "sysconf"):', "if False:", "no run without os.sysconf"),
     ],
 }

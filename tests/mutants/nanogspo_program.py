@@ -1,0 +1,40 @@
+"""Wrong edits of nanogspo/program.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/program.py"
+MUTANTS = {
+    "tests/test_program.py": [
+        (
+            ".encode())\n        os._exit(130)",
+            ".encode())\n        raise KeyboardInterrupt",
+            "an interrupt inside C++ aborts",
+        ),
+        ("        signal.signal(signal.SIGINT, interrupted)\n", "", "an interrupt during imports as Python ends it"),
+        ("        check(config)\n", "", "a wrong setting is found after the imports"),
+        ('" ".join(str(error).splitlines())', "str(error)", "an error of several lines"),
+        ("isinstance(error, MemoryError) or any", "any", "Python's own MemoryError is a bug"),
+        ('"allocate memory", ', "", "torch out of memory on a CPU is a bug"),
+        ("isinstance(error, FloatingPointError | OSError)", "isinstance(error, OSError)", "a diverged run is a bug"),
+        ("    raise error\n", "    return text, 2\n", "a bug hides its traceback"),
+        ("if not needs_stdout:", "if True:", "answers for nobody"),
+        ("(errno.EPIPE, errno.EINVAL)", "(errno.EPIPE,)", "a closed pipe on Windows is an error"),
+        ("            sys.stdout.flush()\n", "            pass\n", "what is still in the buffer fails unnoticed"),
+        ('stream.reconfigure(errors="replace")', "pass", "a character ends the run"),
+        (
+            "            failed, self.failed = self.failed, lambda error: None\n",
+            "            failed = self.failed\n",
+            "a line on stderr for every line on stdout",
+        ),
+        (
+            "                os.dup2(null.fileno(), self.stream.fileno())\n",
+            "                pass\n",
+            "the flush at exit fails again",
+        ),
+        ("        except RuntimeError:", "        except ZeroDivisionError:", "a handler that prints ends the run"),
+        ("        if getattr(sys, name) is None:", "        if False:", "a closed stream stays None"),
+    ],
+    "tests/test_train.py": [
+        ('state.with_name("state.safetensors").exists()', "state.exists()", "the warm-up's state is promised"),
+        ("    global state\n", "", "an earlier run's state is promised"),
+    ],
+}
