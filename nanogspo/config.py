@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import os
 import pathlib
 import re
 from typing import Any
@@ -21,9 +22,12 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def flag(default, help: str, choices: tuple = (), *, low=0, high=10**9, exclude=None, group: str = "") -> Any:
-    """A field. A number lies in low .. high and is not `exclude`; --help begins a group with a field that has one."""
-    metadata = {"help": help, "choices": choices, "bounds": (low, high, exclude), "group": group}
+def flag(
+    default, help: str, choices: tuple = (), *, low=0, high=10**9, exclude=None, group: str = "", path: bool = False
+) -> Any:
+    """A field. A number lies in low .. high and is not `exclude`; --help begins a group with a field that has one; in a
+    path ~ is the home folder."""
+    metadata = {"help": help, "choices": choices, "bounds": (low, high, exclude), "group": group, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -32,15 +36,20 @@ class TrainConfig:
     """Fine-tune a Qwen, Gemma or Llama model with SFT, GRPO or GSPO. Without flags: the two-minute tiny run."""
 
     model: str = flag(
-        "tiny", "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot", group="what"
+        "tiny",
+        "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot",
+        group="what",
+        path=True,
     )
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft"))
     task: str = flag("reverse", "where prompts and rewards come from: reverse, addition, or jsonl (with --data)")
     task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default", high=1000)
-    data: str = flag("", "JSONL file for --algo sft: rows with messages, prompt + completion, or title ... solution")
-    adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one")
-    out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...")
-    resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win")
+    data: str = flag(
+        "", "JSONL file for --algo sft: rows with messages, prompt + completion, or title ... solution", path=True
+    )
+    adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one", path=True)
+    out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...", path=True)
+    resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win", path=True)
     accept_changes: bool = flag(
         False, "with --resume: go on though settings or input files have changed, and note in metrics.jsonl which"
     )
@@ -128,10 +137,12 @@ class TrainConfig:
 class SampleConfig:
     """Sample from a checkpoint: one prompt, a file of prompts, or a chat."""
 
-    model: str = flag("", "checkpoint folder (also RUN/model of a training run) or hub id owner/name", group="what")
-    adapter: str = flag("", "PEFT adapter folder, for example RUN/adapter")
+    model: str = flag(
+        "", "checkpoint folder (also RUN/model of a training run) or hub id owner/name", group="what", path=True
+    )
+    adapter: str = flag("", "PEFT adapter folder, for example RUN/adapter", path=True)
     prompt: str = flag("", "one prompt; its flag may be left out")
-    prompts: str = flag("", "a text file, one prompt a line")
+    prompts: str = flag("", "a text file, one prompt a line", path=True)
     chat: bool = flag(False, "talk to the model; an empty line or Ctrl-D ends")
     raw: bool = flag(False, "give the prompt to the model as it is, without the chat template")
     system: str = flag("", "system message for the chat template")
@@ -170,6 +181,11 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def reader(field: dataclasses.Field) -> Any:
+    """What makes a field's value of its text."""
+    return os.path.expanduser if field.metadata["path"] else field.type
+
+
 def parser(config_class: type, prog: str) -> Parser:
     """The flags, in groups. They have no defaults here, so that the result holds what was given and nothing else."""
     tiny = tiny_yaml() if config_class is TrainConfig else {}
@@ -186,7 +202,7 @@ def parser(config_class: type, prog: str) -> Parser:
             del defaults["tiny"]
         defaults = {k: {True: "on", False: "off"}[v] if f.type is bool else v for k, v in defaults.items() if v != ""}
         shown = "; ".join(f"{name}: {value}" for name, value in defaults.items())
-        kind = {"type": f.type, "choices": choices or None, "metavar": None if choices else f.type.__name__}
+        kind = {"type": reader(f), "choices": choices or None, "metavar": None if choices else f.type.__name__}
         if f.metadata["group"]:
             group = p.add_argument_group(f.metadata["group"])
         group.add_argument(
@@ -196,7 +212,8 @@ def parser(config_class: type, prog: str) -> Parser:
         )
     if config_class is TrainConfig:
         p.epilog = "tiny: the value in configs/tiny.yaml, which is read when --model is tiny and there is no --config"
-        p.add_argument("--config", metavar="FILE", help="YAML file with any of these fields; flags win over it")
+        help = "YAML file with any of these fields; flags win over it"
+        p.add_argument("--config", metavar="FILE", type=os.path.expanduser, help=help)
     else:
         p.add_argument("words", nargs="?", metavar="PROMPT", help="one prompt, without --prompt in front")
     return p
@@ -304,7 +321,7 @@ def read_value(field: dataclasses.Field, node) -> Any:
     if kind is str and tag == "str":
         if choices and text not in choices:
             raise ValueError(f"{shown}, want one of {', '.join(choices)}")
-        return text
+        return reader(field)(text)
     if kind is str and text:
         raise ValueError(f'{shown}, want text: write {field.name}: "{text[:80]}"')
     if kind in (int, float) and tag in ("int", "float", "str"):

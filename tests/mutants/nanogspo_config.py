@@ -28,6 +28,9 @@ MUTANTS = {
         ("if c.isprintable() else", "if True else", "a flag with a line break takes two lines"),
         ("tiny.get(f.name, f.default)", "f.default", "help hides what the default run takes"),
         ("    check_fields(config)\n    rl, tiny", "    rl, tiny", "no bounds at all"),
+        ('os.path.expanduser if field.metadata["path"] else field.type', "field.type", "a folder called ~"),
+        ("type=os.path.expanduser, help=help", "help=help", "--config=~/c.yaml is not found"),
+        ("return reader(field)(text)", "return text", "a tilde in YAML is a folder of that name"),
         ("allow_abbrev=False", "allow_abbrev=True", "--step is taken for --steps"),
     ],
     "tests/test_quant.py": [
