@@ -35,7 +35,7 @@ def add_tokens(backend: Tokenizer, config: dict, special_tokens_map: dict, added
         texts = [
             text for text, _ in sorted(added_tokens.items(), key=lambda item: _number(item[1])) if text not in known
         ]
-        new = [AddedToken(text, special=text in special, normalized=text not in special) for text in texts]
+        new = [_added(text, special=text in special, normalized=text not in special) for text in texts]
     known |= {token.content for token in new}
     backend.add_tokens(new + [token for token in [*named.values(), *extra] if token.content not in known])
     for number, token in sorted(listed.items()):
@@ -68,7 +68,14 @@ def _token(value: object, name: str, special: bool = True) -> AddedToken:
     for flag, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"got {kind(value)} for {flag} of {name}, want true or false")
-    return AddedToken(spec["content"], **flags)
+    return _added(spec["content"], **flags)
+
+
+def _added(text: str, **flags: bool) -> AddedToken:
+    try:
+        return AddedToken(text, **flags)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"got token {text!r:.80} with half a character, want whole ones") from error
 
 
 def _object(value: object) -> dict:

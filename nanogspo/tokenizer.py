@@ -87,7 +87,10 @@ class Tokenizer:
         content = files["tokenizer.json"]
         try:
             self._backend = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
-        except Exception as error:  # the Rust parser raises ValueError or bare Exception
+            self._backend.encode("")  # a template of special tokens that do not exist ends in a panic
+        except BaseException as error:  # Rust raises ValueError, bare Exception, or a panic, which is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             hint = "run git lfs pull" if content.startswith(b"version https://git-lfs") else "get it again"
             line = f"got {folder}/tokenizer.json of {len(content)} bytes that do not parse ({one_line(error)})"
             raise ValueError(f"{line}, want the whole file: {hint}") from error
@@ -378,8 +381,8 @@ def _ids(parts: list[dict], key: str) -> list[int]:
     values = [part.get(key) for part in parts]
     ids = [i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None]
     for i in ids:
-        if type(i) is not int:
-            raise ValueError(f"got {kind(i)} for {key}, want a number")
+        if type(i) is not int or i >= 2**31:
+            raise ValueError(f"got {one_line(i) if kind(i) == 'number' else kind(i)} for {key}, want an id")
     return [i for i in ids if i >= 0]
 
 

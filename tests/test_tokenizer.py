@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from nanogspo.tokenizer import Tokenizer as Tokenizer_
 from nanogspo.tokenizer import character_tokenizer, conversation_examples, load_tokenizer
 
 # Qwen3's template without tools: an empty think block on the last answer, thinking stripped from earlier ones.
@@ -405,6 +406,9 @@ def test_where_templates_stand(tmp_path):
     }
     for text, folder in cases.items():
         assert load_tokenizer(folder).render([user("")]) == text
+        for path in folder.iterdir():  # as an editor on Windows saves them
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert load_tokenizer(folder).render([user("")]) == text
     assert load_tokenizer(cases["D"]).render([user("")], tools=[{"name": "f"}]) == "T"
     ours = load_tokenizer(write(tmp_path / "odd", qwen_backend(), {"chat_template": named[1:]}))
     with pytest.raises(ValueError, match=r"got chat templates \['tool_use'\], want a default one"):
@@ -698,11 +702,57 @@ def test_says_what_is_missing_or_broken(tmp_path):
     whole = qwen_backend()
     assert "bytes that do not parse (" in line(write(tmp_path / "cut", whole[: len(whole) // 2]))
     assert "run git lfs pull" in line(write(tmp_path / "pointer", "version https://git-lfs.github.com/spec/v1\n"))
+    (folder := write(tmp_path / "latin", whole, None, "")).joinpath("chat_template.jinja").write_bytes(b"{{\n\xff")
+    assert "got byte 0xff at line 2, column 1, want UTF-8" in line(folder)
     for name in ("tokenizer_config", "generation_config", "config"):
         folder = write(tmp_path / name, whole)
-        for bad in (b'{"a": ', b"[1]", b"\xff"):
+        for bad in (b'{"a": ', b"[1]", b"\xff", b"[" * 100_000, b"1" * 5000):
             (folder / f"{name}.json").write_bytes(bad)
             assert f"{name}.json that is not a JSON object (" in line(folder)
+
+
+OTHER_TYPES = [None, True, 0, -1, 2**70, 1.5, "", "x", "\ud83d", [], [1], [None], [[1]], {}, {"a": 1}, {"content": 1}]
+
+
+def changed(value):
+    """value with each part of it, itself first, put in another JSON type."""
+    yield from OTHER_TYPES
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for other in changed(value[key]):
+            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokenizer_config", {**decoder(_0={**FLAGS, "content": "<a>"}), "bos_token": {"content": "<e>"}}),
+        ("tokenizer_config", {"extra_special_tokens": ["<x>", {"content": "<y>"}], "image_token": "<i>"}),
+        ("tokenizer_config", {"chat_template": [{"name": "default", "template": "{{ messages[0].content }}"}]}),
+        ("special_tokens_map", {"pad_token": {"content": "<p>"}, "additional_special_tokens": ["<x>"]}),
+        ("added_tokens", {"<b>": SIZE}),
+        ("generation_config", {"eos_token_id": [1, 2], "pad_token_id": 3}),
+        ("config", {"vocab_size": 400, "text_config": {"eos_token_id": 1}, "thinker_config": {"text_config": {}}}),
+        ("chat_template", {"chat_template": "{{ messages[0].content }}"}),
+    ],
+)
+def test_other_types_in_a_file_are_one_line(name, value):
+    """Nothing but ValueError comes out, and it names the folder."""
+    files = {"tokenizer.json": qwen_backend().encode(), f"{name}.json": b""}
+    for other in changed(value):
+        files[f"{name}.json"] = json.dumps(other).encode()
+        try:
+            ours = Tokenizer_(files, "here")
+            assert isinstance(ours.encode("a <a>"), list) and isinstance(ours.pad_id, int)
+        except ValueError as error:
+            assert re.match("(here: )?got .*, want ", str(error)) and "\n" not in str(error), other
+
+
+def test_a_panic_in_rust_is_one_line(tmp_path):
+    """A post-processor that prints a token which does not exist: pyo3's PanicException is no Exception."""
+    backend = json.loads(gemma_backend())
+    backend["post_processor"]["single"][0]["SpecialToken"]["id"] = "x"
+    with pytest.raises(ValueError, match=r"do not parse \(no entry found for key\)"):
+        load_tokenizer(write(tmp_path, json.dumps(backend)))
 
 
 def test_transformers_stays_out():

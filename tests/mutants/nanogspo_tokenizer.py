@@ -36,5 +36,16 @@ MUTANTS = {
             "self._backend.encode_special_tokens = False",
             "split_special_tokens is ignored",
         ),
+        (
+            "        except BaseException as error:",
+            "        except Exception as error:",
+            "a panic in Rust is a traceback",
+        ),
+        ("        if type(i) is not int or i >= 2**31:", "        if False:", "ids of another type are a traceback"),
+        (
+            "    if value is not None and not isinstance(value, dict):",
+            "    if False:",
+            "a list for text_config is a traceback",
+        ),
     ],
 }
