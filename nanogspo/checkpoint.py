@@ -251,9 +251,8 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str
     expected = 0
     for name, t in tensors.items():
         if t["dtype"] not in DTYPES:
-            raise ValueError(
-                f"{path}: tensor {some([name])} has dtype {some([t['dtype']])}, want one of {', '.join(DTYPES)}"
-            )
+            got = f"tensor {some([name])} has dtype {some([t['dtype']])}"
+            raise ValueError(f"{path}: {got}, want one of {', '.join(DTYPES)}")
         bytes_ = math.prod(t["shape"]) * DTYPES[t["dtype"]].itemsize
         if t["start"] != expected or t["end"] - t["start"] != bytes_:
             raise ValueError(
@@ -725,11 +724,8 @@ def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "")
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
             w = getattr(layer, part).weight
-            tensors[f"{PEFT_PREFIX}{model.config.module_prefix}{name}.{part}.weight"] = (
-                w.dtype,
-                tuple(w.shape),
-                lambda w=w: w,
-            )
+            out = f"{PEFT_PREFIX}{model.config.module_prefix}{name}.{part}.weight"
+            tensors[out] = (w.dtype, tuple(w.shape), lambda w=w: w)
     write_safetensors(path / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     first = next(iter(layers.values()))
     config = {
@@ -767,11 +763,11 @@ def _inside_lora(name: str) -> bool:
 
 # Keys of adapter_config.json that are read, or that say how PEFT found and trained the layers. Any other changes the
 # result when it is set: use_dora, modules_to_save, rank_pattern, alpha_pattern, lora_bias, what is yet to come.
-ADAPTER_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "bias", "base_model_name_or_path"}
+NEUTRAL = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal"), "bias": ("none",)}  # PiSSA subtracts from W
 ADAPTER_NO_EFFECT = {
-    "auto_mapping", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "task_type",
+    "peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path", "auto_mapping", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 
 
@@ -792,11 +788,7 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
     kind = need(config, "peft_type", str, default="LORA", where=where)
     if kind.upper() != "LORA":
         raise ValueError(f"{folder}: got peft_type {shown(kind)}, want LORA")
-    extras = {k: v for k, v in config.items() if v and k not in ADAPTER_READ | ADAPTER_NO_EFFECT}
-    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva", "orthogonal"):
-        extras["init_lora_weights"] = config["init_lora_weights"]  # PiSSA, OLoRA and LoftQ subtract from the base
-    if config.get("bias", "none") != "none":
-        extras["bias"] = config["bias"]
+    extras = {k: v for k, v in config.items() if v and k not in ADAPTER_NO_EFFECT and v not in NEUTRAL.get(k, ())}
     if extras:
         raise ValueError(f"{folder}: got {shown(extras)}, want a plain LoRA adapter without these")
     r = need(config, "r", int, low=1, high=2**16, where=where)

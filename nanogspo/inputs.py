@@ -15,7 +15,7 @@ from typing import Any
 DEEPEST = 50  # levels of a JSON file; the deepest file of a checkpoint has six
 LONGEST = 80  # characters of a foreign value in a message
 REQUIRED = object()
-KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", list: "list", dict: "object {...}"}
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
 
 
 def shown(value: Any) -> str:
@@ -46,13 +46,11 @@ def need(values: dict, key: str, kind: type, *, where: str, low=-1e300, high=1e3
     fits = type(value) is kind or (kind is float and type(value) is int)
     if fits and (kind not in (int, float) or low <= value <= high):
         return value
-    range_ = ""
-    if kind in (int, float):
-        most = f"{high:,}" if kind is int else f"{high:g}"
-        range_ = f" from {low:g}" * (low > -1e300 and low != 1) + f" up to {most}" * (high < 1e300)
-    positive = "positive " if kind in (int, float) and low == 1 else ""
-    article = {int: "a " if positive else "an ", bool: "", str: "", dict: "an "}.get(kind, "a ")
-    raise ValueError(f"got {key}={shown(value)}, want {article}{positive}{KINDS[kind]}{range_} in {where}")
+    wanted = "a positive integer" if kind is int and low == 1 else KINDS[kind]
+    wanted += f" from {low:g}" * (low > -1e300 and low != 1) + f" up to {high:{',' if kind is int else 'g'}}" * (
+        high < 1e300
+    )
+    raise ValueError(f"got {key}={shown(value)}, want {wanted} in {where}")
 
 
 def parse_json(data: bytes, where: str) -> dict:

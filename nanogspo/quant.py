@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from kernels.backend import choose
 from kernels.int8 import Int8Tensor, dequantize_int8, int8_matmul, quantize_int8
 from kernels.nf4 import NESTED, NF4Tensor, dequantize_nf4, nf4_matmul, quantize_nf4
+from nanogspo.inputs import parse_json
 
 # Up to so many rows a GPU multiplies straight from the packed weights: a decoding step waits for memory, and they are a
 # quarter as long. The choice looks at the shape and never at whether gradients are on: old and new log-probs are scored
@@ -231,7 +232,7 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
         other = next((part for part in tensors if part.startswith("quant_state.")), None)
         raise ValueError(f"{name} is {other.rsplit('__')[-1]}, want nf4" if other else f"missing {name}.{RECORD}")
     try:
-        facts = json.loads(bytes(tensors[RECORD].flatten().tolist()))
+        facts = parse_json(bytes(tensors[RECORD].flatten().tolist()), "it")
         shape, dtype, block_size = tuple(facts["shape"]), DTYPE_NAMES[facts["dtype"]], facts["blocksize"]
         offset = torch.tensor(float(facts["nested_offset"])) if "nested_offset" in facts else None  # () fp32
         kind, nested = facts["quant_type"], facts.get("nested_blocksize", NESTED)
@@ -239,7 +240,7 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
             raise TypeError("sizes are positive integers")
         if offset is not None and not offset.isfinite():
             raise TypeError("nested_offset is a finite number")
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError) as e:
         raise ValueError(f"{name}.{RECORD} is no record of a packed weight ({e!r}); fetch the file again") from e
     if kind != "nf4" or nested != NESTED:
         raise ValueError(f"{name} is {kind} with scales in blocks of {nested}, want nf4 with {NESTED}")

@@ -25,6 +25,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
+from test_inputs import DEEP
 from torch import nn
 
 from nanogspo import quant
@@ -615,6 +616,8 @@ DAMAGE = [
     (changed_record(blocksize=48), rf"{W}: got block size 48"),
     (changed_record(blocksize=-64), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
     (changed_record(shape="64"), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
+    (changed_record(nested_offset=10**400), rf"{W}.quant_state.bitsandbytes__nf4 is no record .*Overflow"),
+    (changed_record(shape=DEEP), rf"{W}.quant_state.bitsandbytes__nf4 is no record .*nested deeper than 50"),
     (changed_record(dtype="int8"), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
     (changed_record(quant_type="fp4"), f"{W} is fp4 with scales in blocks of 256, want nf4"),
     (changed_record(nested_blocksize=128), f"{W} is nf4 with scales in blocks of 128, want nf4 with 256"),

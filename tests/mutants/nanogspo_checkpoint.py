@@ -61,7 +61,7 @@ MUTANTS = {
             "an adapter of peft that wraps the tower too is refused",
         ),
         (
-            "if v and k not in ADAPTER_READ | ADAPTER_NO_EFFECT}",
+            "if v and k not in ADAPTER_NO_EFFECT and v not in NEUTRAL.get(k, ())}",
             'if v and k in ("use_dora", "modules_to_save")}',
             "keys of a new kind of adapter are ignored",
         ),
