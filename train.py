@@ -44,6 +44,7 @@ from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, lora, planner, runstate, tiny  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
+from nanogspo.evaluation import count_exact, held_out_loss, sample_answers, split  # noqa: E402
 from nanogspo.experience import Experience, experience, sampler_gap  # noqa: E402
 from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
@@ -53,7 +54,7 @@ from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
 from nanogspo.rollout import generate  # noqa: E402
 from nanogspo.runlog import RunLog, read_rows  # noqa: E402
 from nanogspo.runstate import Progress  # noqa: E402
-from nanogspo.tasks import Problem, get_task, shuffled  # noqa: E402
+from nanogspo.tasks import get_task, shuffled  # noqa: E402
 from nanogspo.tasks.jsonl import load_jsonl  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
@@ -139,6 +140,8 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
             V = model.config.vocab_size
             raise ValueError(f"{config.data}:{beyond[0]}: got token ids beyond the model's {V}; want its own tokenizer")
 
+        config, rows, held_out = split(config, rows)
+
         def sft_example(n: int) -> Example:
             epoch, i = divmod(n, len(rows))
             return rows[shuffled(len(rows), f"{config.seed}-{epoch}")[i]]
@@ -161,6 +164,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
                 f"got --max-new-tokens {config.max_new_tokens} for answers of up to {longest_answer} tokens; "
                 f"want at least {longest_answer}"
             )
+        held_out = []
     exam = task.held_out(config.eval_size) if task and config.eval_size else []
     config = planner.decide_checkpointing(config, model, longest_prompt, available_memory(config.device))
     model.gradient_checkpointing = config.gradient_checkpointing == "on"
@@ -198,9 +202,16 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
         at_hand = rollout.state() if progress.update else None
         runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), at_hand, made_of)
 
-    def evaluate(name: str) -> None:
-        if exam and not log.has(step=progress.step, phase=name, eval_count=config.eval_size):  # killed after this row
-            right = count_exact(model, chat, task, exam, config)
+    def evaluate(name: str, last: bool = False) -> None:
+        if log.has(step=progress.step, phase=name, eval_count=config.eval_size):  # killed after this row
+            return
+        if held_out:
+            if last:
+                log.answers(progress.step, sample_answers(model, chat, held_out, config))
+            loss, accuracy = held_out_loss(model, held_out, config)
+            log.held_out(step=progress.step, phase=name, loss=loss, accuracy=accuracy, count=config.eval_size)
+        if exam:
+            right = count_exact(model, chat, task, exam, config, log.sampling(len(exam)))
             log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -296,7 +307,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
             log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
             if phase.until <= 1 and progress.phase_step % PROBE_EVERY == 0:
                 problems = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
-                right = count_exact(model, chat, task, problems, config)
+                right = count_exact(model, chat, task, problems, config, log.sampling(len(problems)))
                 progress.phase_done = (
                     right >= phase.until * config.warm_probe
                 )  # groups are mixed enough for RL to start
@@ -307,7 +318,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
 
         if stop:
             break
-        evaluate(phase.name)
+        evaluate(phase.name, last=phase is phases[-1])
         if phase is phases[-1]:
             break
         if phases[progress.phase + 1].name != "control":
@@ -413,23 +424,6 @@ def combine(metrics: list[tuple[float, dict]]) -> dict[str, float]:
     if "perplexity" in out:
         out["perplexity"] = math.exp(min(out["loss"], 700.0))
     return out
-
-
-def count_exact(model, chat: Chat, task, problems: list[Problem], config: TrainConfig) -> int:
-    """How many problems are answered exactly right, greedily."""
-    prompts = [chat.prompt(p) for p in problems]
-    longest = max(map(len, prompts))
-    # no more memory than a rollout: there a group shares its prompt, here every row has its own
-    slots = planner.cache_slots(config, longest)
-    answers = generate(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=0.0,
-        eos_ids=chat.tokenizer.eos_ids,
-        max_rows=max(1, slots // (longest + config.max_new_tokens - 1)),
-    )
-    return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
 
 
 def save_weights(model, tokenizer: Tokenizer, config: TrainConfig, folder: pathlib.Path) -> None:

@@ -55,8 +55,16 @@ class TrainConfig:
     )
     seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling", high=2**32 - 1)
     steps: int = flag(200, "optimiser updates of the main phase", low=1, group="how long")
+    epochs: float = flag(
+        0.0, "passes over the rows of --data, instead of --steps; a saved run has the steps they came to", high=10**6
+    )
     eval_every: int = flag(0, "updates between held-out evaluations; 0: only before and after")
-    eval_size: int = flag(200, "held-out problems per evaluation, answered greedily", high=10**6)
+    eval_size: int = flag(
+        200,
+        "held-out problems per evaluation, answered greedily; of --data so many rows, whose loss is measured, but with "
+        "the default a tenth of them at most, and none of fewer than 200",
+        high=10**6,
+    )
     save_every: int = flag(50, "updates between saves of the state that --resume reads", low=1)
     warm_steps: int = flag(0, "at most this many SFT updates on the task's own answers before RL starts")
     warm_until: float = flag(
@@ -251,6 +259,11 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         given["task"] = "jsonl"  # nothing else it could mean
     if given.get("resume"):
         changed = [name for name in given if name in base and given[name] != base[name]]
+        if "eval_size" in changed and base.get("data"):
+            raise ValueError(
+                f"got --resume with another --eval-size (was {base['eval_size']}): rows that were trained on would be "
+                "held out; want the run's own"
+            )
         kept = {name: base[name] for name in changed if name not in MAY_CHANGE}
         if kept and not given.get("accept_changes"):
             flags = ", ".join(f"--{name.replace('_', '-')} (was {value})" for name, value in kept.items())
@@ -392,6 +405,13 @@ def check(config: TrainConfig) -> None:
             "got --task jsonl without --data FILE.jsonl"
             if not config.data
             else f"got --data with --task {config.task}, want --task jsonl"
+        )
+    if config.epochs and not config.data:
+        raise ValueError(f"got --epochs {config.epochs:g} without --data: a task's problems do not end; want --steps")
+    if config.epochs and config.steps != TrainConfig.steps:
+        raise ValueError(
+            f"got --epochs {config.epochs:g} and --steps {config.steps}, "
+            "want one of them: add --epochs 0, or leave --steps at 200"
         )
     if config.data and rl:
         raise ValueError(

@@ -223,6 +223,11 @@ def summary(config: TrainConfig, folder: pathlib.Path, picture, example: str | N
         lines.append(f"  {names[phase]:<10} {row['eval_exact']:6.1%}   {interval}{note}")
     if lines:
         lines.insert(0, f"held-out exact match, {config.eval_size} problems never trained on:")
+    last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row}
+    if last:  # SFT from a file
+        lines.append(f"held-out loss and token accuracy, {config.eval_size} rows never trained on:")
+    for phase, row in last.items():
+        lines.append(f"  {names[phase]:<10} {row['eval_loss']:7.4f}   {row['eval_token_accuracy']:.3f}")
     weights = folder / ("adapter" if config.lora_r else "model")
     lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
     if example:

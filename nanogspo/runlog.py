@@ -107,6 +107,23 @@ class RunLog:
         )
         return row
 
+    def held_out(self, *, step: int, phase: str, loss: float, accuracy: float, count: int) -> None:
+        """Loss and token accuracy on `count` rows that are never trained on."""
+        row = {"step": step, "phase": phase, "eval_loss": loss, "eval_token_accuracy": accuracy, "eval_count": count}
+        self._note(row)
+        self.say(
+            f"eval {step:>{max(4, len(str(self.steps)))}} | {phase:<7} | loss {loss:7.4f} | accuracy {accuracy:5.3f}"
+            f" | {count} held-out rows"
+        )
+
+    def answers(self, step: int, rows: list[dict]) -> None:
+        """Answers to held-out prompts: whole into samples.jsonl, and to the console what fits on a line each."""
+        self.samples({"step": step, **row} for row in rows)
+        for row in rows:
+            for key in ("prompt", "answer", "reference"):
+                text = row[key] if len(row[key]) <= 200 else f"{row[key][:60]} ... {row[key][-130:]}"
+                self.say(f"{key:>9}  {text!r}")
+
     def changed(self, step: int, what: list[str]) -> None:
         """The run goes on from update `step` with other inputs than before, accepted by who resumed it."""
         if not self.has(step=step, accepted_changes=what):
@@ -277,11 +294,13 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
     rows = read_rows(Path(folder, "metrics.jsonl"))
     policy = [row for row in rows if row.get("algo") in ("gspo", "grpo")]
     sft = [row for row in rows if row.get("algo") == "sft"]
+    held_out = [row for row in rows if "eval_loss" in row]
     panels = [
         (_draw_exact, [row for row in rows if "eval_exact" in row]),
         (_draw_reward, policy),
         (_draw_ratio, policy),
-        (_draw_sft_loss, sft),
+        (_draw_sft_loss, sft + held_out),
+        (_draw_sft_accuracy, held_out and sft + held_out),
         (_draw_entropy, policy),
         (_draw_length, policy),
     ]
@@ -392,11 +411,25 @@ def _draw_reward(axes, rows: list[dict]) -> None:
 
 
 def _draw_sft_loss(axes, rows: list[dict]) -> None:
-    _titled(axes, "SFT loss, nats per token", rows, "loss")
-    phases = _by_phase(rows)
+    _titled(axes, "SFT loss, nats per token", [row for row in rows if "eval_loss" not in row], "loss")
+    _draw_sft(axes, rows, "loss", math.inf)
+
+
+def _draw_sft_accuracy(axes, rows: list[dict]) -> None:
+    _titled(axes, "SFT token accuracy", [row for row in rows if "eval_loss" not in row], "token_accuracy")
+    _draw_sft(axes, rows, "token_accuracy", 1.0)
+
+
+def _draw_sft(axes, rows: list[dict], key: str, most: float) -> None:
+    """Training rows phase by phase, over them the held-out rows."""
+    phases = _by_phase([row for row in rows if "eval_loss" not in row])
     for phase, group in phases.items():
-        _smooth(axes, *_series(group, "loss"), PHASE_COLOURS.get(phase, BLUE), label=phase)
-    if len(phases) > 1:
+        label = phase if len(phases) > 1 else "training"
+        _smooth(axes, *_series(group, key), PHASE_COLOURS.get(phase, BLUE), label, possible=(0.0, most))
+    held_out = [row for row in rows if "eval_loss" in row]
+    if held_out:
+        axes.plot(*_series(held_out, f"eval_{key}"), "o-", color=ORANGE, markersize=5, linewidth=1.5, label="held out")
+    if held_out or len(phases) > 1:
         axes.legend(frameon=False, fontsize=9)
 
 

@@ -325,6 +325,18 @@ def test_resume_reads_the_runs_own_config_and_flags_win(tmp_path):
         train("--resume", str(tmp_path), "--config", str(ROOT / "configs" / "tiny.yaml"))
 
 
+def test_a_resumed_run_keeps_its_held_out_rows(tmp_path):
+    """Other ones might have been trained on. Of a task, problems to evaluate on are never trained on anyway."""
+    for data in ("", "rows.jsonl"):
+        record = TrainConfig(model="x", algo="sft", data=data, task="jsonl" if data else "addition", eval_size=20)
+        (tmp_path / "config.yaml").write_text(dump(record))
+        if data:
+            with pytest.raises(ValueError, match=r"another --eval-size \(was 20\): rows that were trained on"):
+                train("--resume", str(tmp_path), "--eval-size", "10", "--accept-changes")
+        else:
+            assert train("--resume", str(tmp_path), "--eval-size", "10")[0].eval_size == 10
+
+
 # ----------------------------------------------------------------------------
 # resolve and check
 
@@ -363,6 +375,8 @@ REFUSALS = [
     ({"algo": "sft", "lora_dropout": -0.1}, "--lora-dropout -0.1"),
     ({"resume": "a", "out": "b"}, "--out b with --resume a"),
     ({"task": "jsonl"}, "--task jsonl without --data"),
+    ({"epochs": 2.0, "algo": "sft"}, "--epochs 2 without --data: a task's problems do not end; want --steps"),
+    ({"epochs": 2.0, "steps": 3, "data": "f", "task": "jsonl", "algo": "sft"}, "--epochs 2 and --steps 3, want one"),
     ({"data": "f.jsonl", "task": "addition"}, "--data with --task addition, want --task jsonl"),
     ({"data": "f.jsonl", "task": "jsonl"}, "--data with --algo gspo: a JSONL file holds answers, not rewards"),
     ({"adapter": "a", "lora_r": 0}, "--adapter with --lora-r 0"),
@@ -464,6 +478,7 @@ def test_what_only_rl_cannot_do_is_allowed_in_sft():
     }
     check(TrainConfig(**sft))
     check(TrainConfig(algo="sft", task="jsonl", data="f.jsonl"))
+    check(TrainConfig(algo="sft", task="jsonl", data="f.jsonl", epochs=0.5))
     check(TrainConfig(lora_r=0, lora_alpha=0.0))
 
 

@@ -443,6 +443,33 @@ def test_the_ratio_panel_shows_quantiles():
     assert {y for _, y in line} == {0.0} and {y for _, y in band} == {GSPO["ratio_min"] - 1, GSPO["ratio_max"] - 1}
 
 
+def test_held_out_loss_and_accuracy_are_drawn_over_the_training_rows(tmp_path):
+    held = [{"step": n, "phase": "sft", "eval_loss": 2.0 - n, "eval_token_accuracy": n / 2} for n in (0, 1)]
+    rows = [*sft_rows([1, 2]), *held]
+    for draw, key in ((runlog._draw_sft_loss, "loss"), (runlog._draw_sft_accuracy, "token_accuracy")):
+        lines, _ = panel(draw, rows)
+        assert lines == [[[n, SFT[key]] for n in (1, 2)], [[0, held[0][f"eval_{key}"]], [1, held[1][f"eval_{key}"]]]]
+    write_rows(tmp_path, rows)
+    height, width, _ = imread(draw_curves(tmp_path)).shape
+    assert width > 2 * height  # two panels, where SFT rows alone make one
+
+
+def test_held_out_rows_and_answers(tmp_path, capsys):
+    answer = {"prompt": "a" * 150 + "\n" + "b" * 150, "answer": "c", "reward": None, "reference": "d"}
+    with RunLog(tmp_path, steps=1) as log:
+        log.held_out(step=7, phase="sft", loss=1.25, accuracy=0.5, count=20)
+        log.answers(7, [answer])
+    assert capsys.readouterr().out.splitlines() == [
+        "eval    7 | sft     | loss  1.2500 | accuracy 0.500 | 20 held-out rows",
+        f"   prompt  '{'a' * 60} ... {'b' * 130}'",
+        "   answer  'c'",
+        "reference  'd'",
+    ]
+    row = {"step": 7, "phase": "sft", "eval_loss": 1.25, "eval_token_accuracy": 0.5, "eval_count": 20}
+    assert read_rows(tmp_path / "metrics.jsonl") == [row]
+    assert read_rows(tmp_path / "samples.jsonl") == [{"step": 7, **answer}]
+
+
 def test_nothing_to_draw(tmp_path):
     assert draw_curves(tmp_path) is None
     with RunLog(tmp_path, steps=1, quiet=True) as log:

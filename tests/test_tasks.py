@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanogspo.config import TrainConfig
+from nanogspo.evaluation import hold_out, split
 from nanogspo.tasks import Problem, get_task, is_held_out, shuffled
 from nanogspo.tasks.addition import Addition, last_number
-from nanogspo.tasks.jsonl import load_jsonl
+from nanogspo.tasks.jsonl import Example, load_jsonl
 from nanogspo.tasks.reverse import Reverse, longest_common_subsequence
 from nanogspo.tokenizer import Tokenizer, character_tokenizer
 
@@ -506,6 +508,75 @@ def test_a_rewritten_conversation_gives_several_examples(write):
     assert [learned(REWRITING, example) for example in examples] == ["a<eos>"] and too_long == [1]
     examples, too_long = load_jsonl(path, REWRITING, max_length=1000)
     assert [e.line for e in examples] == [1, 1, 1] and too_long == []
+
+
+def pairs(*numbers):
+    return [{"prompt": f"{n}+{n}=", "completion": f"{2 * n}", "id": i} for i, n in enumerate(numbers)]
+
+
+@given(
+    numbers=st.lists(st.integers(0, 12), min_size=2, max_size=30),
+    count=st.integers(0, 6),
+    order=st.randoms(use_true_random=False),
+)
+def test_held_out_rows_are_chosen_by_what_they_say(write, numbers, count, order):
+    """So many different rows, whatever their order, none of them and no copy of one on the training side; all others
+    are. An id does not make another row; nor does another form that reads the same."""
+    count = min(count, len(set(numbers)) - 1)
+    examples, _ = load_jsonl(write(*pairs(*numbers)), CHAT, max_length=100)
+    train, held_out = hold_out(examples, count)
+    said = [{tuple(e.tokens) for e in side} for side in (train, held_out)]
+    assert len(held_out) == len(said[1]) == count and not said[0] & said[1]
+    assert train == [e for e in examples if tuple(e.tokens) not in said[1]]
+    order.shuffle(numbers)
+    messages = [{"messages": turns(row["prompt"], row["completion"])} for row in pairs(*numbers)]
+    again, _ = load_jsonl(write(*pairs(*numbers), *messages), CHAT, max_length=100)
+    train, held_out = hold_out(again, count)
+    if len({e.row for e in again}) == 2 * len(set(numbers)):  # two forms of each, so others may be chosen
+        assert not {tuple(e.tokens) for e in train} & {tuple(e.tokens) for e in held_out}
+    shuffled_alone, _ = load_jsonl(write(*pairs(*numbers)), CHAT, max_length=100)
+    assert {tuple(e.tokens) for e in hold_out(shuffled_alone, count)[1]} == said[1]
+
+
+def test_a_file_that_grows_keeps_its_held_out_rows(write):
+    texts = []
+    for n in (300, 301):
+        examples, _ = load_jsonl(write(*pairs(*range(n))), PLAIN, max_length=100)
+        texts.append({tuple(e.tokens) for e in hold_out(examples, 20)[1]})
+    assert len(texts[0] & texts[1]) >= 19
+
+
+def test_a_conversation_lies_on_one_side(write):
+    """A template that rewrites earlier turns makes several examples of a row."""
+    rows = [{"messages": turns(f"q{n}", "a", "q", f"b{n}")} for n in range(6)]
+    examples, _ = load_jsonl(write(*rows), REWRITING, max_length=1000)
+    assert len(examples) == 12
+    train, held_out = hold_out(examples, 2)
+    assert (len(train), len(held_out)) == (8, 4) and not {e.line for e in train} & {e.line for e in held_out}
+
+
+@pytest.mark.parametrize("rows, size, held", [(199, 200, 0), (200, 200, 20), (2500, 200, 200), (9, 4, 4), (9, 0, 0)])
+def test_how_many_rows_are_held_out(write, capsys, rows, size, held):
+    """With the default a tenth, 200 at most, and none of a short file. Epochs become updates, rounded up."""
+    examples = [Example([1, i], [False, True], i, f"{i:05}") for i in range(rows)]
+    config = TrainConfig(data="f", task="jsonl", algo="sft", eval_size=size, epochs=1.5)
+    got, train, held_out = split(config, examples)
+    assert (len(held_out), len(train), got.eval_size) == (held, rows - held, held)
+    assert (got.steps, got.epochs) == (-(-3 * (rows - held) // (2 * 16)), 0.0)
+    out = capsys.readouterr().out
+    assert (f"{held} rows held out: {rows - held} examples to train on" in out) == (held > 0)
+    assert f"1.5 epochs of {rows - held} examples, 16 an update: {got.steps} updates" in out
+    assert split(got, examples) == (got, train, held_out)  # what is resumed
+
+
+def test_nothing_left_to_train_on_is_refused(write):
+    examples, _ = load_jsonl(write(*pairs(1, 2, 2)), PLAIN, max_length=100)
+    with pytest.raises(ValueError, match="got --eval-size 2 with 2 different rows, want fewer"):
+        hold_out(examples, 2)
+    both = [*pairs(1), {"messages": turns("1+1=", "2")}]
+    examples, _ = load_jsonl(write(*both), CHAT, max_length=100)
+    with pytest.raises(ValueError, match="rows that all give the same tokens"):
+        hold_out(examples, 1)
 
 
 def test_windows_files_are_read(write):

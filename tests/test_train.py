@@ -37,7 +37,7 @@ from nanogspo.config import ROOT, TrainConfig
 from nanogspo.experience import experience, from_state, plan
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
-from nanogspo.packing import Example, score
+from nanogspo.packing import Example, pack, score
 from nanogspo.process import available_memory, hold
 from nanogspo.rollout import generate
 from nanogspo.runlog import RunLog, read_rows
@@ -774,6 +774,56 @@ def test_sft_from_a_file_then_rl_from_its_adapter(tmp_path, base):
     [first] = [row for row in read_rows(tmp_path / "rl" / "samples.jsonl")][:1]
     asked = get_task("addition", 2).train_problem(0, 0).messages[0]["content"]  # as rendered, with its marks
     assert first["prompt"] == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_rows_held_out_are_measured_and_answered_and_never_trained_on(tmp_path, base):
+    """Epochs of the other rows; loss and accuracy before, on the way and after; a few answers at the end. Stopped and
+    resumed it is the same run, and resumed once more nothing is written twice."""
+    rows = [{"messages": [{"role": "user", "content": f"{i}+{i}"}, {"role": "assistant", "content": f"{2 * i}"}]}
+            for i in (*range(14), 3, 5)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model", base, *CHECKPOINT, *"--lora-r 4 --lr 1e-2 --lora-dropout 0.1 --algo sft".split()]
+    flags += [
+        "--task",
+        "jsonl",
+        "--data",
+        tmp_path / "rows.jsonl",
+        *"--epochs 2 --eval-size 5 --eval-every 2 --batch-size 4".split(),
+    ]
+    trained = set()
+
+    def spy(examples, **options):
+        trained.update(tuple(e.tokens) for e in examples)
+        return pack(examples, **options)
+
+    with patch("nanogspo.packing.pack", spy):
+        done = train(tmp_path / "whole", *flags)
+    [count] = re.findall(r"5 rows held out.*: (\d+) examples to train on", done.out)
+    updates = steps_of(tmp_path / "whole")
+    assert len(updates) == -(-2 * int(count) // 4) and f"4 an update: {len(updates)} updates" in done.out
+    assert len(trained) == 9 and int(count) >= 9  # 14 different rows; of the others a repeated one is trained on twice
+    evals = [row for row in read_rows(tmp_path / "whole" / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["step"] for row in evals] == sorted({*range(0, len(updates), 2), len(updates)})
+    assert len({row["eval_loss"] for row in evals}) == len(evals) and all(row["eval_count"] == 5 for row in evals)
+    assert all(0 <= row["eval_token_accuracy"] <= 1 for row in evals)
+    assert f"eval    0 | start   | loss {evals[0]['eval_loss']:7.4f} | accuracy" in done.out
+    assert f"  after SFT  {evals[-1]['eval_loss']:7.4f}   {evals[-1]['eval_token_accuracy']:.3f}" in done.out
+    answers = read_rows(tmp_path / "whole" / "samples.jsonl")
+    assert len(answers) == 3 and all(row["step"] == len(updates) and row["reward"] is None for row in answers)
+    tokenizer = load_tokenizer(base)
+    texts = {tokenizer.decode(list(tokens), skip_special_tokens=False) for tokens in trained}
+    for row in answers:
+        assert not any(text.startswith(row["prompt"]) for text in texts)
+        assert f"answer  {row['answer']!r}" in done.out and f"reference  {row['reference']!r}" in done.out
+    with interrupted_at(2):
+        train(tmp_path / "run", *flags)
+    assert not read_rows(tmp_path / "run" / "samples.jsonl")
+    for _ in range(2):
+        resume(tmp_path / "run")
+        assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+        assert steps_of(tmp_path / "run") == updates and read_rows(tmp_path / "run" / "samples.jsonl") == answers
+        assert [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row] == evals
+    assert "want the run's own" in refusal("--resume", tmp_path / "run", "--eval-size", 4)
 
 
 # ----------------------------------------------------------------------------

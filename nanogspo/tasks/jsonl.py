@@ -25,9 +25,11 @@ line number, so that the caller can say how many.
 Reading order: load_jsonl, _encode, one reader per form.       Tests: tests/test_tasks.py
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogspo import packing
@@ -42,6 +44,7 @@ FIELDS = {  # a programming problem: field -> its heading in the user turn, in t
     "input_format": "Input format",
     "output_format": "Output format",
 }
+SAID = ("messages", "prompt", "completion", "solution", *FIELDS)  # an id beside them makes no other row
 TEMPLATE_KEYS = ("tools", "system", "chat_template_kwargs")
 # Names that TRL, axolotl, ms-swift or OpenAI train by, of a row and of a message. A weight of 1 is neutral.
 FOREIGN = {
@@ -82,6 +85,7 @@ class Example(packing.Example):
     """A sequence to train on, and the line of the file it came from, counted from 1."""
 
     line: int
+    row: str = field(default="", compare=False)  # a hash of what the row says, wherever it is in the file
 
 
 def load_jsonl(
@@ -119,7 +123,8 @@ def load_jsonl(
             raise ValueError(f"{path}:{line}: {error}") from error
         if not all(any(mask[1:]) for _, mask in sequences):
             raise ValueError(f"{path}:{line}: got no token to learn, want an answer; the chat template left it out")
-        fitting = [Example(tokens, mask, line) for tokens, mask in sequences if len(tokens) <= max_length]
+        said = hashlib.sha256(json.dumps({k: row[k] for k in SAID if k in row}, sort_keys=True).encode()).hexdigest()
+        fitting = [Example(tokens, mask, line, said) for tokens, mask in sequences if len(tokens) <= max_length]
         examples += fitting
         if len(fitting) < len(sequences):
             too_long.append(line)
@@ -160,7 +165,7 @@ def _encode(row: dict, tokenizer: Tokenizer, template_kwargs: dict, notes: Count
         messages, learn = [*messages, {"role": "assistant", "content": completion}], [len(messages)]
     else:
         raise ValueError(f"got a row with {', '.join(map(repr, row)) or 'no keys'}, want {FORMS}; rename the keys")
-    notes.update(f"{key!r} is not used" for key in row.keys() - used)
+    notes.update(f"{key!r} is not used" for key in row if key not in used)
     if not tokenizer.has_chat_template:
         return _encode_text(row, messages, tokenizer)
     return _encode_chat(row, messages, learn, tokenizer, template_kwargs, notes)

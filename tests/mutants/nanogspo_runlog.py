@@ -36,6 +36,7 @@ MUTANTS = {
             "a comb that touches 1 at every fourth update",
         ),
         ("new: row.get(new, row.get(old))", "new: row.get(old)", "minimum and maximum drawn as quantiles"),
+        ('_series(held_out, f"eval_{key}")', '_series(held_out, "eval_loss")', "a loss drawn as an accuracy"),
         ("    file.flush()", "    pass", "a killed run loses its last rows"),
         (
             'row.get("step", 0) <= step]',

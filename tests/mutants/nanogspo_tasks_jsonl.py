@@ -45,7 +45,7 @@ MUTANTS = {
         ("and not tokenizer.spells(key):", "and False:", "tools that the template does not read are ignored"),
         ('_refuse_foreign(row, "the row")', "None", "images of a row are ignored"),
         (
-            'notes.update(f"{key!r} is not used" for key in row.keys() - used)',
+            'notes.update(f"{key!r} is not used" for key in row if key not in used)',
             "None",
             "a misspelt key is ignored in silence",
         ),

@@ -9,7 +9,6 @@ MUTANTS = {
             "entropy = entropy.mean()",
             "an entropy that depends on how answers fall into micro-batches",
         ),
-        ("planner.cache_slots(config, longest)", "10**9", "an exam of 500 rows at a time"),
         (
             "if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):",
             "if not any(a.finished for a in answers):",
@@ -27,7 +26,12 @@ MUTANTS = {
             "seq_logp.detach() - old_seq_logp",
             "quantiles of ratios that are not per token",
         ),
-        (" and not log.has(step=progress.step, phase=name, eval_count=config.eval_size)", "", "an exam counts twice"),
+        (
+            "if log.has(step=progress.step, phase=name, eval_count=config.eval_size):",
+            "if False:",
+            "an exam counts twice",
+        ),
+        ("            if last:\n", "            if name:\n", "answers to held-out rows at every evaluation"),
         ("dump(record)", "dump(config)", "what was accepted once is accepted for ever"),
         ("        save_state()  # from now on", "        # from now on", "what was accepted is asked again"),
         (

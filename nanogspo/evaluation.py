@@ -1,0 +1,121 @@
+"""What is measured on problems and rows that are never trained on: right answers, and the loss on given ones.
+
+    count_exact      a task's problems, answered greedily
+    hold_out         which rows of a file are never trained on
+    held_out_loss    these, as SFT scores them: loss and token accuracy
+    sample_answers   a few of these rows answered, for people to read beside what was asked for
+
+Tests: tests/test_evaluation.py, tests/test_tasks.py (hold_out), tests/test_train.py
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from nanogspo import planner
+from nanogspo.chat import Chat
+from nanogspo.config import TrainConfig
+from nanogspo.model import Transformer
+from nanogspo.packing import pack, score
+from nanogspo.rollout import generate
+from nanogspo.tasks import Problem
+from nanogspo.tasks.jsonl import Example
+
+
+def count_exact(
+    model: Transformer, chat: Chat, task, problems: list[Problem], config: TrainConfig, on_step=None
+) -> int:
+    """How many problems are answered exactly right, greedily."""
+    prompts = [chat.prompt(p) for p in problems]
+    longest = max(map(len, prompts))
+    # no more memory than a rollout: there a group shares its prompt, here every row has its own
+    slots = planner.cache_slots(config, longest)
+    answers = generate(
+        model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=0.0,
+        eos_ids=chat.tokenizer.eos_ids,
+        max_rows=max(1, slots // (longest + config.max_new_tokens - 1)),
+        on_step=on_step,
+    )
+    return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
+
+
+def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """(training examples, held-out examples): `count` different rows are held out, those with the smallest hashes.
+
+    So neither the order of the file nor a seed decides, and a file that grows keeps nearly all of them. What repeats a
+    held-out row, in whatever form it is written, is on neither side: it would be an exam known by heart. TrainConfig's
+    own eval_size stands for a tenth of the rows, at most that many, and none of a short file.
+    """
+    rows = {}  # hash -> line
+    for example in examples:
+        rows.setdefault(example.row, example.line)
+    if count == TrainConfig.eval_size:
+        count = min(count, len(rows) // 10) if len(rows) >= SHORT else 0
+    if count >= len(rows):
+        raise ValueError(f"got --eval-size {count} with {len(rows)} different rows, want fewer: training needs some")
+    chosen = set(sorted(rows)[:count])
+    held_out = [e for e in examples if e.row in chosen and e.line == rows[e.row]]
+    known = {tuple(e.tokens) for e in held_out}
+    train = [e for e in examples if tuple(e.tokens) not in known]
+    if not train:
+        raise ValueError(f"got --eval-size {count} with rows that all give the same tokens as these; want fewer")
+    return train, held_out
+
+
+SHORT = 200  # rows: a tenth of fewer measures little, and a short file needs them all
+
+
+def split(config: TrainConfig, examples: list[Example]) -> tuple[TrainConfig, list[Example], list[Example]]:
+    """hold_out, and the configuration with what only the file decides: eval_size, and steps where there are epochs."""
+    train, held_out = hold_out(examples, config.eval_size)
+    count = len({example.line for example in held_out})
+    if count:
+        repeats = len(examples) - len(train) - len(held_out)
+        note = f" and {repeats} examples left out that repeat them" if repeats else ""
+        print(f"{count} rows held out{note}: {len(train)} examples to train on")
+    config = dataclasses.replace(config, eval_size=count)
+    if config.epochs:
+        steps = math.ceil(round(config.epochs * len(train) / config.batch_size, 6))
+        print(f"{config.epochs:g} epochs of {len(train)} examples, {config.batch_size} an update: {steps} updates")
+        config = dataclasses.replace(config, steps=steps, epochs=0.0)
+    return config, train, held_out
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, examples: list[Example], config: TrainConfig) -> tuple[float, float]:
+    """(mean negative log-prob, share of first choices) over all scored tokens, without LoRA dropout."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)  # tokens, log-probs, right ones
+    for batch in pack(examples, max_tokens=config.micro_batch_tokens):
+        logp, _, right = score(model, batch.to(config.device))  # (S,), (S,)
+        sums += torch.tensor([len(logp), logp.double().sum().item(), right.sum().item()], dtype=torch.float64)
+    model.train(was_training)
+    tokens, logp, right = sums.tolist()
+    return -logp / tokens, right / tokens
+
+
+def sample_answers(
+    model: Transformer, chat: Chat, examples: list[Example], config: TrainConfig, count: int = 3
+) -> list[dict]:
+    """Greedy answers to the first prompts that leave room for one: rows of samples.jsonl, with the row's own answer as
+    "reference" and no reward. Of a conversation the first scored turn is asked for."""
+    room = model.config.max_positions - config.max_new_tokens
+    asked = [(e, start) for e in examples if (start := e.loss_mask.index(True, 1)) <= room][:count]
+    prompts, text = [e.tokens[:start] for e, start in asked], chat.tokenizer.decode
+    if not prompts:
+        return []
+    answers = generate(
+        model, prompts, max_new_tokens=config.max_new_tokens, temperature=0.0, eos_ids=chat.tokenizer.eos_ids
+    )
+    rows = []
+    for (e, start), prompt, answer in zip(asked, prompts, answers, strict=True):
+        end = next((t for t in range(start, len(e.tokens)) if not e.loss_mask[t]), len(e.tokens))
+        row = {"prompt": text(prompt, skip_special_tokens=False), "answer": chat.text(answer.tokens), "reward": None}
+        row |= {"reference": text(e.tokens[start:end]), "truncated": not answer.finished, "length": len(answer.tokens)}
+        rows.append(row)
+    return rows

@@ -1,0 +1,27 @@
+"""Wrong edits of nanogspo/evaluation.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/evaluation.py"
+MUTANTS = {
+    "tests/test_evaluation.py": [
+        ("    model.eval()\n", "", "a held-out loss with dropout"),
+        ("    model.train(was_training)\n", "", "training goes on without dropout"),
+        (
+            "-logp / tokens, right / tokens",
+            "-logp / len(examples), right / tokens",
+            "a loss per row, beside training's per token",
+        ),
+        ("<= room]", "< 10**9]", "an evaluation that ends the run: no room for an answer"),
+        ("if not e.loss_mask[t]), len", "if e.loss_mask[t]), len", "a reference cut to nothing"),
+    ],
+    "tests/test_tasks.py": [
+        ("if tuple(e.tokens) not in known]", "if e.row not in chosen]", "a held-out row trained on in another form"),
+        ("sorted(rows)[:count]", "list(rows)[:count]", "held out by the order of the file"),
+        ("and e.line == rows[e.row]]", "]", "a repeated row measured twice"),
+        ("len(rows) // 10) if", "len(rows)) if", "a file of 250 rows with 50 to train on"),
+        ("math.ceil(round(config.epochs", "math.floor(round(config.epochs", "the last rows of the last epoch left out"),
+    ],
+    "tests/test_train.py": [
+        ("planner.cache_slots(config, longest)", "10**9", "an exam of 500 rows at a time"),
+    ],
+}
