@@ -1058,6 +1058,7 @@ def test_a_saved_state_is_promised_only_where_there_is_one(tmp_path, monkeypatch
 
     intact = f"; the last saved state is intact (--resume {tmp_path / 'one'})\n"
     assert refused(4, "--out", tmp_path / "one", *flags) == intact
+    assert refused(1, "--out", tmp_path / "none", *flags) == "\n"
     assert refused(2, "--out", tmp_path / "two", *flags) == "\n"  # --resume does not read state/warm.safetensors
     assert refused(3, "--resume", tmp_path / "one") == intact
 
