@@ -83,3 +83,24 @@ def exact_bf16() -> None:
     builder.create_dot, builder.cast_impl, builder.binary_op = create_dot, cast_impl, binary_op
     builder.create_fp_trunc = builder.create_fp_ext = lambda self, x, to: self.cast_impl(x, to)
     builder.bf16_is_exact = True
+    _keep_patches(interpreter, tl)
+
+
+def _keep_patches(interpreter, tl) -> None:
+    """Triton exchanges the functions of triton.language at every launch and every call of a @triton.jit function, and
+    puts them back after it: a third of the time of a small kernel. Here they stay, because nothing compiles kernels in
+    a process that interprets them."""
+    patch, patched = interpreter._patch_lang, set()
+
+    class Kept:
+        def restore(self) -> None:
+            pass
+
+    def patch_once(fn):
+        languages = frozenset(id(x) for x in fn.__globals__.values() if x is tl or x is tl.core)
+        if languages not in patched:
+            patch(fn)
+            patched.add(languages)
+        return Kept()
+
+    interpreter._patch_lang = patch_once

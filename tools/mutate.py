@@ -116,7 +116,7 @@ class Keys:
     """Mutant -> key, for one tree. Files are read once."""
 
     def __init__(self, tree: Path):
-        self.tree, self.texts = tree, {}
+        self.tree, self.texts, self.imports = tree, {}, {}
         judges = "".join(map(inspect.getsource, (run_pytest, _child, judge, NodeLog)))
         shared = ["conftest.py", *self.imported("conftest.py"), "pytest.ini"]
         shared += ["requirements.txt", "requirements-test.txt"]
@@ -136,6 +136,8 @@ class Keys:
 
     def imported(self, name: str) -> list[str]:
         """Files of tests/ and tools/ that a file imports, and those that they import."""
+        if name in self.imports:
+            return self.imports[name]
         found, waiting = [], [name]
         while waiting:
             for module in sorted(_imported_modules(self.code(waiting.pop()))):
@@ -144,7 +146,8 @@ class Keys:
                     if path not in found and path != name and (self.tree / path).exists():
                         found.append(path)
                         waiting.append(path)
-        return sorted(found)
+        self.imports[name] = sorted(found)
+        return self.imports[name]
 
     def __call__(self, mutant: Mutant) -> str:
         parts = [mutant.file, self.code(mutant.file), mutant.right, mutant.wrong, mutant.test, self.code(mutant.test)]
@@ -234,6 +237,8 @@ def _child(tree: Path, nodes: Path, arguments: tuple[str, ...], cpu: int) -> Non
     os.chdir(tree)
     sys.path[0] = str(tree)  # as python -m pytest would; the tree's own modules are not imported yet
     sys.dont_write_bytecode = True
+    for name in ("code_lines", "ledger"):  # the tree has its own
+        del sys.modules[name]
     options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio"]
     os._exit(pytest.main([*options, *arguments], plugins=[NodeLog(nodes)]))
 
@@ -352,7 +357,7 @@ def main(arguments: list[str]) -> int:
 def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadline: float) -> int:
     keys = Keys(trees[0])
     everything = {keys(mutant): mutant for mutant in all_mutants(root)}
-    wanted = {keys(mutant): mutant for mutant in mutants}
+    wanted = {key: mutant for key, mutant in everything.items() if mutant in mutants}
     folder = root / "tests" / "mutants" / "ledger"
     ledgers = {m.listed: Ledger(folder / f"{m.listed}.jsonl") for m in everything.values()}
     known = [(listed, entry) for listed, held in ledgers.items() for entry in held.entries()]
