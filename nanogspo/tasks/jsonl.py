@@ -218,8 +218,8 @@ def _encode_chat(
         if (tools if key == "tools" else any(message.get(key) for message in messages)) and not tokenizer.spells(key):
             raise ValueError(f"got {key}, which the chat template does not read, want a model trained for them")
     notes.update(f"{key} is set by the row" for key in given if template_kwargs.get(key, given[key]) != given[key])
-    keys = {key for message in messages for key, value in message.items() if value is not None}
-    unread = [key for key in (*keys, *given) if key not in ("role", "content") and not tokenizer.spells(key)]
+    keys = {key: None for message in messages for key, value in message.items() if value is not None}
+    unread = [key for key in keys | given if key not in ("role", "content") and not tokenizer.spells(key)]
     notes.update(f"{key!r} is not read by the chat template" for key in unread)
     variables = template_kwargs | given | ({"tools": tools} if tools else {})
     return conversation_examples(tokenizer, messages, learn, **variables)
