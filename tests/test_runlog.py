@@ -168,6 +168,32 @@ def test_resuming_drops_what_comes_after(tmp_path_factory, steps, resume, half):
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "samples.jsonl"]  # no temporary file
 
 
+def test_a_row_that_is_there_is_found_and_a_change_is_noted_once(tmp_path, capsys):
+    """Whoever is killed after a row, or in the middle of its last byte, does not write it again, or onto its line."""
+    with RunLog(tmp_path, steps=4) as log:
+        log.step({"step": 1, "algo": "sft", "phase": "sft"})
+        log.evaluation(step=1, phase="sft", successes=1, count=2)
+        assert log.has(step=1, phase="sft", eval_count=2) and not log.has(step=1, phase="sft", eval_count=3)
+    file = tmp_path / "metrics.jsonl"
+    rows = read_rows(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    for _ in range(2):
+        with RunLog(tmp_path, steps=4, resume_step=1) as log:
+            assert log.has(step=1, phase="sft", eval_count=2) and not log.has(algo="sft")
+            log.changed(1, ["--lr (1 -> 2)", "data"])
+        assert "goes on with what has changed: --lr (1 -> 2), data" in capsys.readouterr().out
+        assert read_rows(file) == [*rows, {"step": 1, "accepted_changes": ["--lr (1 -> 2)", "data"]}]
+    with RunLog(tmp_path, steps=4, resume_step=0) as log:
+        assert not log.has(step=1)
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", '{"step": "2"}', '{"step": null}'])
+def test_what_is_no_row_of_ours_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1: got broken JSON, want a row"):
+        RunLog(tmp_path, steps=4, resume_step=1)
+
+
 def test_a_new_run_starts_empty(tmp_path):
     for _ in range(2):
         with RunLog(tmp_path / "deep" / "er", steps=1, quiet=True) as log:
