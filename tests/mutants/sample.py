@@ -4,7 +4,7 @@
 FILE = "sample.py"
 MUTANTS = {
     "tests/test_sample.py": [
-        (r're.split(r"\r\n?|\n", text)', 'text.split("\n")', "prompts of a Windows file end in a carriage return"),
+        (r're.split(r"\r\n?|\n", text)', 'text.split("\\n")', "prompts of a Windows file end in a carriage return"),
         (
             "    if config.adapter:  # named wrongly",
             "    if False:  # named wrongly",
