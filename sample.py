@@ -22,9 +22,9 @@ if __name__ == "__main__":  # flags before torch: a wrong one answers at once
 
 from nanogspo import checkpoint  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
+from nanogspo.inputs import read_bytes, text_of  # noqa: E402
 from nanogspo.model import Transformer  # noqa: E402
 from nanogspo.rollout import decode, generate  # noqa: E402
-from nanogspo.textfile import read_bytes, text_of  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 

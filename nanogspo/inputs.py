@@ -1,7 +1,8 @@
 """Values out of files that others wrote: read by type and range, and shown in one line when they do not fit.
 
 Every reader of a JSON file goes through `read_json` and `need`, so that a wrong type, a nan, a number of 300 digits or
-a thousand nested lists is one ValueError with the file's name in it, before anything is allocated.
+a thousand nested lists is one ValueError with the file's name in it, before anything is allocated. `text_of` and
+`json_of` are for text that people write: prompts, templates, one row of a JSONL file.
 
 Tests: tests/test_inputs.py
 """
@@ -53,11 +54,51 @@ def need(values: dict, key: str, kind: type, *, where: str, low=-1e300, high=1e3
     raise ValueError(f"got {key}={shown(value)}, want {wanted} in {where}")
 
 
+def kind(value: Any) -> str:
+    """What JSON calls the type of a Python value."""
+    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    return "null" if value is None else names[type(value)]
+
+
+def read_bytes(path: str | os.PathLike, want: str) -> bytes:
+    """A whole file; `want` says what should be there, for the error, which names the path."""
+    try:
+        return pathlib.Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ValueError(f"{path}: got {reason}, want {want}; check the path") from error
+
+
+def text_of(data: bytes) -> str:
+    """UTF-8 without the byte mark that Windows editors put in front. The caller says which file, or line of one."""
+    try:
+        return data.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:  # start counts from after the mark
+        start, data = error.start, error.object
+        line, column = data.count(b"\n", 0, start) + 1, start - data.rfind(b"\n", 0, start)
+        where = (f"line {line}, " if line > 1 else "") + f"column {column}"
+        raise ValueError(f"got byte 0x{data[start]:02x} at {where}, want UTF-8; save the file as UTF-8") from error
+
+
+def json_of(data: bytes, want: str) -> Any:
+    """The JSON value in data; `want` ends the error: what should be there and what to do."""
+    text = text_of(data)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = (f"line {error.lineno}, " if error.lineno > 1 else "") + f"column {error.colno}"
+        raise ValueError(f"got broken JSON ({error.msg}, {where}), want {want}") from error
+    except RecursionError as error:
+        raise ValueError(f"got JSON nested a thousand deep, want {want}") from error
+    except ValueError as error:  # Python refuses to read more than 4,300
+        raise ValueError(f"got a number of thousands of digits, want {want}") from error
+
+
 def parse_json(data: bytes, where: str) -> dict:
     """The object in these bytes of UTF-8, with or without a byte mark."""
     too_deep = f"got JSON nested deeper than {DEEPEST} levels; fetch the file again"
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        value = json.loads(text_of(data))
     except RecursionError:
         raise ValueError(f"{where}: {too_deep}") from None
     except ValueError as e:  # not JSON, not UTF-8, an integer of more than 4,300 digits

@@ -10,7 +10,7 @@ A token is its text, or an object with its text under "content" and flags. Sourc
 
 from tokenizers import AddedToken, Tokenizer
 
-from nanogspo.textfile import kind
+from nanogspo.inputs import kind, need
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -21,12 +21,12 @@ def add_tokens(backend: Tokenizer, config: dict, special_tokens_map: dict, added
 
     Raises ValueError where a value is no token, and for an id in added_tokens_decoder that the backend does not give.
     """
-    decoder = config.get("added_tokens_decoder")
+    decoder = need(config, "added_tokens_decoder", dict, where="tokenizer_config.json", default=None)
     named, extra = named_tokens(config if decoder is not None else config | special_tokens_map)
     present = backend.get_added_tokens_decoder().values()
     known = {token.content for token in present}
     if decoder is not None:
-        listed = {_number(key): _token(value, f"id {key}", special=False) for key, value in _object(decoder).items()}
+        listed = {_number(key): _token(value, f"id {key}", special=False) for key, value in decoder.items()}
         same = {repr(token) for token in present}  # a known token with other flags is set anew
         new = [token for _, token in sorted(listed.items()) if repr(token) not in same]
     else:
@@ -64,10 +64,8 @@ def _token(value: object, name: str, special: bool = True) -> AddedToken:
     spec = {"content": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or not isinstance(spec.get("content"), str):
         raise ValueError(f'got {kind(value)} for {name}, want a token: "</s>" or {{"content": "</s>", …}}')
-    flags = {"special": special} | {flag: spec[flag] for flag in FLAGS if flag in spec}
-    for flag, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"got {kind(value)} for {flag} of {name}, want true or false")
+    flags = {flag: need(spec, flag, bool, where=name) for flag in FLAGS if flag in spec}
+    flags.setdefault("special", special)
     return _added(spec["content"], **flags)
 
 
@@ -76,12 +74,6 @@ def _added(text: str, **flags: bool) -> AddedToken:
         return AddedToken(text, **flags)
     except UnicodeEncodeError as error:
         raise ValueError(f"got token {text!r:.80} with half a character, want whole ones") from error
-
-
-def _object(value: object) -> dict:
-    if not isinstance(value, dict):
-        raise ValueError(f"got {kind(value)} for added_tokens_decoder, want an object of ids and tokens")
-    return value
 
 
 def _number(value: object) -> int:

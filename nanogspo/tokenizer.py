@@ -26,9 +26,9 @@ from pathlib import Path
 import tokenizers
 
 from nanogspo import templates
+from nanogspo.inputs import kind, need, parse_json, text_of
 from nanogspo.special_tokens import add_tokens, named_tokens
 from nanogspo.templates import one_line
-from nanogspo.textfile import json_of, kind, text_of
 
 # All that `save` writes. merges.txt and tokenizer.model are not read but kept for other programs.
 TOKENIZER_FILES = (
@@ -111,8 +111,9 @@ class Tokenizer:
         self.templates = self._read_templates(config)
 
         # Multimodal configs keep the language model's ids deeper: text_config (Gemma 3), thinker_config (Qwen-Omni).
-        thinker = _part(model, "thinker_config")
-        models = [model, _part(model, "text_config"), thinker, _part(thinker, "text_config")]
+        part = functools.partial(need, kind=dict, where="config.json", default={})
+        thinker = part(model, "thinker_config")
+        models = [model, part(model, "text_config"), thinker, part(thinker, "text_config")]
         eos = self.special_tokens.get("eos_token", "")
         sources = "\n".join(self.templates.values()).replace("eos_token", eos)  # {{ eos_token }} prints it as well
         printed = [end for end in (*TURN_ENDS, eos) if end in sources]
@@ -283,21 +284,17 @@ class Tokenizer:
                 raise ValueError(f"{error} in chat_template.jinja") from error
         found = config.get("chat_template") or self._json("chat_template.json").get("chat_template") or {}
         found = {"default": found} if isinstance(found, str) else found
-        if isinstance(found, list):  # [{"name": "default", "template": "…"}, {"name": "tool_use", "template": "…"}]
-            entries = [_part({"chat_template": entry}, "chat_template") for entry in found]
-            found = {str(entry.get("name")): entry.get("template") for entry in entries}
+        if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):  # default, tool_use, …
+            found = {str(entry.get("name")): entry.get("template") for entry in found}
         if not isinstance(found, dict) or not all(isinstance(template, str) for template in found.values()):
             raise ValueError("got a chat_template that is no text, want a template, or a list of named ones")
         return found
 
     def _json(self, name: str) -> dict:
         try:
-            value = json_of(self.files.get(name, b"{}"), "a whole one")
-            if not isinstance(value, dict):
-                raise ValueError(f"got a {kind(value)}")
+            return parse_json(self.files.get(name, b"{}"), name)
         except ValueError as error:
             raise ValueError(f"got {name} that is not a JSON object ({one_line(error)}), want one") from error
-        return value
 
 
 def conversation_examples(
@@ -366,14 +363,6 @@ def character_tokenizer(characters: str) -> Tokenizer:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<eos>"}
     files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
     return Tokenizer({name: text.encode() for name, text in files.items()}, "the character tokenizer")
-
-
-def _part(parent: dict, key: str) -> dict:
-    """The object under key; {} for null or nothing."""
-    value = parent.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"got {kind(value)} for {key}, want an object")
-    return value or {}
 
 
 def _ids(parts: list[dict], key: str) -> list[int]:

@@ -4,11 +4,12 @@
 """
 
 import copy
+import re
 from collections.abc import Iterator
 
 import pytest
 
-from nanogspo.inputs import DEEPEST, need, parse_json, read_json, shown, some
+from nanogspo.inputs import DEEPEST, json_of, kind, need, parse_json, read_bytes, read_json, shown, some, text_of
 
 DEEP: list = []
 for _ in range(900):  # json reads it, and nobody after it could copy or print it
@@ -89,7 +90,7 @@ def test_json_is_an_object_of_bounded_depth(tmp_path):
         (whole(100_000), "w: got JSON nested deeper than 50 levels"),
         (b'{"a": %s}' % (b"1" * 5000), "w: broken JSON .*4300 digits"),
         (b"[1]", "w: got JSON that is no object"),
-        (b"\xff", "w: broken JSON .*utf-8"),
+        (b"\xff", "w: broken JSON .*UTF-8"),
         (b'{"a"', "w: broken JSON"),
     ]:
         with pytest.raises(ValueError, match=says):
@@ -98,3 +99,46 @@ def test_json_is_an_object_of_bounded_depth(tmp_path):
         read_json(tmp_path / "gone")
     with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read .*directory"):
         read_json(tmp_path)
+
+
+# ---- text and JSON of people
+
+MARK = b"\xef\xbb\xbf"
+
+
+def test_reads_text_and_json_with_and_without_a_mark():
+    for mark in (b"", MARK):
+        assert text_of(mark + "é\r\n".encode()) == "é\r\n"
+        assert json_of(mark + b'{"a": [1, null]}', "an object") == {"a": [1, None]}
+    assert text_of(b"a" + MARK) == "a\ufeff"  # in the middle it is a character
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"ab\xff", "got byte 0xff at column 3, want UTF-8; save the file as UTF-8"),
+        (MARK + b"a\nb\nc\xc3(", "got byte 0xc3 at line 3, column 2, want UTF-8; save the file as UTF-8"),
+        (b'{"a": ', r"got broken JSON \(Expecting value, column 7\), want an object"),
+        (b'{"a":\n\n1 2}', r"got broken JSON \(.*, line 3, column 3\), want an object"),
+        (b"[" * 100_000, "got JSON nested a thousand deep, want an object"),
+        (b"1" * 5000, r"got a number of thousands of digits, want an object"),
+        (b"", r"got broken JSON \(Expecting value, column 1\), want an object"),
+    ],
+)
+def test_says_what_is_wrong_in_one_line(data, message):
+    with pytest.raises(ValueError) as error:
+        json_of(data, "an object")
+    assert re.fullmatch(message, str(error.value))
+
+
+def test_says_what_is_no_file(tmp_path):
+    cases = [(tmp_path / "nowhere", "no such file or directory"), (tmp_path, "is a directory")]
+    for path, reason in [*cases, ("a\0b", "embedded null byte")]:
+        with pytest.raises(ValueError) as error:
+            read_bytes(path, "a YAML file")
+        assert str(error.value) == f"{path}: got {reason}, want a YAML file; check the path"
+
+
+def test_kinds_are_those_of_json():
+    values = [None, True, 1, 1.5, "", [], {}]
+    assert [kind(value) for value in values] == ["null", "boolean", "number", "number", "string", "list", "object"]

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogspo import packing
-from nanogspo.textfile import json_of, kind, read_bytes
+from nanogspo.inputs import json_of, kind, read_bytes
 from nanogspo.tokenizer import Tokenizer, conversation_examples
 
 ROLES = ("system", "user", "assistant", "tool")

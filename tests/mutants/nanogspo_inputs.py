@@ -13,6 +13,12 @@ MUTANTS = {
         ("    if level:  # json", "    if False:  # json", "whoever copies a deep file runs out of stack"),
         ("    except RecursionError:", "    except MemoryError:", "a thousand brackets end in a traceback"),
         ("sep.join(names[:most]) + rest", "sep.join(names) + rest", "a message of 30,000 characters"),
-        ('decode("utf-8-sig")', "decode()", "a byte mark is broken JSON"),
+        ('.removeprefix(b"\\xef\\xbb\\xbf")', "", "a byte mark is broken JSON"),
+        ("start) + 1, start", "start), start", "broken bytes are said to be one line higher"),
+        (
+            "    except RecursionError as error:",
+            "    except KeyError as error:",
+            "a row of brackets ends in a traceback",
+        ),
     ],
 }

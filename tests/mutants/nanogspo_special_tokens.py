@@ -35,7 +35,7 @@ MUTANTS = {
             "    except KeyError as error:",
             "half a character in a token is Rust's own error",
         ),
-        ("        if not isinstance(value, bool):", "        if False:", "a flag that is no boolean is a traceback"),
+        ("need(spec, flag, bool, where=name)", "spec[flag]", "a flag that is no boolean is a traceback"),
         ("if backend.token_to_id(token.content) != number:", "if False:", "files of two models are taken for one"),
     ],
 }
