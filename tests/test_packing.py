@@ -166,6 +166,8 @@ def test_a_group_costs_its_prompt_once():
     for n in (SHARE_FROM, SHARE_FROM + 1):  # tokens of the prompt, of which the last is not shared
         [batch] = pack([Example.answered(prompt[:n], [a]) for a in (1, 2, 3)], max_tokens=10**6)
         assert batch.segments.parents == ((-1, 0, 0, 0) if n > SHARE_FROM else (-1, -1, -1))
+    late = [Example.answered([*prompt, n, 0], [1]) for n in (5, 6)]  # the same for longer than sharing needs, then not
+    assert [b.segments.parents for b in pack(late, max_tokens=10**6)] == [(-1, -1)]
 
 
 @pytest.mark.parametrize(

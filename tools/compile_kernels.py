@@ -21,7 +21,7 @@ A ledger remembers what each launch compiled to: tests/compiled/, one file for e
 line. Its key is the hash of the kernel (its source without comments, the @triton.jit functions and the constants it
 mentions, however deep), the launch, the target and Triton's version. All cases still run and all limits are still
 checked; what is known is not compiled again, but for 5 % drawn by the commit's hash. Read it to see what a kernel
-takes; commit it with a change of one.
+takes; commit it with a change of one. A run of a part shows all rows of that part and writes nothing.
 
 Run: python tools/compile_kernels.py [--case SUBSTRING] [--only SUBSTRING] [--targets sm_90,gfx942]
      python tools/compile_kernels.py --deep       compiles all, and must find what the ledger says; about 4 minutes
@@ -595,9 +595,9 @@ class Ledger:
         found = f"{result.registers} registers, {result.shared} B shared, {result.spills} B spilled"
         return f"tests/compiled says {was.registers}, {was.shared}, {was.spills}; compiled again it takes {found}"
 
-    def write(self, jobs: list[Job], results: list[Result], complete: bool) -> None:
-        """complete: these are all jobs there are, others leave the ledger."""
-        found = {} if complete else self.entries
+    def write(self, jobs: list[Job], results: list[Result]) -> None:
+        """These are all jobs there are: others leave the ledger."""
+        found = {}
         for job, result in zip(jobs, results, strict=True):
             if not result.error:
                 numbers = {"registers": result.registers, "shared": result.shared, "spills": result.spills}
@@ -628,7 +628,7 @@ def gate(
 ) -> list[str]:
     """Record, compile, print a row each; returns what is wrong, one line each. all_cases: none was left out, so that a
     kernel without a launch has no case, and an excuse that nothing needed is none. memory: what need not be compiled,
-    nor shown unless something is wrong."""
+    nor shown unless something is wrong; written when nothing was left out."""
     launches, failures = record(cases)
     kernels = {name: f for module in sources for name, f in kernels_of(module).items() if only in name}
     launches = [launch for launch in launches if only in full_name(launch.kernel)]
@@ -649,8 +649,10 @@ def gate(
     JOBS = sorted(unique.values(), key=lambda job: (job.name, job.label, job.target))
     global KNOWN
     KNOWN = memory.known(JOBS) if memory else {}
-    print(f"{len(launches)} launches, triton {triton.__version__}", flush=True)
-    print(f"{len(JOBS)} kernels, {len(KNOWN)} known, {len(JOBS) - len(KNOWN)} to compile", flush=True)
+    print(f"{len(launches)} launches, {len(JOBS)} kernels to compile, triton {triton.__version__}", flush=True)
+    if memory:
+        print(f"{len(KNOWN)} of them known from tests/compiled", flush=True)
+    complete = all_cases and not only and targets == list(TARGETS)
     context, excused, rows = multiprocessing.get_context("fork"), set(), {}  # fork: a JITFunction cannot be pickled
     results = []
     with ProcessPoolExecutor(2, mp_context=context) as pool:
@@ -661,7 +663,7 @@ def gate(
                 rows.clear()
             row = rows.setdefault((job.name, job.label, str(job.signature)), {"job": job, "notes": [], "excuses": []})
             row[job.target] = result
-            row["fresh"] = row.get("fresh") or job.digest not in KNOWN
+            row["shown"] = row.get("shown") or not complete or job.digest not in KNOWN
             contradiction = memory.contradicts(job, result) if memory else ""
             wrong = faults(job, result) + [contradiction] * bool(contradiction)
             fault, reason = EXCUSED.get((job.name, job.target), ("", ""))
@@ -673,8 +675,8 @@ def gate(
                 failures += [f"{job.name} for {job.target} [{job.label}, from {job.case}]: {w}" for w in wrong]
                 row["notes"] += [f"{job.target} {w[:100]}" for w in wrong]
     show(list(rows.values()), targets)
-    if memory:
-        memory.write(JOBS, results, complete=all_cases and not only and targets == list(TARGETS))
+    if memory and complete:
+        memory.write(JOBS, results)
     unused = (pair for pair in EXCUSED if pair[0] in kernels and pair[1] in targets and pair not in excused)
     needless = list(unused) if all_cases else []
     return failures + [f"{name} for {target}: is excused and compiles; delete the excuse" for name, target in needless]
@@ -682,7 +684,7 @@ def gate(
 
 def show(rows: list[dict], targets: list[str]) -> None:
     """The table of one kernel, a row for each specialisation: registers a thread, shared bytes a block, spills."""
-    for i, row in enumerate(row for row in rows if row["fresh"] or row["notes"]):
+    for i, row in enumerate(row for row in rows if row["shown"] or row["notes"]):
         job, notes, cells = row["job"], row["excuses"] + row["notes"], ""
         if i == 0:
             print(f"\n{job.name}\n  " + "".join(f"{t + ' regs shared spill':>26}" for t in targets))

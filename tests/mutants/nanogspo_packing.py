@@ -6,6 +6,11 @@ MUTANTS = {
     "tests/test_packing.py": [
         ("targets += [own[t + 1] for t in hits]", "targets += [own[t] for t in hits]", "a token predicts itself"),
         (
+            "examples[last].prompt == prompt:",
+            "examples[last].prompt[:SHARE_FROM] == prompt[:SHARE_FROM]:",
+            "prompts that part late are taken for one",
+        ),
+        (
             "scored += [len(tokens) + t for t in hits]",
             "scored += [len(tokens) + t + 1 for t in hits]",
             "the hidden state that has seen the token predicts it",

@@ -73,7 +73,7 @@ MUTANTS = {
         ),
         (
             "wrong = faults(job, result) + [contradiction]",
-            "wrong = (faults(job, result) if row['fresh'] else []) + [contradiction]",
+            "wrong = (faults(job, result) if row['shown'] else []) + [contradiction]",
             "what is known may spill",
         ),
         (
@@ -81,5 +81,6 @@ MUTANTS = {
             'contradiction = ""',
             "deep agrees with any ledger",
         ),
+        ("    if memory and complete:", "    if memory:", "compiling a part forgets the rest"),
     ],
 }
