@@ -20,10 +20,11 @@ if __name__ == "__main__":  # flags before torch: a wrong one answers at once
     hint = "lower --max-new-tokens, or take --dtype bf16 or --quant int8"
     main(__file__, SampleConfig, check_fields, memory=hint, needs_stdout=True)
 
-from nanogspo import checkpoint  # noqa: E402
+from nanogspo import checkpoint, planner  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
 from nanogspo.inputs import read_bytes, text_of  # noqa: E402
 from nanogspo.model import Transformer  # noqa: E402
+from nanogspo.process import available_memory  # noqa: E402
 from nanogspo.rollout import decode, generate  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
@@ -44,15 +45,21 @@ def run(config: SampleConfig) -> None:
     folder = checkpoint.resolve(config.model, want="model")
     tokenizer = load_tokenizer(folder)
     dtype = DTYPES[choose_dtype(config.dtype, device, checkpoint.stored_dtype(folder))]
-    model = checkpoint.load(folder, device=device, dtype=dtype, quant=None if config.quant == "none" else config.quant)
-    if config.adapter:
-        checkpoint.load_adapter(model, config.adapter)
     if config.chat and not tokenizer.has_chat_template:
         raise ValueError(f"got --chat, but {config.model} has no chat template; want --prompt")
+    ids = [[] if config.chat else encode(tokenizer, [{"role": "user", "content": p}], p, config) for p in prompts]
+    quant = None if config.quant == "none" else config.quant
+    outline = planner.outline(checkpoint.read_config(folder), dtype, quant)
+    slots = min(len(ids), MAX_ROWS) * (max(map(len, ids)) + config.max_new_tokens - 1)
+    refused = planner.too_large(planner.sampling_parts(outline, slots, device), available_memory(device))
+    if refused and not config.ignore_memory_plan:
+        raise ValueError(f"{refused}; or --ignore-memory-plan")
+    model = checkpoint.load(folder, device=device, dtype=dtype, quant=quant)
+    if config.adapter:
+        checkpoint.load_adapter(model, config.adapter)
     if config.chat:
         chat(model, tokenizer, config)
         return
-    ids = [encode(tokenizer, [{"role": "user", "content": p}], p, config) for p in prompts]
     if len(ids) == 1:
         for piece in stream(model, tokenizer, ids[0], config):
             print(piece, end="", flush=True)
@@ -67,10 +74,13 @@ def run(config: SampleConfig) -> None:
         top_p=config.top_p,
         eos_ids=tokenizer.eos_ids,
         seed=config.seed,
-        max_rows=32,  # bounds the KV cache: a thousand prompts at once would take 34 GB with Qwen3-0.6B
+        max_rows=MAX_ROWS,
     )
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"> {prompt}\n{tokenizer.decode(answer.tokens)}\n")
+
+
+MAX_ROWS = 32  # bounds the KV cache: a thousand prompts at once would take 34 GB with Qwen3-0.6B
 
 
 def read_prompts(path: str) -> list[str]:

@@ -18,10 +18,11 @@ The printed loss is about 0 by construction (the advantages of a group sum to 0)
 Exit codes: 0 done, or saved after Ctrl-C, SIGTERM or SIGHUP · 2 one line on stderr says what is wrong and what to do ·
 130 a second Ctrl-C, or one before the first update · 1 with a traceback: a bug.
 
-Sections: 1 configuration · 2 device, seeds, run folder · 3 model, tokenizer, adapter · 4 data · 5 optimiser ·
-6 resume · 7 the loop · 8 log, evaluate, save.      Lessons: lessons/00_setup.md, lessons/10_gspo.md
+Sections: 1 configuration · 2 device, seeds · 3 tokenizer, outline · 4 data · 5 plan, folder, model · 6 optimiser ·
+7 resume · 8 the loop · 9 log, evaluate, save.      Lessons: lessons/00_setup.md, lessons/10_gspo.md
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -73,7 +74,7 @@ class Phase:
 
 def run(config: TrainConfig) -> None:
     # -----------------------------------------------------------------------------------------------------------------
-    # 2. device, seeds, run folder
+    # 2. device, seeds
 
     check(config)
     device = choose_device(config.device)
@@ -83,61 +84,49 @@ def run(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     task = None if config.data else get_task(config.task, config.task_size or None)
-    with run_folder(config) as folder:
-        train(config, task, folder)
+    with contextlib.ExitStack() as held:
+        train(config, task, held)
 
 
-def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
-    """Sections 3 to 8, in a folder that no other run writes into."""
+def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
+    """Sections 3 to 9. held: gives the run's folder free when it closes."""
     started = time.perf_counter()
 
     # -----------------------------------------------------------------------------------------------------------------
-    # 3. model, tokenizer, adapter
+    # 3. tokenizer, and the model's outline: shapes without numbers
 
-    quant = None if config.quant == "none" else config.quant
+    dtype, quant = DTYPES[config.dtype], None if config.quant == "none" else config.quant
     if config.adapter:  # named wrongly, it is said before a model is fetched
         checkpoint.resolve(config.adapter, want="adapter")
     if config.model == "tiny":
         if task is None:
             raise ValueError("got --model tiny with --data: its vocabulary is one task's alphabet; want a real --model")
-        tokenizer, model = tiny.build(task.characters, seed=config.seed)
-        model.to(config.device, DTYPES[config.dtype])
-        if quant:
-            pack_model(model, quant)
+        tokenizer, raw = tiny.describe(task.characters)
     else:
-        tokenizer = load_tokenizer(checkpoint.resolve(config.model, want="model"))
-        model = checkpoint.load(config.model, device=config.device, dtype=DTYPES[config.dtype], quant=quant)
-    if packed_layers(model) and not config.lora_r:
+        files = checkpoint.resolve(config.model, want="config")
+        tokenizer, raw = load_tokenizer(files), checkpoint.read_config(files)
+    outline = planner.outline(raw, dtype, quant)
+    if packed_layers(outline) and not config.lora_r:
         raise ValueError(f"got --lora-r 0 with {config.model}, whose weights are packed in 4 bits; want --lora-r 16")
-    config = resolve(config, weight_count(model))
-    if config.adapter:
-        checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
-    elif config.lora_r:
-        targets = [t.strip() for t in config.lora_targets.split(",") if t.strip()]
-        lora.add_lora(
-            model,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            targets=targets,
-            dropout=config.lora_dropout,
-            seed=config.seed,
-        )
-    model.train()
+    config = resolve(config, weight_count(outline))
+    adapt(outline, config)
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
 
     # -----------------------------------------------------------------------------------------------------------------
     # 4. data
 
     if config.data:
-        limit, name = min((config.max_length, "--max-length"), (model.config.max_positions, "max_position_embeddings"))
+        limit, name = min(
+            (config.max_length, "--max-length"), (outline.config.max_positions, "max_position_embeddings")
+        )
         rows, too_long = load_jsonl(config.data, tokenizer, max_length=limit, template_kwargs=chat.template_kwargs)
         if too_long:
             lines = ", ".join(map(str, too_long[:20])) + (", ..." if len(too_long) > 20 else "")
             print(f"left out {len(too_long)} rows longer than {limit} tokens ({name}): lines {lines}")
 
-        beyond = [row.line for row in rows if max(row.tokens) >= model.config.vocab_size]
+        beyond = [row.line for row in rows if max(row.tokens) >= outline.config.vocab_size]
         if beyond:
-            V = model.config.vocab_size
+            V = outline.config.vocab_size
             raise ValueError(f"{config.data}:{beyond[0]}: got token ids beyond the model's {V}; want its own tokenizer")
 
         config, rows, held_out = split(config, rows)
@@ -153,10 +142,10 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
             return chat.demonstration(task.train_problem(n, config.seed + SFT_STREAM))
 
         longest_prompt = max(len(chat.prompt(task.train_problem(n, config.seed))) for n in range(50))
-        if longest_prompt + config.max_new_tokens > model.config.max_positions:
+        if longest_prompt + config.max_new_tokens > outline.config.max_positions:
             raise ValueError(
                 f"got prompts of {longest_prompt} tokens + --max-new-tokens {config.max_new_tokens}, "
-                f"want at most {model.config.max_positions} together (max_position_embeddings)"
+                f"want at most {outline.config.max_positions} together (max_position_embeddings)"
             )
         longest_answer = max(sum(sft_example(n).loss_mask) for n in range(50))
         if longest_answer > config.max_new_tokens:
@@ -166,12 +155,35 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
             )
         held_out = []
     exam = task.held_out(config.eval_size) if task and config.eval_size else []
-    config = planner.decide_checkpointing(config, model, longest_prompt, available_memory(config.device))
-    model.gradient_checkpointing = config.gradient_checkpointing == "on"
-    print(planner.plan(config, model, longest_prompt))
 
     # -----------------------------------------------------------------------------------------------------------------
-    # 5. optimiser and schedule
+    # 5. the plan; then folder, model, adapter
+
+    free = available_memory(config.device)
+    config = planner.decide_checkpointing(config, outline, longest_prompt, free)
+    print(planner.plan(config, outline, longest_prompt))
+    parts = planner.memory_parts(config, outline, longest_prompt)
+    refused = planner.too_large(parts, free, planner.ESTIMATES)
+    if refused and not config.plan_only and not config.ignore_memory_plan:
+        raise ValueError(f"{refused}; or --ignore-memory-plan")
+    if note := refused or planner.too_large(parts, free):
+        print(f"  {note}")
+    if config.plan_only:
+        return
+    folder = held.enter_context(run_folder(config))
+    if config.model == "tiny":
+        _, model = tiny.build(task.characters, seed=config.seed)
+        model.to(config.device, dtype)
+        if quant:
+            pack_model(model, quant)
+    else:
+        model = checkpoint.load(config.model, device=config.device, dtype=dtype, quant=quant)
+    adapt(model, config)
+    model.train()
+    model.gradient_checkpointing = config.gradient_checkpointing == "on"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 6. optimiser and schedule
 
     warm_steps = 0 if config.algo == "sft" else config.warm_steps
     phases = [Phase("sft", "sft", warm_steps, config.warm_lr, until=config.warm_until)] if warm_steps else []
@@ -181,7 +193,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # 6. resume
+    # 7. resume
 
     progress, rollout, changed = Progress(), None, []
     state, warm = folder / "state" / "state.safetensors", folder / "state" / "warm.safetensors"
@@ -189,8 +201,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
     if config.resume:
         progress, rollout, changed = runstate.resume(state, config, made_of, model, optimizer, len(phases))
         print(f"resumed {folder} after update {progress.step}")
-    record = dataclasses.replace(config, accept_changes=False)  # which is said anew at every start
-    checkpoint.atomic_write(folder / "config.yaml", dump(record))
+    checkpoint.atomic_write(folder / "config.yaml", dump(config))
     log = RunLog(
         folder,
         steps=warm_steps + config.steps,
@@ -215,7 +226,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
             log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # 7. the loop
+    # 8. the loop
 
     stop, proved = StopRequest(), False
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
@@ -298,7 +309,7 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
             progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
 
             # ---------------------------------------------------------------------------------------------------------
-            # 8. log, evaluate, save
+            # 9. log, evaluate, save
 
             seconds = time.perf_counter() - began
             row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **combine(metrics)}
@@ -354,6 +365,21 @@ def train(config: TrainConfig, task, folder: pathlib.Path) -> None:
 # seeds apart from the rollouts' own: three different orders of the training problems
 SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
 PROBE_EVERY = 5  # updates; the share climbs by about 1 % an update once it moves, so look often
+
+
+def adapt(model, config: TrainConfig) -> None:
+    """Put the adapter on that is trained, a given one or a fresh one; with --lora-r 0, none."""
+    if config.adapter:
+        checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
+    elif config.lora_r:
+        lora.add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            targets=[t.strip() for t in config.lora_targets.split(",") if t.strip()],
+            dropout=config.lora_dropout,
+            seed=config.seed,
+        )
 
 
 def sample_rollout(

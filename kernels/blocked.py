@@ -92,8 +92,8 @@ def _linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
 
 
-def _has_layout(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+def _has_layout(weight: Tensor) -> bool:  # a plan asks about shapes on the meta device
+    return weight.device.type in ("cpu", "meta") and torch.backends.mkldnn.is_available()
 
 
 def can_block(weight: Tensor) -> bool:

@@ -90,7 +90,8 @@ def resolve(path_or_repo: str | os.PathLike, *, want: str = "checkpoint") -> pat
     """The local folder of a checkpoint: itself, or the hub repository `owner/name` fetched into the hub's own cache.
 
     want  "model" or "adapter": a folder of the other kind, or of a run that holds one, is refused and the right flags
-          are named. "checkpoint": either. "tokenizer": either, and no weights are fetched
+          are named. "config": a model, and no weights are fetched. "checkpoint": either. "tokenizer": either, and no
+          weights are fetched
 
     Only what is needed is fetched: config and tokenizer files, and the safetensors that are read.
     Raises ValueError with one line to act on: no such folder, unknown or gated repository, no network, disk full.
@@ -123,7 +124,7 @@ def _refuse_other_folder(folder: pathlib.Path, want: str) -> None:
         return f"--model {some([base or 'ITS_BASE'])} --adapter {adapter}"
 
     is_adapter, is_model = (folder / ADAPTER).exists(), (folder / "config.json").exists()
-    if want == "model" and not is_model:
+    if want in ("model", "config") and not is_model:
         if is_adapter:
             raise ValueError(f"{folder} is an adapter: give {flags(folder)}")
         if (folder / "model" / "config.json").exists():
@@ -201,6 +202,10 @@ def _status(error: BaseException | None) -> int:
             return status
         error = error.__cause__ or error.__context__
     return 0
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    return read_json(folder / "config.json")
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
@@ -802,7 +807,8 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
     with open(file, "rb", buffering=0) as f:
         for name, layer in lora_layers(model).items():
             for part, entry in pairs[name].items():
-                getattr(layer, part).weight.data.copy_(read_tensor(f, entry))
+                if not getattr(layer, part).weight.is_meta:  # an outline, of which the plan is made
+                    getattr(layer, part).weight.data.copy_(read_tensor(f, entry))
     return touched
 
 

@@ -53,7 +53,7 @@ class TrainConfig:
     accept_changes: bool = flag(
         False, "with --resume: go on though settings or input files have changed, and note in metrics.jsonl which"
     )
-    seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling", high=2**32 - 1)
+    seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling", high=2**63 - 1)
     steps: int = flag(200, "optimiser updates of the main phase", low=1, group="how long")
     epochs: float = flag(
         0.0, "passes over the rows of --data, instead of --steps; a saved run has the steps they came to", high=10**6
@@ -83,7 +83,7 @@ class TrainConfig:
     prompts_per_rollout: int = flag(8, "prompts sampled at a time", low=1, high=10**6, group="rollout")
     group_size: int = flag(8, "answers per prompt; the baseline of an answer is its group's mean", low=1, high=10**6)
     updates_per_rollout: int = flag(
-        4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move", low=1
+        4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move", low=1, high=10**6
     )
     max_new_tokens: int = flag(64, "answers are cut here, and then count as truncated", low=1, high=10**7)
     rollout_rows: int = flag(0, "answers decoded at a time, to bound the KV cache; 0: all of a rollout")
@@ -139,6 +139,8 @@ class TrainConfig:
     )
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"), group="machine")
     threads: int = flag(0, "CPU threads; 0: torch's own choice", high=1024)
+    plan_only: bool = flag(False, "print what the run would take and end: no weights are read, no folder is made")
+    ignore_memory_plan: bool = flag(False, "start although the plan says that the memory cannot suffice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +172,7 @@ class SampleConfig:
     )
     quant: str = flag("none", "pack the linear layers; none: as the checkpoint is", ("none", "nf4", "int8"))
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
+    ignore_memory_plan: bool = flag(False, "start although weights and KV cache are larger than the free memory")
 
 
 class Parser(argparse.ArgumentParser):
@@ -271,10 +274,12 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     return config_class(**{**base, **given}), set(base) | set(given)
 
 
-# what a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
-MAY_CHANGE = {
-    "resume", "out", "accept_changes", "steps", "eval_every", "eval_size", "save_every", "save_merged", "control",
-    "device", "threads", "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
+# Said anew at every call, so not in config.yaml
+PER_CALL = {"resume", "out", "accept_changes", "plan_only", "ignore_memory_plan"}
+# What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
+MAY_CHANGE = PER_CALL | {
+    "steps", "eval_every", "eval_size", "save_every", "save_merged", "control", "device", "threads",
+    "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 
 
@@ -287,7 +292,7 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
     import yaml
 
     try:
-        root = yaml.SafeLoader(path.read_text(encoding="utf-8-sig")).get_single_node()
+        root = yaml.SafeLoader(path.read_text(encoding="utf-8")).get_single_node()
     except (OSError, ValueError):  # a UnicodeError is a ValueError, and so is what a path with a zero byte raises
         raise ValueError(f"cannot read {path}; {want}") from None
     except RecursionError:
@@ -348,10 +353,10 @@ def read_value(field: dataclasses.Field, node) -> Any:
 
 
 def dump(config: Any) -> str:
-    """YAML of every field but the run's own folder, in declaration order: what config.yaml holds and --config reads."""
+    """YAML of every field but PER_CALL, in declaration order: what config.yaml holds and --config reads."""
     import yaml
 
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "resume")}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in PER_CALL}
     return yaml.safe_dump(fields, sort_keys=False)
 
 

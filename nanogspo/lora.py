@@ -186,8 +186,9 @@ def add_lora(
             continue
         layer = LoRALinear(base, r, alpha / r if scale is None else scale, dropout)
         bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a = sqrt 5), PEFT's choice
-        draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound  # (r, in)
-        layer.lora_A.weight.data.copy_(draw)
+        if not base.weight.is_meta:
+            draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound  # (r, in)
+            layer.lora_A.weight.data.copy_(draw)
         parent, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, layer)
         touched.append(name)

@@ -1,21 +1,44 @@
-"""What a run will need, said before it is allocated: parameters, and memory part by part.
+"""What a run will need, said before anything is allocated: parameters, and memory part by part.
 
-Weights, adapter, gradients, optimiser and KV cache are counted exactly. Activations are an estimate from the shapes
-(what autograd keeps on a CPU, within a tenth; the backward pass has a few temporaries besides).
+The model is built on the meta device (`outline`), where tensors have a shape and no numbers, from config.json alone.
+Weights, adapter, gradients, optimiser and KV cache are counted exactly: a run in which they exceed the free memory is
+refused. Activations, vocabulary tiles and the scores of a decode step are estimates from the shapes (activations: what
+autograd keeps on a CPU, within a tenth; the backward pass has a few temporaries besides), and only warn.
 
-Tests: tests/test_planner.py
+Reading order: outline, memory_parts, most, too_large, plan.      Tests: tests/test_planner.py
 """
 
 import dataclasses
 
+import torch
+
 from kernels.blocked import can_block_head, nbytes
 from nanogspo.checkpoint import tensor_bytes
 from nanogspo.config import TrainConfig
-from nanogspo.families import ModelConfig
+from nanogspo.families import ModelConfig, model_config
 from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Projections, Transformer
 from nanogspo.packing import SHARE_FROM
-from nanogspo.quant import NF4Linear, packed_layers, weight_count
+from nanogspo.quant import NF4Linear, pack_as_stored, pack_model, packed_layers, weight_count
+
+# Parts of the memory that only a rollout holds, and those that only an update does
+CACHE, BLOCKS, SCORES = "KV cache of a rollout", "weights in blocks", "scores of a decode step (estimate)"
+GRADIENTS, ACTIVATIONS, TILES = "gradients", "activations (estimate)", "vocabulary tiles"
+MOMENTS, MASTERS = "optimiser (two moments)", "fp32 masters"
+ROLLOUT, UPDATE, ESTIMATES = (CACHE, BLOCKS, SCORES), (GRADIENTS, ACTIVATIONS, TILES), (SCORES, ACTIVATIONS, TILES)
+
+
+def outline(raw: dict, dtype: torch.dtype, quant: str | None) -> Transformer:
+    """The model without its numbers, on the meta device.
+
+    raw    config.json, parsed
+    quant  "nf4" or "int8": linear layers packed; None: as the checkpoint says it is
+    """
+    with torch.device("meta"):
+        model = Transformer(model_config(raw)).to(dtype)
+    if not pack_as_stored(model, raw.get("quantization_config")) and quant:
+        pack_model(model, quant)
+    return model
 
 
 def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -> dict[str, int]:
@@ -23,10 +46,7 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     c = model.config
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted = bool(lora_layers(model))
-    weights = tensor_bytes(p for p in model.parameters() if not p.requires_grad or not adapted)
     numbers = sum(p.numel() for p in trained)
-    packed = packed_layers(model).values()
-    kind = "nf4" if any(isinstance(layer, NF4Linear) for layer in packed) else "int8"
     masters = sum(p.numel() for p in trained if p.element_size() < 4) * 4
     element = model.norm.weight.element_size()
     rl = config.algo != "sft"
@@ -35,24 +55,72 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     kept = T * c.hidden_size * element  # what gradient checkpointing keeps of a layer: its input
     activations = layer + c.num_layers * kept if config.gradient_checkpointing == "on" else c.num_layers * layer
     parts = {
-        "weights": weights,
-        f"{kind} weights": sum(layer.nbytes for layer in packed),
-        "one layer unpacked": max((layer.in_features * layer.out_features for layer in packed), default=0) * element,
+        **weight_parts(model),
         "adapter": tensor_bytes(trained) if adapted else 0,
-        "gradients": numbers * 4,
-        "optimiser (two moments)": numbers * 8,
-        "fp32 masters": masters,
-        "activations (estimate)": activations,
-        "vocabulary tiles": 2 * 32 * 1024**2 if c.vocab_size > 8192 else 2 * T * c.vocab_size * 4,
+        GRADIENTS: numbers * 4,
+        MOMENTS: numbers * 8,
+        MASTERS: masters,
+        ACTIVATIONS: activations,
+        TILES: 2 * 32 * 1024**2 if c.vocab_size > 8192 else 2 * T * c.vocab_size * 4,
     }
     if rl:
-        on_gpu = model.head_weight.is_cuda
-        slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
-        parts[CACHE], parts[BLOCKS] = cache_slots(config, longest_prompt) * slot, blocked_bytes(model)
+        on_gpu = config.device == "cuda"
+        parts[CACHE] = cache_slots(config, longest_prompt) * slot_bytes(c, element, on_gpu)
+        parts[BLOCKS] = 0 if on_gpu else blocked_bytes(model)
+        copies = 2 if config.temperature == 1 else 3  # logits, those divided by the temperature, probabilities
+        parts[SCORES] = copies * rollout_rows(config) * c.vocab_size * 4
     return {name: size for name, size in parts.items() if size}
 
 
-CACHE, BLOCKS = "KV cache of a rollout", "weights in blocks"  # gone before anything is trained
+def weight_parts(model: Transformer) -> dict[str, int]:
+    """Frozen weights, or all where there is no adapter."""
+    adapters = {p for layer in lora_layers(model).values() for p in (layer.lora_A.weight, layer.lora_B.weight)}
+    packed = packed_layers(model).values()
+    kind = "nf4" if any(isinstance(layer, NF4Linear) for layer in packed) else "int8"
+    widest = max((layer.in_features * layer.out_features for layer in packed), default=0)
+    return {
+        "weights": tensor_bytes(p for p in model.parameters() if p not in adapters),
+        f"{kind} weights": sum(layer.nbytes for layer in packed),
+        "one layer unpacked": widest * model.norm.weight.element_size(),
+    }
+
+
+def sampling_parts(model: Transformer, slots: int, device: str) -> dict[str, int]:
+    """What sample.py holds. slots: tokens that the KV cache has room for."""
+    slot = slot_bytes(model.config, model.norm.weight.element_size(), device == "cuda")
+    blocks = 0 if device == "cuda" else blocked_bytes(model)
+    return {**weight_parts(model), "KV cache": slots * slot, BLOCKS: blocks}
+
+
+def most(parts: dict[str, int], without: tuple[str, ...] = ()) -> int:
+    """Bytes at the fullest moment: a rollout and an update come after each other, the other parts stay."""
+    parts = {name: size for name, size in parts.items() if name not in without}
+    rollout, update = (sum(parts.get(name, 0) for name in names) for names in (ROLLOUT, UPDATE))
+    return sum(parts.values()) - min(rollout, update)
+
+
+LOWER = {
+    CACHE: "a lower --rollout-rows, --group-size or --max-new-tokens",
+    SCORES: "a lower --rollout-rows or --group-size",
+    ACTIVATIONS: "a lower --micro-batch-tokens, or --gradient-checkpointing on",
+    **dict.fromkeys((GRADIENTS, MOMENTS, MASTERS), "an adapter (--lora-r 16)"),
+    "KV cache": "a lower --max-new-tokens",
+}
+
+
+def too_large(parts: dict[str, int], available: int, without: tuple[str, ...] = ()) -> str:
+    """One line with what to lower where these parts need more than the available bytes; else "".
+
+    without  ESTIMATES: what is left is certain, and a run that cannot fit is refused
+    """
+    needed = most(parts, without)
+    if needed <= available:
+        return ""
+    largest = max((name for name in parts if name not in without), key=parts.get)
+    return (
+        f"got a run of {'at least' if without else 'about'} {human(needed)} ({largest}: {human(parts[largest])}) where "
+        f"{human(available)} are free; want {LOWER.get(largest, '--quant nf4, --dtype bf16 or a smaller --model')}"
+    )
 
 
 def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt: int, available: int) -> TrainConfig:
@@ -62,7 +130,7 @@ def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt
         return config
     config = dataclasses.replace(config, gradient_checkpointing="off")
     parts = memory_parts(config, model, longest_prompt)
-    needed = sum(size for name, size in parts.items() if name not in (CACHE, BLOCKS))
+    needed = sum(size for name, size in parts.items() if name not in ROLLOUT)
     if needed <= FILL * available:
         return config
     print(
@@ -75,12 +143,22 @@ def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt
 FILL = 0.85  # the rest is for temporaries of the backward pass, and for what an allocator cannot use
 
 
+def rollout_rows(config: TrainConfig) -> int:
+    """Answers decoded at a time: whole groups, as rollout.generate slices them."""
+    rows = config.prompts_per_rollout * config.group_size
+    most = config.rollout_rows or rows
+    return min(rows, max(1, most // config.group_size) * config.group_size)
+
+
 def cache_slots(config: TrainConfig, longest_prompt: int) -> int:
     """Tokens a rollout's KVCache has room for: a prompt once for its group; an answer's last token is never fed."""
-    rows = config.prompts_per_rollout * config.group_size
-    if config.rollout_rows:  # whole groups, as rollout.generate slices them
-        rows = min(rows, max(1, config.rollout_rows // config.group_size) * config.group_size)
+    rows = rollout_rows(config)
     return rows // config.group_size * longest_prompt + rows * (config.max_new_tokens - 1)
+
+
+def slot_bytes(c: ModelConfig, element: int, on_gpu: bool) -> int:
+    """Keys and values of a token; a CPU keeps them in fp32."""
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
 
 
 def blocked_bytes(model: Transformer) -> int:

@@ -152,10 +152,34 @@ KINDS = ("nf4", "int8")
 
 
 def pack(weight: Tensor, bias: nn.Parameter | None, kind: str) -> PackedLinear:
-    """A linear layer, packed. weight (out, in) in any float dtype; it is read once and not kept."""
+    """A linear layer, packed. weight (out, in) in any float dtype; it is read once and not kept. On the meta device it
+    has no numbers, and the result has none either."""
     if kind not in KINDS:
         raise ValueError(f"got quant {kind!r}, want 'nf4', 'int8' or None")
+    if weight.is_meta:
+        return _pack_shape(weight, bias, kind)
     return NF4Linear(quantize_nf4(weight), bias) if kind == "nf4" else Int8Linear(quantize_int8(weight), bias)
+
+
+def _pack_shape(weight: Tensor, bias: nn.Parameter | None, kind: str, *, double_quant: bool = True) -> PackedLinear:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if kind == "int8":
+        return Int8Linear(Int8Tensor(empty(*weight.shape, dtype=torch.int8), empty(len(weight))), bias)
+    n, size = weight.numel(), 64  # weights that share a scale: config.json cannot say otherwise
+    blocks = -(-n // size)
+    nested = {"absmax2": empty(-(-blocks // NESTED)), "code2": empty(256), "offset": empty()} if double_quant else {}
+    q = NF4Tensor(
+        empty((n + 1) // 2, 1, dtype=torch.uint8),
+        empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        tuple(weight.shape),
+        weight.dtype,
+        size,
+        empty(16),
+        **nested,
+    )
+    return NF4Linear(q, bias, record=b"")
 
 
 def pack_model(model: nn.Module, kind: str) -> None:
@@ -170,6 +194,21 @@ def pack_model(model: nn.Module, kind: str) -> None:
         if isinstance(linear, nn.Linear):
             put(model, name, pack(linear.weight, linear.bias, kind))
     model.requires_grad_(False)
+
+
+def pack_as_stored(model: nn.Module, stored: dict | None) -> bool:
+    """Pack a model on the meta device as a quantization_config says that its checkpoint is; whether it says so. The
+    other way round: bitsandbytes_config."""
+    if not isinstance(stored, dict) or not stored.get("load_in_4bit"):
+        return False
+    skip = stored.get("llm_int8_skip_modules")
+    skip = [f".{name}." for name in skip] if isinstance(skip, list) else []
+    double_quant = bool(stored.get("bnb_4bit_use_double_quant"))
+    for name, linear in dict(model.layers.named_modules(prefix="layers")).items():
+        if isinstance(linear, nn.Linear) and not any(part in f".model.{name}." for part in skip):
+            put(model, name, _pack_shape(linear.weight, linear.bias, "nf4", double_quant=double_quant))
+    model.requires_grad_(False)
+    return True
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

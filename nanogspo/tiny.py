@@ -23,8 +23,13 @@ CONFIG = {
 }
 
 
-def build(characters: str, *, seed: int) -> tuple[Tokenizer, Transformer]:
-    """A character tokenizer for this alphabet, and a fresh fp32 model for it; equal seeds give equal weights."""
+def describe(characters: str) -> tuple[Tokenizer, dict]:
+    """A character tokenizer for this alphabet, and the config.json of the model for it."""
     tokenizer = character_tokenizer(characters)
-    config = model_config({**CONFIG, "vocab_size": tokenizer.vocab_size, "eos_token_id": list(tokenizer.eos_ids)})
-    return tokenizer, Transformer(config).init_weights(seed)
+    return tokenizer, {**CONFIG, "vocab_size": tokenizer.vocab_size, "eos_token_id": list(tokenizer.eos_ids)}
+
+
+def build(characters: str, *, seed: int) -> tuple[Tokenizer, Transformer]:
+    """The tokenizer, and a fresh fp32 model; equal seeds give equal weights."""
+    tokenizer, config = describe(characters)
+    return tokenizer, Transformer(model_config(config)).init_weights(seed)

@@ -5,16 +5,22 @@ Run: python -m pytest tests/test_planner.py
 
 import dataclasses
 import os
+import weakref
 from unittest.mock import patch
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import blocked
 from kernels.attention import Segments
 from kernels.blocked import can_block, can_block_head
+from kernels.nf4 import quantize_nf4
+from nanogspo import checkpoint
 from nanogspo.cache import KVCache
 from nanogspo.config import TrainConfig
 from nanogspo.experience import plan as minibatches
@@ -23,8 +29,26 @@ from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import SHARE_FROM, Example, pack, score
-from nanogspo.planner import FILL, batch_tokens, decide_checkpointing, human, memory_parts, plan
+from nanogspo.planner import (
+    ACTIVATIONS,
+    CACHE,
+    ESTIMATES,
+    FILL,
+    GRADIENTS,
+    SCORES,
+    batch_tokens,
+    decide_checkpointing,
+    human,
+    memory_parts,
+    most,
+    outline,
+    plan,
+    too_large,
+)
 from nanogspo.process import available_memory
+from nanogspo.quant import NF4Linear, put, weight_count
+from nanogspo.rollout import sample
+from tests.test_train import script, write_checkpoint
 
 SHAPE = {
     "vocab_size": 50,
@@ -137,7 +161,7 @@ def test_checkpointing_is_chosen_where_training_needs_it(capsys):
     """What a rollout holds is gone by then, so that it does not count."""
     model, config = tiny(), TrainConfig(lora_r=0, group_size=2, prompts_per_rollout=64)
     parts = memory_parts(config, model, 20)
-    training = sum(parts.values()) - parts["KV cache of a rollout"]
+    training = sum(parts.values()) - parts[CACHE] - parts[SCORES]
     enough, short = training / FILL + 1, training / FILL - 1
     assert short < sum(parts.values())
     assert decide_checkpointing(config, model, 20, enough).gradient_checkpointing == "off"
@@ -238,6 +262,144 @@ def test_the_plan_says_what_is_trained_and_adds_up():
     full = plan(dataclasses.replace(config, algo="sft", lora_r=0), tiny(), 10)
     assert f"all {sum(p.numel() for p in tiny().parameters()):,} parameters are trained" in full
     assert "200 updates of 16 examples" in full
+
+
+# ----------------------------------------------------------------------------
+# before anything is allocated
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])  # tied embeddings, and norms that add one
+@pytest.mark.parametrize("quant", [None, "nf4", "int8", "nf4 without double quantisation", "some layers in nf4"])
+@DTYPES
+def test_an_outline_has_the_bytes_of_the_model_that_is_loaded(tmp_path, family, quant, dtype):
+    """By config.json alone, which is all that is left of the folder when the outline is made."""
+    model, asked = tiny(family, dtype), quant
+    if quant and " " in quant:  # a folder that is packed already
+        for name, linear in dict(model.layers.named_modules(prefix="layers")).items():
+            if isinstance(linear, nn.Linear) and not (quant.startswith("some") and name.startswith("layers.1.mlp")):
+                q = quantize_nf4(linear.weight.detach(), double_quant=quant.startswith("some"))
+                put(model, name, NF4Linear(q))
+        asked = None
+    checkpoint.save(model, tmp_path / "model")
+    add_lora(model := checkpoint.load(tmp_path / "model", dtype=dtype, quant=asked), r=4, alpha=8)
+    checkpoint.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    shape = outline(checkpoint.read_config(tmp_path / "model"), dtype, asked)
+    assert weight_count(shape) + sum(p.numel() for p in model.parameters() if p.requires_grad) == weight_count(model)
+    checkpoint.load_adapter(shape, tmp_path / "adapter")
+    assert {t.device.type for t in [*shape.parameters(), *shape.buffers()]} == {"meta"}
+    config = TrainConfig(lora_r=4, device="cpu")
+    parts = memory_parts(config, shape, 7)
+    assert parts == memory_parts(config, model, 7)
+    assert ("nf4 weights" in parts) == ("nf4" in str(quant)) and ("int8 weights" in parts) == (quant == "int8")
+    assert plan(config, shape, 7) == plan(config, model, 7)
+    raw = {**checkpoint.read_config(tmp_path / "model"), "quantization_config": {"load_in_4bit": False}}
+    assert ("nf4 weights" in memory_parts(config, outline(raw, dtype, asked), 7)) == (asked == "nf4")
+    gpu = memory_parts(dataclasses.replace(config, device="cuda"), shape, 7)
+    assert gpu[CACHE] * 4 == parts[CACHE] * dtype.itemsize and "weights in blocks" not in gpu
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors of at least `floor` numbers held together."""
+
+    def __init__(self, floor):
+        super().__init__()
+        self.floor, self.now, self.most, self.seen = floor, 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.numel() >= self.floor:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+                self.most = max(self.most, self.now)
+        return out
+
+    def freed(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_scores_of_a_decode_step_are_counted(temperature):
+    """What is as large as (rows, vocabulary) while tokens are drawn; the scores themselves were there before."""
+    config = TrainConfig(prompts_per_rollout=5, group_size=4, rollout_rows=11, temperature=temperature, lora_r=0)
+    rows, V = 2 * 4, 10_000  # two whole groups of the five
+    model = outline({**SHAPE, "model_type": "qwen3", "vocab_size": V}, torch.float32, None)
+    with Live(rows * V) as live:
+        sample(torch.zeros(rows, V), torch.rand(rows, dtype=torch.float64), temperature)
+    assert memory_parts(config, model, 7)[SCORES] == live.most
+
+
+def test_a_rollout_and_an_update_are_not_there_together():
+    parts = {"weights": 100, GRADIENTS: 30, ACTIVATIONS: 50, CACHE: 60, SCORES: 5}
+    assert most(parts) == 180 and most({**parts, CACHE: 90}) == 195
+    assert most(parts, ESTIMATES) == 160 and most({**parts, CACHE: 20}, ESTIMATES) == 130
+
+
+def test_what_surely_cannot_fit_is_said_with_what_to_lower():
+    parts = {"weights": 1000, GRADIENTS: 300, ACTIVATIONS: 500_000, CACHE: 20_000}
+    assert too_large(parts, 21_000, ESTIMATES) == "" != too_large(parts, 20_999, ESTIMATES)
+    assert too_large(parts, 20_999, ESTIMATES) == (
+        "got a run of at least 21 kB (KV cache of a rollout: 20 kB) where 21 kB are free; "
+        "want a lower --rollout-rows, --group-size or --max-new-tokens"
+    )
+    assert "about 501 kB" in (text := too_large(parts, 501_299)) and "lower --micro-batch-tokens" in text
+    assert too_large(parts, 501_300) == ""
+    assert "want an adapter" in too_large({"weights": 4, "optimiser (two moments)": 32}, 35, ESTIMATES)
+    assert "want --quant nf4, --dtype bf16" in too_large({"weights": 4}, 3, ESTIMATES)
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("plan") / "model")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_plan_only_reads_no_weights_and_makes_no_folder(without_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", without_weights, *"--task addition --max-new-tokens 6 --lora-r 4 --threads 1".split()]
+    done = script("train.py", *flags, "--plan-only", "--quant", "nf4", "--device", "cpu")
+    assert (done.code, done.err) == (0, "") and "  memory: weights " in done.out and "nf4 weights" in done.out
+    assert "got a run" not in done.out
+    with patch("nanogspo.process.available_memory", lambda device: 1000):
+        done = script("train.py", *flags, "--plan-only")  # nobody is refused who only asks
+        assert done.code == 0 and "got a run of at least" in done.out
+        done = script("train.py", *flags)
+        assert done.code == 2 and done.err.count("\n") == 1 and "missing weight" not in done.err
+        assert "1 kB are free; want" in done.err and done.err.endswith("; or --ignore-memory-plan\n")
+        assert not any(tmp_path.iterdir())
+        done = script("train.py", *flags, "--ignore-memory-plan")
+        assert done.code == 2 and "missing weight files model.safetensors" in done.err  # it went on to load them
+        flags = ["--model", write_checkpoint(tmp_path / "model"), *"--dtype fp32 --max-new-tokens 2 hello".split()]
+        done = script("sample.py", *flags)
+        assert done.code == 2 and "1 kB are free; want" in done.err
+        assert script("sample.py", *flags, "--ignore-memory-plan").code == 0
+
+
+def test_the_plan_of_a_hubs_model_fetches_no_weights(without_weights, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, *, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        return str(without_weights)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    flags = "--model owner/name --task addition --max-new-tokens 6 --plan-only".split()
+    done = script("train.py", *flags)
+    assert (done.code, done.err) == (0, "") and "with owner/name: qwen3" in done.out
+    assert "config.json" in asked and not any(name.endswith(".safetensors") for name in asked)
+
+
+def test_a_rollout_beyond_all_memory_is_refused_at_once(tmp_path):
+    """What used to be started, and killed by the system minutes later."""
+    done = script("train.py", "--out", tmp_path / "run", "--group-size", 10**6, "--eval-size", 0)
+    assert done.code == 2 and "KV cache of a rollout: 590 GB" in done.err and not (tmp_path / "run").exists()
+    assert "got a run" not in script("train.py", "--plan-only").out
 
 
 @given(st.integers(0, 10**13))

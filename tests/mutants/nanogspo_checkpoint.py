@@ -71,7 +71,7 @@ MUTANTS = {
             "an adapter over another base is loaded without a word",
         ),
         (
-            '    if want == "model" and not is_model:',
+            '    if want in ("model", "config") and not is_model:',
             "    if False:",
             "an adapter given as --model has no config.json: fetch it again",
         ),

@@ -4,6 +4,7 @@
 FILE = "nanogspo/config.py"
 MUTANTS = {
     "tests/test_config.py": [
+        ('"accept_changes", "plan_only"', '"plan_only"', "what was accepted once is accepted for ever"),
         ("{**base, **given}", "{**given, **base}", "the file wins over the flags"),
         (
             "if config.updates_per_rollout == 1:",
@@ -21,7 +22,6 @@ MUTANTS = {
         ("if DECIMAL.fullmatch(text):", "if DECIMAL.match(text):", "010 and 1:30 are read as Python reads them"),
         ("        if name in values:", "        if False:", "the second of two equal keys wins in silence"),
         ('if kind is str and tag == "str":', "if kind is str:", "a date, a number or no is taken for text"),
-        ('encoding="utf-8-sig"', 'encoding="utf-8"', "a byte mark is part of the first field's name"),
         ('if value in ("", [])]', "if value is None]", "an empty --resume starts a new run"),
         ("except RecursionError:", "except ZeroDivisionError:", "deep nesting is a traceback"),
         ("[\\0\\ud800-\\udfff]", "[\\0]", "bytes that are not UTF-8 reach the files of a run"),

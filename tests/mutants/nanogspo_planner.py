@@ -5,7 +5,7 @@ FILE = "nanogspo/planner.py"
 MUTANTS = {
     "tests/test_planner.py": [
         ("max(element, 4)", "element", "a CPU's cache counted in bf16"),
-        ("if name not in (CACHE, BLOCKS)", "if name", "checkpointing for the sake of a cache that is gone by then"),
+        ("if name not in ROLLOUT)", "if name)", "checkpointing for the sake of a cache that is gone by then"),
         ("if needed <= FILL * available:", "if needed >= FILL * available:", "checkpointing where memory abounds"),
         (
             "rows * (config.max_new_tokens - 1)",
@@ -13,8 +13,8 @@ MUTANTS = {
             "a slot for the last token, which is never fed",
         ),
         (
-            '"gradients": numbers * 4',
-            '"gradients": numbers * element',
+            "GRADIENTS: numbers * 4",
+            "GRADIENTS: numbers * element",
             "gradients are summed in fp32 whatever the weights are",
         ),
         (
@@ -27,6 +27,27 @@ MUTANTS = {
             "groups = size // G",
             "updates that begin within a group",
         ),
+        ("if not pack_as_stored(", "if pack_as_stored(", "a 4-bit folder is planned in 16 bits"),
+        (
+            'raw.get("quantization_config")) and quant:',
+            "None) and quant:",
+            "what config.json says of packed weights is not read",
+        ),
+        ("- min(rollout, update)", "", "a rollout and an update counted as if they were there together"),
+        ("    if needed <= available:", "    if True:", "a run that cannot fit is started"),
+        ("    needed = most(parts, without)", "    needed = most(parts)", "a run is refused for an estimate"),
+        ("if config.temperature == 1 else 3", "if True else 3", "scores divided by the temperature are another copy"),
+        (
+            "copies * rollout_rows(config)",
+            "copies * config.prompts_per_rollout * config.group_size",
+            "rows are decoded in slices",
+        ),
+        ("element if on_gpu else max", "element if False else max", "a GPU's cache counted in fp32"),
+        (
+            "0 if on_gpu else blocked_bytes(model)\n        copies",
+            "blocked_bytes(model)\n        copies",
+            "a GPU lays nothing out in blocks",
+        ),
         ("element * (2 * queries + 2 * keys", "element * (3 * queries + 2 * keys", "a second copy of out"),
     ],
     "tests/test_quant.py": [
@@ -35,5 +56,6 @@ MUTANTS = {
             "sum(layer.weight.nbytes for layer in packed)",
             "scales and tables not counted",
         ),
+        ('"one layer unpacked": widest * model', '"one layer unpacked": 0 * model', "unpacking takes no memory"),
     ],
 }

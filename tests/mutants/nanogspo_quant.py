@@ -24,7 +24,11 @@ MUTANTS = {
             "",
             "the kernels read the old device's tensors",
         ),
-        ("    model.requires_grad_(False)\n", "", "norms and embeddings trained beside packed weights"),
+        (
+            "linear.bias, kind))\n    model.requires_grad_(False)\n",
+            "linear.bias, kind))\n",
+            "norms and embeddings trained beside packed weights",
+        ),
         (
             "self.record = nf4_record(q) if record is None else record",
             "self.record = nf4_record(q)",
@@ -56,5 +60,11 @@ MUTANTS = {
             'for name, t in layer._buffers.items() if name != "weight"',
             "a tensor in the file that bitsandbytes does not know",
         ),
+    ],
+    "tests/test_planner.py": [
+        ('not stored.get("load_in_4bit")', "False", "a folder in 8 bits, or in 16, is planned in 4"),
+        ("if isinstance(skip, list) else []", "if False else []", "layers that a 4-bit folder keeps in 16 bits"),
+        ('bool(stored.get("bnb_4bit_use_double_quant"))', "True", "scales of a folder without double quantisation"),
+        ("if double_quant else torch.float32", "if True else torch.float32", "scales counted in 8 bits"),
     ],
 }

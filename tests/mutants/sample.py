@@ -18,6 +18,10 @@ MUTANTS = {
         ),
     ],
     "tests/test_quant.py": [
-        (', quant=None if config.quant == "none" else config.quant)', ")", "--quant is ignored"),
+        ("dtype=dtype, quant=quant)", "dtype=dtype)", "--quant is ignored"),
+    ],
+    "tests/test_planner.py": [
+        ("if refused and not config.ignore_memory_plan:", "if refused:", "--ignore-memory-plan does not"),
+        ("    if refused and", "    if False and", "more than the memory holds is loaded"),
     ],
 }

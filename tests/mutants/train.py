@@ -32,11 +32,10 @@ MUTANTS = {
             "an exam counts twice",
         ),
         ("            if last:\n", "            if name:\n", "answers to held-out rows at every evaluation"),
-        ("dump(record)", "dump(config)", "what was accepted once is accepted for ever"),
         ("        save_state()  # from now on", "        # from now on", "what was accepted is asked again"),
         (
-            '(model.config.max_positions, "max_position_embeddings"))',
-            '(2**40, "max_position_embeddings"))',
+            '(outline.config.max_positions, "max_position_embeddings")',
+            '(2**40, "max_position_embeddings")',
             "rows that the model cannot see whole are trained on",
         ),
         ("loss * share", "loss", "what is left out does not count in the average"),
@@ -75,12 +74,23 @@ MUTANTS = {
             "old log-probs scored at another temperature",
         ),
     ],
+    "tests/test_planner.py": [
+        ("if config.plan_only:", "if False:", "--plan-only starts the run"),
+        ("and not config.ignore_memory_plan", "", "--ignore-memory-plan does not"),
+        ("if refused and not config.plan_only and", "if refused and", "who asks for the plan is refused"),
+        (
+            'config.model, want="config")',
+            'config.model, want="model")',
+            "the plan waits for the weights of a hub's model",
+        ),
+        ("planner.too_large(parts, free, planner.ESTIMATES)", '""', "a run that cannot fit is started"),
+    ],
     "tests/test_quant.py": [
         (
-            "    if packed_layers(model) and not config.lora_r:",
+            "    if packed_layers(outline) and not config.lora_r:",
             "    if False:",
             "full fine-tuning of a 4-bit folder",
         ),
-        ("dtype=DTYPES[config.dtype], quant=quant)", "dtype=DTYPES[config.dtype])", "--quant is ignored"),
+        ("device=config.device, dtype=dtype, quant=quant)", "device=config.device, dtype=dtype)", "--quant is ignored"),
     ],
 }
