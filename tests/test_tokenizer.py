@@ -275,9 +275,10 @@ def test_tokens_of_other_files_are_those_of_transformers(tmp_path, capsys, confi
             {"vocab_size": SIZE + 8, "eos_token_id": [3, SIZE]},
             rf"{SIZE} tokens, .* and stop ids \[{SIZE}\]: is it this",
         ),
+        ({"vocab_size": 900}, None),  # a toy
         (
-            {"vocab_size": 2 * SIZE},
-            rf"the tokenizer has {SIZE} tokens, the model {2 * SIZE} rows: is it this model's own",
+            {"vocab_size": 1001},
+            rf"the tokenizer has {SIZE} tokens, the model 1001 rows: is it this model's own",
         ),
         ({"vocab_size": SIZE - 1}, f"{SIZE} tokens, the model {SIZE - 1} rows: text with '</think>' is refused"),
     ],

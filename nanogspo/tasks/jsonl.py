@@ -132,7 +132,7 @@ def load_jsonl(
         raise ValueError(f"{path}: got an empty file, want one JSON object per line; write rows like {FORMS}")
     if not examples:
         raise ValueError(
-            f"{path}: got {rows} rows, all longer than {max_length} tokens; raise --max-length, or shorten the rows"
+            f"{path}: got {rows} rows, all longer than {max_length} tokens; raise --max-length up to the model's max_position_embeddings, or shorten them"
         )
     if notes:
         some = [f"{note} ({count})" for note, count in notes.most_common(8)]
