@@ -131,9 +131,8 @@ def load_jsonl(
     if rows == 0:
         raise ValueError(f"{path}: got an empty file, want one JSON object per line; write rows like {FORMS}")
     if not examples:
-        raise ValueError(
-            f"{path}: got {rows} rows, all longer than {max_length} tokens; raise --max-length up to the model's max_position_embeddings, or shorten them"
-        )
+        advice = "raise --max-length up to the model's max_position_embeddings, or shorten them"
+        raise ValueError(f"{path}: got {rows} rows, all longer than {max_length} tokens; {advice}")
     if notes:
         some = [f"{note} ({count})" for note, count in notes.most_common(8)]
         notify(f"{path}, {rows} rows: " + "; ".join(some) + ("; ..." if len(notes) > 8 else ""))
