@@ -312,7 +312,7 @@ def test_bf16_base_keeps_fp32_adapters():
 
 def test_dropout_only_while_training():
     model = tiny()
-    add_lora(model, r=4, alpha=8, dropout=0.5)
+    add_lora(model, r=4, alpha=8, dropout=0.2)
     trained_adapter(model)
     model.eval()
     assert torch.equal(logits(model), logits(model))
@@ -329,7 +329,7 @@ def test_dropout_only_while_training():
     torch.manual_seed(3)
     got = layer(x)
     torch.manual_seed(3)
-    want = layer.base(x) + layer.lora_B(layer.lora_A(F.dropout(x, 0.5))) * layer.scale
+    want = layer.base(x) + layer.lora_B(layer.lora_A(F.dropout(x, 0.2))) * layer.scale
     assert torch.equal(got, want)
 
 

@@ -16,6 +16,7 @@ MUTANTS = {
         ),
     ],
     "tests/test_lora.py": [
+        ("F.dropout(x, self.dropout)", "F.dropout(x, 1 - self.dropout)", "what should be dropped is kept"),
         ("if self.dropout and self.training:", "if self.dropout:", "dropout while sampling and scoring"),
         (
             "        dh = wide @ B * layer.scale  # (n, r)\n",

@@ -1,0 +1,24 @@
+"""nanogspo/chat.py: what a reward reads of an answer. Prompts and demonstrations: tests/test_train.py, test_tasks.py.
+
+Run: python -m pytest tests/test_chat.py
+"""
+
+import types
+
+import pytest
+
+from nanogspo.chat import Chat
+
+
+@pytest.mark.parametrize(
+    ("decoded", "read"),
+    [
+        ("4", "4"),
+        ("<think>2 and 2</think>4", "4"),
+        ("2 and 2</think>4", "4"),  # a template may open the chain of thought in the prompt
+        ("<think>a</think>3<think>b</think>4", "4"),
+        ("<think>2 and 2", "<think>2 and 2"),  # never finished: all of it is read, and nothing is right by chance
+    ],
+)
+def test_a_finished_chain_of_thought_is_not_read(decoded, read):
+    assert Chat(types.SimpleNamespace(decode=lambda ids: decoded), {}).text([1]) == read
