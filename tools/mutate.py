@@ -96,6 +96,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two run at a time
     "HYPOTHESIS_PROFILE": "mutants",
 }
+PRODUCT = ("kernels", "nanogspo")  # folders
 DEADLY = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU)
 
 
@@ -298,7 +299,7 @@ def copy_tree(root: Path, to: Path) -> None:
 
 
 def import_first(tree: Path, tests: list[str]) -> None:
-    """Imports what these test files import and is not the tree's: once here, inherited by every run.
+    """Imports what these test files and the product import and is not the tree's: once here, inherited by every run.
 
     The tree's own modules are what is mutated: each run imports them itself. That goes for `kernels` above all, a name
     which other packages look for too (there is one on PyPI).
@@ -308,8 +309,9 @@ def import_first(tree: Path, tests: list[str]) -> None:
     before = set(sys.modules)
     ours = {path.stem for folder in (tree, tree / "tests", tree / "tools") for path in folder.glob("*")}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        for test in ["conftest.py", *tests]:
-            text = (tree / test).read_text() if (tree / test).exists() else ""
+        product = [str(path.relative_to(tree)) for name in PRODUCT for path in (tree / name).rglob("*.py")]
+        for file in ["conftest.py", *tests, *product]:
+            text = (tree / file).read_text() if (tree / file).exists() else ""
             for node in ast.walk(ast.parse(text)):
                 names = [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
