@@ -3,13 +3,15 @@
 Run: python -m pytest tests/test_blocked.py
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.blocked import Blocked, Layer, can_block
+from kernels.blocked import Blocked, Layer, can_block, can_block_head
 from tests.strategies import SEEDS
 
 BF16 = torch.ones(1, 1, dtype=torch.bfloat16)
@@ -74,4 +76,6 @@ def test_a_copy_that_carries_no_gradient(group):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int8])
 def test_other_dtypes_are_not_blocked(dtype):
     assert not can_block(torch.ones(2, 2, dtype=dtype))
-    assert not can_block(BF16.to("meta"))
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert not can_block(elsewhere) and not can_block_head(elsewhere)
+    assert can_block(BF16.to("meta")) == can_block(BF16)  # a plan asks about weights that are not there yet

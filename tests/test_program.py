@@ -8,6 +8,7 @@ Run: python -m pytest tests/test_program.py
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -81,7 +82,11 @@ def run(tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_go_on_ends_in_one_line(run, body, code, line):
-    done = run(body)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+    try:
+        done = run(body)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (done.code, done.out, done.err) == (code, "", f"prog.py: {line}\n")
 
 

@@ -426,7 +426,7 @@ def test_bands_are_drawn_from_twenty_points_on_and_within_what_is_possible(value
     for band in bands:
         assert all(0 <= y <= 1 for _, y in band)
         for step, mean in lines[1]:
-            near = values[max(0, step - 2) : step + 3]
+            near = values[max(0, int(step) - 2) : int(step) + 3]
             assert mean == pytest.approx(sum(near) / len(near))
             low, *_, high = sorted(y for x, y in band if x == step)
             assert low - 1e-9 <= mean <= high + 1e-9

@@ -13,5 +13,6 @@ MUTANTS = {
         ),
         ("zero if b is None else b", "zero", "biases are dropped"),
         ("weight.dtype == torch.bfloat16 and", "weight.dtype.is_floating_point and", "blocks of fp16"),
+        ('weight.device.type in ("cpu", "meta") and', "", "blocks of weights on a GPU"),
     ],
 }
