@@ -201,13 +201,13 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
     if config.resume:
         progress, rollout, changed = runstate.resume(state, config, made_of, model, optimizer, len(phases))
         print(f"resumed {folder} after update {progress.step}")
-    checkpoint.atomic_write(folder / "config.yaml", dump(config))
     log = RunLog(
         folder,
         steps=warm_steps + config.steps,
         resume_step=progress.step if config.resume else None,
         clip_range=(config.clip_low, config.clip_high),
     )
+    checkpoint.atomic_write(folder / "config.yaml", dump(config))
 
     def save_state() -> None:
         at_hand = rollout.state() if progress.update else None

@@ -402,7 +402,7 @@ def load(
             problems.append(f"{name} has dtype {entry['dtype']}, want F32, F16 or BF16")
     if problems:
         raise ValueError(
-            f"{folder}: {len(problems)} tensors do not fit a {config.family} model: {some(problems, sep='; ')}"
+            f"{folder}: {len(problems)} tensors do not fit a {config.family} model: {some(problems, 5, '; ')}"
         )
     if config.tied and HEAD in found:
         if _same_values(found[HEAD], found[EMBEDDING], dtype):
@@ -780,8 +780,8 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
     """Put a PEFT LoRA adapter onto a model: ours, or one that PEFT, Unsloth or TRL saved. Returns the layers touched.
 
     Raises ValueError for what would silently change the result: DoRA, trained biases, extra saved modules, ranks that
-    differ between layers, a tensor that fits no layer, a layer with only one of its two matrices. Layers of a vision
-    tower and another base than this model are reported on stderr.
+    differ between layers, a tensor that fits no layer or that PEFT would leave aside, a layer with only one of its two
+    matrices. Layers of a vision tower and another base than this model are reported on stderr.
     """
     folder = resolve(path_or_repo, want="adapter")
     config, file = read_json(folder / ADAPTER), folder / ADAPTER_WEIGHTS
@@ -803,6 +803,13 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
     if base and hasattr(model, "folder") and not _same_model(base, model.folder):
         _say(f"{folder}: this adapter was trained over {some([base])}, the model here is {model.folder}")
     pairs = _adapter_pairs(file, model, r)
+    linear = [name for name, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)]
+    prefixes = ["model."] if model.config.module_prefix == "model." else PREFIXES  # a wrapper's has changed
+    given = [name for name in linear if name in pairs]  # add_lora names those that are none of the model's
+    if aside := [name for name in given if not any(_peft_wraps(config, f"{p}{name}", where) for p in prefixes)]:
+        raise ValueError(
+            f"{file}: got {some(aside, 4)}, which {ADAPTER} does not name: PEFT leaves them aside; mend it"
+        )
     touched = add_lora(model, r=r, alpha=alpha, targets=list(pairs), dropout=dropout, scale=scale)
     with open(file, "rb", buffering=0) as f:
         for name, layer in lora_layers(model).items():
@@ -842,6 +849,23 @@ def _adapter_pairs(file: pathlib.Path, model: Transformer, r: int) -> dict[str, 
                 if not DTYPES[pair[part]["dtype"]].is_floating_point:
                     raise ValueError(f"{file}: {name}.{part} has dtype {pair[part]['dtype']}, want F32, F16 or BF16")
     return pairs
+
+
+def _peft_wraps(config: dict, layer: str, where: str) -> bool:
+    """Whether PEFT puts an adapter on this layer of its model. One that it does not gets none of the file's tensors."""
+
+    def named(key: str, default: list[str]) -> bool:
+        value = default if config.get(key) is None else config[key]
+        if isinstance(value, list) and all(isinstance(end, str) for end in value):
+            return any(f".{layer}".endswith(f".{end}") for end in value)
+        with contextlib.suppress(TypeError, re.error, OverflowError, RecursionError):
+            return value == "all-linear" or bool(re.fullmatch(value, layer))
+        raise ValueError(f"got {key}={shown(value)}, want a list of names or a regular expression in {where}")
+
+    only = config.get("layers_to_transform")
+    only = only if isinstance(only, list) else [only]
+    chosen = only in ([], [None]) or int(re.search(r"\.(\d+)\.", layer)[1]) in only
+    return chosen and named("target_modules", ["q_proj", "v_proj"]) and not named("exclude_modules", [])
 
 
 def _same_model(name: str, folder: pathlib.Path) -> bool:

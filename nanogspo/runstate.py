@@ -24,6 +24,7 @@ from nanogspo import program
 from nanogspo.checkpoint import DTYPES, SMALL_FILES, read_header, read_tensor, resolve, write_safetensors
 from nanogspo.config import MAY_CHANGE, TrainConfig, load_yaml
 from nanogspo.experience import Experience, from_state
+from nanogspo.inputs import some
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
 
@@ -82,11 +83,9 @@ def fingerprint(path: pathlib.Path) -> str:
 def changes(then: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """What differs between the inputs of a saved run and of this one, each in a few words. What only one version of
     the program knows, a field or a kind of file, is not compared."""
-    config = [
-        f"--{name.replace('_', '-')} ({then['config'][name]} -> {value})"
-        for name, value in now["config"].items()
-        if name in then["config"] and then["config"][name] != value
-    ]
+    old, new = then["config"], now["config"]
+    differ = [name for name in new if name in old and old[name] != new[name]]
+    config = [f"--{name.replace('_', '-')} ({some([old[name]])} -> {some([new[name]])})" for name in differ]
     kinds = {name.split("/")[0] for name in then["files"]}
     known = then["files"].keys() | {name for name in now["files"] if name.split("/")[0] in kinds}
     return config + sorted(name for name in known if then["files"].get(name) != now["files"].get(name))
@@ -153,7 +152,7 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
         kind = DTYPES[header[name]["dtype"]], header[name]["shape"]
         differ += [name] if kind != (wanted[name].dtype, tuple(wanted[name].shape)) else []
     if differ:
-        raise ValueError(f"{path}: the saved run trained other parameters ({_some(differ)}); resume with its own flags")
+        raise ValueError(f"{path}: it trained other parameters ({some(differ, 4)}); resume with its own flags")
     with open(path, "rb", buffering=0) as f:
         tensors = {name: read_tensor(f, entry) for name, entry in header.items()}
     if "checksums" in facts:
@@ -214,11 +213,7 @@ def _is_example(value: object) -> bool:
 
 def _refuse(path: pathlib.Path, wrong: list[str]) -> None:
     if wrong:
-        raise ValueError(f"{path}: {_some(wrong)} is not what was saved; the file is damaged: want a whole copy of it")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        raise ValueError(f"{path}: {some(wrong, 4)} is not what was saved, the file is damaged; want a whole copy")
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -246,7 +241,7 @@ def resume(
         print(f"{path}: saved by an older version, without checksums and hashes; damage or changed files go unseen")
     if changed and not config.accept_changes:
         raise ValueError(
-            f"got --resume {path.parent.parent} with other inputs than it was saved with: {', '.join(changed)}; want "
+            f"got --resume {path.parent.parent} with other inputs than it was saved with: {some(changed)}; want "
             "them as they were, or --accept-changes, which goes on with these and notes it in metrics.jsonl"
         )
     saved, rollout = load_state(path, model, optimizer)

@@ -19,22 +19,25 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def add_tokens(backend: Tokenizer, config: dict, special_tokens_map: dict, added_tokens: dict) -> dict[str, str]:
     """Adds what tokenizer.json lacks to the backend. The dicts are the three files; returns name -> text.
 
-    Raises ValueError where a value is no token, and for an id in added_tokens_decoder that the backend does not give.
+    Raises ValueError where a value is no token, and for an id in added_tokens_decoder that the backend does not give,
+    and for an id of two tokens.
     """
     decoder = need(config, "added_tokens_decoder", dict, where="tokenizer_config.json", default=None)
     named, extra = named_tokens(config if decoder is not None else config | special_tokens_map)
-    present = backend.get_added_tokens_decoder().values()
-    known = {token.content for token in present}
+    present = backend.get_added_tokens_decoder()
+    known = {token.content for token in present.values()}
     if decoder is not None:
         listed = {_number(key): _token(value, f"id {key}", special=False) for key, value in decoder.items()}
-        same = {repr(token) for token in present}  # a known token with other flags is set anew
+        same = {repr(token) for token in present.values()}  # a known token with other flags is set anew
         new = [token for _, token in sorted(listed.items()) if repr(token) not in same]
     else:
         special = {token.content for token in [*named.values(), *extra]}
+        owners = {_number(number): text for text, number in added_tokens.items()}
+        lost = added_tokens.keys() - owners.values() | {t for n, t in owners.items() if n in present and t not in known}
+        if lost:  # the other one would win in transformers
+            raise ValueError(f"got another token's id for {min(lost)!r:.40} in added_tokens.json, want its own")
         listed = {}  # their ids are those that come next, whatever the file says
-        texts = [
-            text for text, _ in sorted(added_tokens.items(), key=lambda item: _number(item[1])) if text not in known
-        ]
+        texts = [text for _, text in sorted(owners.items()) if text not in known]
         new = [_added(text, special=text in special, normalized=text not in special) for text in texts]
     known |= {token.content for token in new}
     backend.add_tokens(new + [token for token in [*named.values(), *extra] if token.content not in known])

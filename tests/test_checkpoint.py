@@ -357,7 +357,7 @@ BAD_TENSORS = {
     "a bias too many": (
         lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(128)}), "unexpected model.*q_proj.bias"
     ),
-    "all missing": (lambda t: t.clear(), "35 tensors do .*: missing embed_tokens.weight; .* and 27 more$"),
+    "all missing": (lambda t: t.clear(), "35 tensors do .*: missing embed_tokens.weight; .* and 30 more$"),
 }  # fmt: skip
 
 
@@ -877,11 +877,20 @@ def test_says_what_is_wrong_with_an_adapter(tmp_path):
     attempt("names that end in lora_A.weight", tensors={**tensors, "x.lora_magnitude_vector": torch.ones(2)})
     attempt("match no layer", tensors={n.replace("q_proj", "qkv"): t for n, t in tensors.items()})
     attempt(r"has shape \[.*want \[", {"r": 5})
+    for changes in [
+        {"target_modules": ["proj", "Q_PROJ"]}, {"target_modules": "q_proj"}, {"target_modules": []},
+        {"exclude_modules": ["x", "q_proj"]}, {"exclude_modules": r".*\.[02]\..*"}, {"layers_to_transform": [1]},
+        {"layers_to_transform": 1},
+    ]:  # fmt: skip
+        attempt("got layers.0.self_attn.q_proj, (.*1.*, )?.*2.*, which adapter_config.json does not name", changes)
+    for key, value in [("target_modules", "("), ("target_modules", 5), ("exclude_modules", ["x", 1])]:
+        attempt(f"got {key}=.*, want a list of names or a regular expression in .*adapter_config.json", {key: value})
     plain = {
         key: value for key, value in peft.LoraConfig(r=4, lora_alpha=3).to_dict().items() if key != "runtime_config"
     }
     for file in ("good", "bad"):  # what peft 0.21 writes of every adapter is no reason to refuse one
-        stated = {**plain, **config, "target_modules": ["q_proj"]} if file == "good" else {**config, "use_dora": False}
+        stated = {**config, "use_dora": False, "target_modules": None, "layers_to_transform": [2, 1, 0]}
+        stated = {**plain, **config, "target_modules": ["q_proj"]} if file == "good" else stated
         (good / "adapter_config.json").write_text(json.dumps(stated))
         load_adapter(load(references.folder("qwen3")), good)
     with refused("no LoRA adapter to save"):

@@ -301,6 +301,8 @@ def test_what_has_changed_is_named_and_only_accepted_by_a_flag(tmp_path):
     now["files"] = {"data": "1-c", "model/tokenizer.json": "3-d", "rewards/own.py": "4-e"}  # rewards: no such kind then
     changed = ["--lr (0.25 -> 0.5)", "data", "model/config.json", "model/tokenizer.json"]
     assert changes(made_of, now) == changed and changes(made_of, made_of) == []
+    (line,) = changes({"config": {"data": "a\0" * 900}, "files": {}}, {"config": {"data": "b"}, "files": {}})
+    assert line.isprintable() and len(line) < 200 and line.endswith("... -> b)")
     model, optimizer = run(seed=1)
     before = everything(model, optimizer)
     with pytest.raises(ValueError) as error:

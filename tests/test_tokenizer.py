@@ -713,6 +713,13 @@ def test_says_what_is_missing_or_broken(tmp_path):
             assert f"{name}.json that is not a JSON object (" in line(folder)
 
 
+@pytest.mark.parametrize("tokens", [{"<b>": SIZE, "<a>": SIZE}, {"<a>": SIZE + 1, "<b>": 297}], ids=str)
+def test_an_added_token_has_its_own_id(tmp_path, tokens):
+    """Of two tokens with one id transformers keeps the last, and tokenizer.json's before that."""
+    with pytest.raises(ValueError, match="got another token's id for '<b>' in added_tokens.json, want its own"):
+        load_tokenizer(write(tmp_path, qwen_backend(), QWEN, added_tokens=tokens))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -999,6 +999,12 @@ def test_a_run_is_resumed_with_what_it_was_made_of(tmp_path, base):
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
         return re.search(r"than it was saved with: (.*); want them as they were, or --accept-changes", message)[1]
 
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    refusal("--resume", folder, "--steps", 2)
+    assert (folder / "config.yaml").read_bytes() == before[folder / "config.yaml"]  # steps 1
+    (folder / "metrics.jsonl").rmdir()
+    (folder / "metrics.jsonl").write_bytes(before[folder / "metrics.jsonl"])
     data.write_text('{"prompt": "c", "completion": "b"}\n' * 4)  # of the same size
     assert changes_named() == "data"
     edit_json(model, "config.json", eos_token_id=[1, 2])

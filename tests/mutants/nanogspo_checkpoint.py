@@ -5,6 +5,29 @@ FILE = "nanogspo/checkpoint.py"
 MUTANTS = {
     "tests/test_checkpoint.py": [
         (
+            'if not any(_peft_wraps(config, f"{p}{name}", where) for p in prefixes)]',
+            "if False]",
+            "tensors that PEFT leaves aside are used",
+        ),
+        (
+            'return any(f".{layer}".endswith(f".{end}") for end in value)',
+            "return any(layer.endswith(end) for end in value)",
+            "a target is any end of a name",
+        ),
+        ("    return chosen and named(", "    return named(", "layers_to_transform does not count"),
+        (' and not named("exclude_modules", [])', "", "exclude_modules does not count"),
+        (
+            'named("target_modules", ["q_proj", "v_proj"])',
+            'named("target_modules", [])',
+            "an adapter without target_modules is refused",
+        ),
+        ('value == "all-linear" or ', "", "an adapter of all linear layers is refused"),
+        (
+            "with contextlib.suppress(TypeError, re.error,",
+            "with contextlib.suppress(TypeError,",
+            "a broken regular expression is a traceback",
+        ),
+        (
             'if t["start"] != expected or t["end"] - t["start"] != bytes_:',
             'if t["end"] - t["start"] != bytes_:',
             "overlapping tensors are read",

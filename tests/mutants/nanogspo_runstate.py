@@ -4,6 +4,11 @@
 FILE = "nanogspo/runstate.py"
 MUTANTS = {
     "tests/test_runstate.py": [
+        (
+            "({some([old[name]])} -> {some([new[name]])})",
+            "({old[name]} -> {new[name]})",
+            "a forged state prints what it likes",
+        ),
         ('    torch.set_rng_state(tensors["rng.cpu"])\n', "", "dropout goes on with other numbers"),
         ("[i >= start for i in", "[i > start for i in", "the first token of a saved answer is not scored"),
         (

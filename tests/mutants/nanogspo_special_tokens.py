@@ -4,6 +4,12 @@
 FILE = "nanogspo/special_tokens.py"
 MUTANTS = {
     "tests/test_tokenizer.py": [
+        ("lost = added_tokens.keys() - owners.values() | {", "lost = {", "two added tokens with one id get two"),
+        (
+            "if n in present and t not in known}",
+            "if False}",
+            "an added token with the id of tokenizer.json's gets another",
+        ),
         (
             "config if decoder is not None else config | special_tokens_map",
             "config | special_tokens_map",

@@ -5,6 +5,11 @@ FILE = "train.py"
 MUTANTS = {
     "tests/test_train.py": [
         (
+            "    log = RunLog(\n",
+            '    checkpoint.atomic_write(folder / "config.yaml", dump(config))\n    log = RunLog(\n',
+            "a resume that fails has changed config.yaml",
+        ),
+        (
             "entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()",
             "entropy = entropy.mean()",
             "an entropy that depends on how answers fall into micro-batches",
