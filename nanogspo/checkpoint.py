@@ -833,7 +833,7 @@ def _adapter_pairs(file: pathlib.Path, model: Transformer, r: int) -> dict[str, 
             towers.append(name)
         elif pairs.setdefault(our_name(match[1].removeprefix(PEFT_PREFIX)), {}).setdefault(match[2], entry) != entry:
             raise ValueError(f"{file}: got {some([name])} beside another tensor for the same layer, want one")
-    if towers:
+    if towers and not model.norm.weight.is_meta:  # said when the model is loaded, not of its outline
         _say(f"{file}: left aside {len(towers)} tensors, of no use for text: {some(towers)}")
     linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)}
     for name, pair in pairs.items():

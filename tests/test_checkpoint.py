@@ -34,6 +34,7 @@ from nanogspo.families import model_config
 from nanogspo.inputs import parse_json
 from nanogspo.lora import add_lora, lora_layers, merge_lora
 from nanogspo.model import Transformer
+from nanogspo.planner import outline
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -807,6 +808,8 @@ def test_we_open_an_adapter_of_peft_over_a_multimodal_base(name, tmp_path, capsy
         safetensors.torch.save_file(tensors, file)
     said = capsys.readouterr().err
     assert ("tensors, of no use for text: base_model.model.model.vision_tower" in said) == (name == "gemma3_multimodal")
+    shape = outline(checkpoint.read_config(Path(references.folder(name))), torch.float32, None)
+    assert load_adapter(shape, tmp_path) == touched and not capsys.readouterr().err  # and nothing is said twice
 
 
 def test_a_multimodal_folder_may_have_other_names_a_tied_head_and_16_bits(tmp_path):

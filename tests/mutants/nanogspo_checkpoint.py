@@ -79,6 +79,11 @@ MUTANTS = {
             "of a tied matrix stored twice one copy is dropped",
         ),
         (
+            "    if towers and not model.norm.weight.is_meta:",
+            "    if towers:",
+            "what an adapter leaves aside is said twice",
+        ),
+        (
             "        if SKIP.search(name):\n            towers",
             "        if False:\n            towers",
             "an adapter of peft that wraps the tower too is refused",
