@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in dict.fromkeys(lines)]  # a merge may have doubled some
 
 
 def write(path: Path, entries: list[dict]) -> None:
