@@ -457,6 +457,7 @@ def load(
 
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+COMPARED = 2**20  # numbers of two matrices at a time
 
 
 def _say(line: str) -> None:
@@ -488,7 +489,8 @@ def _refuse_foreign_names(folder: pathlib.Path, unexpected: list[str], wanted: d
 
 def _same_values(a: tuple[pathlib.Path, dict], b: tuple[pathlib.Path, dict], dtype: torch.dtype) -> bool:
     """Whether two stored matrices of one shape are equal once they are in dtype; a few MB of each at a time."""
-    (V, C), rows = a[1]["shape"], max(1, 2**20 // a[1]["shape"][1])
+    V, C = a[1]["shape"]
+    rows = max(1, COMPARED // C)
     with open(a[0], "rb", buffering=0) as one, open(b[0], "rb", buffering=0) as other:
         for first in range(0, V, rows):
             parts = []

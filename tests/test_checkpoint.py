@@ -401,6 +401,16 @@ def test_a_head_that_is_not_the_tied_embedding_is_used(qwen3, tmp_path, capsys):
         load(qwen3)
 
 
+@pytest.mark.parametrize("row", [0, 50, 96])
+def test_one_row_makes_another_head(row, qwen3, monkeypatch):
+    """Compared ten rows at a time, whichever it is."""
+    monkeypatch.setattr(checkpoint, "COMPARED", 640)
+    edit(qwen3, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert load(qwen3).config.tied
+    edit(qwen3, lambda t: t["lm_head.weight"][row].add_(1))
+    assert not load(qwen3).config.tied
+
+
 def test_a_tied_matrix_may_be_stored_as_the_head_alone_or_differ_in_rounding_alone(qwen3):
     """transformers ties the embedding to what there is. Two copies that dtype makes equal are one matrix."""
     edit(qwen3, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
