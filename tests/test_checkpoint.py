@@ -229,6 +229,7 @@ BAD_FILES = {
     "a shape in words": (header_of({"x": entry(shape=["1"])}, b"1234"), "not safetensors JSON"),
     "a fractional shape": (header_of({"x": entry(shape=[1.0])}, b"1234"), "not safetensors JSON"),
     "negative sizes": (header_of({"x": entry(shape=[-1, -1])}, b"1234"), "not safetensors JSON"),
+    "nothing, of 2**118 columns": (header_of({"x": entry(shape=[0, 2**59, 2**59], end=0)}), "fewer than 2.*60 numbers"),
     "a dtype that is a list": (header_of({"x": entry(["F32"])}, b"1234"), "not safetensors JSON"),
     "a dtype of fp8": (header_of({"x": entry("F8_E4M3", [4])}, b"1234"), "x has dtype F8_E4M3, want one of F64, F32"),
     "overlap": (header_of({"x": entry(), "y": entry(start=2, end=6)}, b"123456"), "y claims bytes 2..6, want 4..8"),
