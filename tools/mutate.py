@@ -43,9 +43,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -229,6 +230,7 @@ def run_pytest(tree: Path, *arguments: str, cpu: int = 0, limit: int = TIME_LIMI
 
 def _child(tree: Path, nodes: Path, arguments: tuple[str, ...], cpu: int) -> None:
     os.setsid()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for stream, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         os.dup2(os.open(os.devnull, flags), stream)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -242,6 +244,13 @@ def _child(tree: Path, nodes: Path, arguments: tuple[str, ...], cpu: int) -> Non
         del sys.modules[name]
     options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio"]
     os._exit(pytest.main([*options, *arguments], plugins=[NodeLog(nodes)]))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process group when its parent has gone: a run that is killed leaves no tests behind that run on."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def judge(task: Task, tree: Path) -> Verdict:
@@ -395,7 +404,9 @@ def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadl
             if red:
                 print(f"got failing tests without any edit, want them green first: python -m pytest {' '.join(red)}")
                 return 2
-        for key, verdict in zip(chosen, pool.map(timed_judge, [tasks[key] for key in chosen]), strict=True):
+        running = {pool.submit(timed_judge, tasks[key]): key for key in chosen}
+        for done in as_completed(running):  # each is kept when it ends: one that takes long holds up no other
+            key, verdict = running[done], done.result()
             if verdict.word == "late":
                 continue
             verdicts[key] = verdict
