@@ -208,7 +208,7 @@ def test_a_flipped_bit_anywhere_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value) and str(path) in str(error.value)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     last = max(header, key=lambda name: header[name]["end"])
-    assert f"{last} is not what was saved; the file is damaged" in one_line(path, model, optimizer)
+    assert f"{last} is not what was saved, the file is damaged; want a whole copy" in one_line(path, model, optimizer)
 
 
 # ----------------------------------------------------------------------------
