@@ -24,7 +24,7 @@ from test_inputs import corrupted, refused_or
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from nanogspo import tokenizer
+from nanogspo import special_tokens, tokenizer
 from nanogspo.tokenizer import character_tokenizer, conversation_examples, load_tokenizer
 
 # Qwen3's template without tools: an empty think block on the last answer, thinking stripped from earlier ones.
@@ -745,6 +745,8 @@ def test_other_types_in_a_file_are_one_line(name, value):
         assert isinstance(tree, dict) or not accepted, done
     half = json.dumps(value).replace("<", "\\ud83d")  # in a text that may become a token
     assert "\\ud83d" not in half or not refused_or(read, json.loads(half))
+    with pytest.raises(ValueError, match="got token .* with half a character, want whole ones"):
+        special_tokens._added("\ud83d>")
 
 
 def test_a_panic_in_rust_is_one_line(tmp_path):
