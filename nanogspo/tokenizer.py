@@ -17,17 +17,19 @@ code, the additional_chat_templates/ folder, and `clean_up_tokenization_spaces`,
 decoding: a reward would judge text that the model did not write.   Tests: tests/test_tokenizer.py
 """
 
+import contextlib
 import functools
 import json
+import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import tokenizers
 
 from nanogspo import templates
 from nanogspo.inputs import kind, need, parse_json, text_of
-from nanogspo.special_tokens import add_tokens, named_tokens
+from nanogspo.special_tokens import NAMES, add_tokens, named_tokens
 from nanogspo.templates import one_line
 
 # All that `save` writes. merges.txt and tokenizer.model are not read but kept for other programs.
@@ -86,8 +88,9 @@ class Tokenizer:
         self.files, self.folder = files, folder
         content = files["tokenizer.json"]
         try:
-            self._backend = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
-            self._backend.encode("")  # a template of special tokens that do not exist ends in a panic
+            with _without_descriptor_2():  # where a panic prints itself
+                self._backend = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
+                self._backend.encode("")  # a template of special tokens that do not exist ends in a panic
         except BaseException as error:  # Rust raises ValueError, bare Exception, or a panic, which is no Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -109,6 +112,9 @@ class Tokenizer:
         special_id = {name: self._backend.token_to_id(text) for name, text in self.special_tokens.items()}
         self._backend.encode_special_tokens = config.get("split_special_tokens") is True
         self.templates = self._read_templates(config)
+        lost = [name for name in NAMES if self.spells(name) and name not in self.special_tokens]
+        if lost and "tokenizer_config.json" not in self.files:  # transformers has names of each family's own then
+            raise ValueError(f"got a chat template with {lost[0]} and no tokenizer_config.json, want the file")
 
         # Multimodal configs keep the language model's ids deeper: text_config (Gemma 3), thinker_config (Qwen-Omni).
         part = functools.partial(need, kind=dict, where="config.json", default={})
@@ -363,6 +369,23 @@ def character_tokenizer(characters: str) -> Tokenizer:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<eos>"}
     files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
     return Tokenizer({name: text.encode() for name, text in files.items()}, "the character tokenizer")
+
+
+@contextlib.contextmanager
+def _without_descriptor_2() -> Iterator[None]:
+    """What libraries write to stderr past Python goes nowhere meanwhile."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # a program without a console has none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _ids(parts: list[dict], key: str) -> list[int]:

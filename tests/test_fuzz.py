@@ -49,6 +49,7 @@ PLANTED = {  # what happens in a case -> (outcome, something of its line or note
     lambda: Path("input").write_text("y") and None: ("changed files", "['input']"),
     lambda: Path("beside").mkdir() or Path("beside/file").touch(): ("changed files", "['beside/file']"),
     lambda: Path("run").mkdir() or Path("run/file").touch(): ("accepted", ""),
+    lambda: os.write(2, b"a panic") and None: ("lines on stderr past Python", ""),
     lambda: Path("run").mkdir() or Path("run/file").touch() or fails(ValueError("no")): ("changed files", "no"),
     lambda: fuzz.try_flags(fuzz.TrainConfig, ["--lr", "x"]): ("refused", "argument --lr: invalid float value: 'x'"),
     lambda: lambda: "": ("accepted", ""),
@@ -70,7 +71,7 @@ def test_every_broken_promise_is_found(tmp_path, monkeypatch, capsys):
     assert fuzz.main() == 1
     out = capsys.readouterr().out
     assert "again: python tools/fuzz.py --seed 5 --only 1\n" in out and "3 cases: 2 a traceback, 1 refused\n" in out
-    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--only", "2", "15"])
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--only", "2", "16"])
     assert fuzz.main() == 0
     out = capsys.readouterr().out
     assert "2: plant 2\n    refused: got 1, want 2\n" in out and "1 accepted here and not by transformers\n" in out

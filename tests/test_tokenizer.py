@@ -713,6 +713,16 @@ def test_says_what_is_missing_or_broken(tmp_path):
             assert f"{name}.json that is not a JSON object (" in line(folder)
 
 
+def test_a_template_gets_the_tokens_it_prints(tmp_path):
+    """Without tokenizer_config.json they are those of the family's class in transformers."""
+    with pytest.raises(ValueError, match="got a chat template with bos_token and no tokenizer_config.json, want the"):
+        load_tokenizer(write(tmp_path / "a", gemma_backend(), None, GEMMA_TEMPLATE))
+    named = {"special_tokens_map": {"bos_token": "<bos>"}}
+    ours = load_tokenizer(write(tmp_path / "b", gemma_backend(), None, GEMMA_TEMPLATE, **named))
+    assert ours.chat([user("a")])[0] == 2
+    assert load_tokenizer(write(tmp_path / "c", gemma_backend(), {}, GEMMA_TEMPLATE)).chat([user("a")])[0] != 2
+
+
 @pytest.mark.parametrize("tokens", [{"<b>": SIZE, "<a>": SIZE}, {"<a>": SIZE + 1, "<b>": 297}], ids=str)
 def test_an_added_token_has_its_own_id(tmp_path, tokens):
     """Of two tokens with one id transformers keeps the last, and tokenizer.json's before that."""
@@ -749,12 +759,13 @@ def test_other_types_in_a_file_are_one_line(name, value):
         special_tokens._added("\ud83d>")
 
 
-def test_a_panic_in_rust_is_one_line(tmp_path):
+def test_a_panic_in_rust_is_one_line(tmp_path, capfd):
     """A post-processor that prints a token which does not exist: pyo3's PanicException is no Exception."""
     backend = json.loads(gemma_backend())
     backend["post_processor"]["single"][0]["SpecialToken"]["id"] = "x"
     with pytest.raises(ValueError, match=r"do not parse \(no entry found for key\)"):
         load_tokenizer(write(tmp_path, json.dumps(backend)))
+    assert os.write(2, b"here again") and capfd.readouterr().err == "here again"  # Rust's own lines are not shown
 
 
 def test_transformers_stays_out():

@@ -9,7 +9,8 @@ value of a JSON file becomes another type, null, huge, nan or nested; a key goes
 cut, emptied, swapped, a folder, in another encoding, or has a bit flipped; a flag has an absurd value. Then a child
 process does with it what the programs do. What is promised of every case:
 
-    it is accepted, or refused in one line of at most LONGEST characters, by what the programs end with exit code 2 on
+    it is accepted, or refused in one line of at most LONGEST characters, by what the programs end with exit code 2 on;
+    no library prints on stderr past Python
     it ends within the limit of seconds and of MEMORY; a child that does not is ended, and another one goes on
     no input file changes, and nothing is written but in the run's own folder; a state that is refused stays as it was
     an accepted checkpoint gives transformers' logits, an adapter PEFT's, a tokenizer and each row transformers' ids
@@ -234,6 +235,7 @@ def judge(seed: int, number: int, home: Path, tell: Callable[[str], None]) -> Ve
         wrong, do = attempt(seed, number)
         before, verdict = snapshot(folder), Verdict(number, wrong)
         tell(wrong)
+        printed = os.fstat(2).st_size
         try:
             compare = do()
         except SystemExit:  # argparse
@@ -245,6 +247,8 @@ def judge(seed: int, number: int, home: Path, tell: Callable[[str], None]) -> Ve
                 verdict.outcome, verdict.line = "a traceback", "".join(traceback.format_exception(error)[-3:])
         if verdict.outcome == "refused" and (len(verdict.line) > LONGEST or not verdict.line.isprintable()):
             verdict.outcome = f"a refusal of {len(verdict.line)} characters in {len(verdict.line.splitlines())} lines"
+        if os.fstat(2).st_size > printed and verdict.sound:
+            verdict.outcome = "lines on stderr past Python"
         after, own = snapshot(folder), ("new-run/", "run/" if verdict.outcome == "accepted" else "new-run/")
         changed = [path for path in before | after if before.get(path) != after.get(path) and not path.startswith(own)]
         if changed and verdict.sound:

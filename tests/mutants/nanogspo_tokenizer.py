@@ -4,6 +4,14 @@
 FILE = "nanogspo/tokenizer.py"
 MUTANTS = {
     "tests/test_tokenizer.py": [
+        ('if lost and "tokenizer_config.json" not in self.files:', "if False:", "a template's bos_token is nothing"),
+        (
+            'if lost and "tokenizer_config.json" not in self.files:',
+            "if lost:",
+            "a token that no file names is an error",
+        ),
+        ("            os.dup2(null.fileno(), 2)\n", "            pass\n", "a panic prints its own lines"),
+        ("        os.dup2(kept, 2)\n", "", "stderr is gone for good"),
         (
             "loss_mask += [True] * produced + [False] * (len(answer) - produced)",
             "loss_mask += [True] * (produced - 1) + [False] * (len(answer) - produced + 1)",

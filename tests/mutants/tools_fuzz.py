@@ -3,6 +3,7 @@
 FILE = "tools/fuzz.py"
 MUTANTS = {
     "tests/test_fuzz.py": [
+        ("if os.fstat(2).st_size > printed and", "if False and", "what Rust prints is not looked at"),
         (
             '"a traceback", "".join(traceback.format_exception(error)[-3:])',
             '"refused", "a bug"',
