@@ -65,7 +65,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 1000**3  # the hub's habit; one file larger than this uploads badly
 
 # Names on the way in: the first prefix that matches is stripped. Multimodal wrappers put the text part deeper.
-PREFIXES = ("thinker.model.", "model.language_model.", "language_model.model.", "language_model.", "model.")
+PREFIXES = ("thinker.model.", "thinker.", "model.language_model.", "language_model.model.", "language_model.", "model.")
 # Parts of multimodal checkpoints that a text model does not use, and buffers that old files carry
 SKIP = re.compile(
     r"(^|\.)(visual|vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio|mtp|talker|code2wav)\."
@@ -527,8 +527,6 @@ def stored_dtype(folder: pathlib.Path) -> torch.dtype:
 
 def our_name(name: str) -> str:
     """Checkpoint tensor name -> parameter name of Transformer."""
-    if name.endswith("lm_head.weight"):
-        return "lm_head.weight"
     return next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)
 
 

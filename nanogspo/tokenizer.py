@@ -113,8 +113,9 @@ class Tokenizer:
         self._backend.encode_special_tokens = config.get("split_special_tokens") is True
         self.templates = self._read_templates(config)
         lost = [name for name in NAMES if self.spells(name) and name not in self.special_tokens]
-        if lost and "tokenizer_config.json" not in self.files:  # transformers has names of each family's own then
-            raise ValueError(f"got a chat template with {lost[0]} and no tokenizer_config.json, want the file")
+        if lost and config.get("tokenizer_class") is None:  # transformers has names of each family's own then
+            line = f"got a chat template with {lost[0]} and no tokenizer_config.json with a tokenizer_class"
+            raise ValueError(f"{line}, want the file")
 
         # Multimodal configs keep the language model's ids deeper: text_config (Gemma 3), thinker_config (Qwen-Omni).
         part = functools.partial(need, kind=dict, where="config.json", default={})

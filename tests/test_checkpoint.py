@@ -477,6 +477,14 @@ def test_a_wrapped_models_names_are_one_line(rename, says, qwen3):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("prefix", ["module.", "a."])
+def test_a_head_has_its_own_name_whole(prefix, qwen3):
+    """transformers makes a random head beside a tensor that only ends like one."""
+    edit(qwen3, lambda t: t.__setitem__(f"{prefix}lm_head.weight", t["model.embed_tokens.weight"].clone()))
+    with refused(f"{prefix}lm_head.weight"):
+        load(qwen3)
+
+
 def test_an_adapter_or_a_run_given_as_a_model_is_told_the_flags(tmp_path):
     """And a model or a run given as an adapter."""
     run, model = tmp_path / "run", references.folder("qwen3")

@@ -714,13 +714,15 @@ def test_says_what_is_missing_or_broken(tmp_path):
 
 
 def test_a_template_gets_the_tokens_it_prints(tmp_path):
-    """Without tokenizer_config.json they are those of the family's class in transformers."""
-    with pytest.raises(ValueError, match="got a chat template with bos_token and no tokenizer_config.json, want the"):
-        load_tokenizer(write(tmp_path / "a", gemma_backend(), None, GEMMA_TEMPLATE))
+    """Without a class in tokenizer_config.json they are those of the family's class in transformers."""
+    for name, config in (("a", None), ("d", {"bos_token_id": 2})):
+        with pytest.raises(ValueError, match="chat template with bos_token and no tokenizer_config.json with a tokeni"):
+            load_tokenizer(write(tmp_path / name, gemma_backend(), config, GEMMA_TEMPLATE))
     named = {"special_tokens_map": {"bos_token": "<bos>"}}
     ours = load_tokenizer(write(tmp_path / "b", gemma_backend(), None, GEMMA_TEMPLATE, **named))
     assert ours.chat([user("a")])[0] == 2
-    assert load_tokenizer(write(tmp_path / "c", gemma_backend(), {}, GEMMA_TEMPLATE)).chat([user("a")])[0] != 2
+    generic = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert load_tokenizer(write(tmp_path / "c", gemma_backend(), generic, GEMMA_TEMPLATE)).chat([user("a")])[0] != 2
 
 
 @pytest.mark.parametrize("tokens", [{"<b>": SIZE, "<a>": SIZE}, {"<a>": SIZE + 1, "<b>": 297}], ids=str)

@@ -5,6 +5,11 @@ FILE = "nanogspo/checkpoint.py"
 MUTANTS = {
     "tests/test_checkpoint.py": [
         (
+            "    return next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)",
+            "    return HEAD if name.endswith(HEAD) else next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)",
+            "any name that ends like the head's is the head",
+        ),
+        (
             'if not any(_peft_wraps(config, f"{p}{name}", where) for p in prefixes)]',
             "if False]",
             "tensors that PEFT leaves aside are used",

@@ -4,9 +4,9 @@
 FILE = "nanogspo/tokenizer.py"
 MUTANTS = {
     "tests/test_tokenizer.py": [
-        ('if lost and "tokenizer_config.json" not in self.files:', "if False:", "a template's bos_token is nothing"),
+        ('if lost and config.get("tokenizer_class") is None:', "if False:", "a template's bos_token is nothing"),
         (
-            'if lost and "tokenizer_config.json" not in self.files:',
+            'if lost and config.get("tokenizer_class") is None:',
             "if lost:",
             "a token that no file names is an error",
         ),
