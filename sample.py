@@ -22,7 +22,7 @@ if __name__ == "__main__":  # flags before torch: a wrong one answers at once
 
 from nanogspo import checkpoint, planner  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
-from nanogspo.inputs import read_bytes, text_of  # noqa: E402
+from nanogspo.inputs import read_text  # noqa: E402
 from nanogspo.model import Transformer  # noqa: E402
 from nanogspo.process import available_memory  # noqa: E402
 from nanogspo.rollout import decode, generate  # noqa: E402
@@ -84,11 +84,7 @@ MAX_ROWS = 32  # bounds the KV cache: a thousand prompts at once would take 34 G
 
 
 def read_prompts(path: str) -> list[str]:
-    want = "a UTF-8 text file, one prompt a line"
-    try:
-        text = text_of(read_bytes(path, want))
-    except ValueError as error:
-        raise ValueError(f"cannot read --prompts {path} ({error}); want {want}") from error
+    text = read_text(path, "a text file, one prompt a line")
     prompts = [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not prompts:
         raise ValueError(f"got no prompts in {path}, want one a line")

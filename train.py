@@ -52,7 +52,7 @@ from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import Example, pack, score  # noqa: E402
 from nanogspo.process import StopRequest, available_memory, peak_memory, run_folder, summary  # noqa: E402
 from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
-from nanogspo.rollout import generate  # noqa: E402
+from nanogspo.rollout import complete, generate  # noqa: E402
 from nanogspo.runlog import RunLog, read_rows  # noqa: E402
 from nanogspo.runstate import Progress  # noqa: E402
 from nanogspo.tasks import get_task, shuffled  # noqa: E402
@@ -222,8 +222,9 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
             loss, accuracy = held_out_loss(model, held_out, config)
             log.held_out(step=progress.step, phase=name, loss=loss, accuracy=accuracy, count=config.eval_size)
         if exam:
-            right = count_exact(model, chat, task, exam, config, log.sampling(len(exam)))
-            log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
+            right = count_exact(model, chat, task, exam, config, log.sampling(len(exam), stop))
+            if right is not None:  # else stopped: the resumed run comes here again
+                log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 8. the loop
@@ -240,6 +241,10 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
         while progress.phase_step < phase.steps and not progress.phase_done and not stop:
             if time.perf_counter() - phase_started >= phase.seconds:
                 break
+            if config.eval_every and progress.phase_step and progress.phase_step % config.eval_every == 0:
+                evaluate(phase.name)
+                if stop:
+                    break
             began = time.perf_counter()
             lr = learning_rate(
                 progress.phase_step,
@@ -248,7 +253,8 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
                 total=phase.steps,
                 schedule=config.lr_schedule,
             )
-            metrics, log_ratios = [], []  # (weight, facts) of each micro-batch; the weights of an update sum to 1
+            # (weight, facts) of each micro-batch; the weights of an update sum to 1. GRPO's ratios are tokens'
+            metrics, ratios, log_ratios = [], [], []
 
             if phase.algo == "sft":
                 draws = range(progress.sft_cursor, progress.sft_cursor + config.batch_size)
@@ -275,6 +281,7 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
                     progress.rl_cursor += config.prompts_per_rollout
                 batches, old = rollout.minibatches[progress.update], rollout.old_logp[progress.update]
                 trained = sum(len(batch.index) for batch in batches)
+                items = trained if phase.algo == "gspo" else sum(len(batch.targets) for batch in batches)
                 share = trained / (len(rollout.examples) // config.updates_per_rollout)  # the others' gradient is 0
                 for batch, old_logp in zip(batches, old, strict=True):
                     A = rollout.advantages[batch.index].to(config.device)  # (N,)
@@ -293,9 +300,9 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
                     (loss * weight).backward()
                     optimizer.accumulate()
                     entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()  # over answers, too
-                    facts |= {"loss": loss, "entropy": entropy, "trained_frac": share}
-                    metrics.append((weight, facts))
-                facts = combine(metrics)
+                    metrics.append((weight, {"loss": loss, "entropy": entropy, "trained_frac": share}))
+                    ratios.append((len(log_ratios[-1]) / items, facts))
+                facts = combine(ratios)
                 if progress.update == 0:
                     if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
                         raise AssertionError(
@@ -312,7 +319,13 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
             # 9. log, evaluate, save
 
             seconds = time.perf_counter() - began
-            row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **combine(metrics)}
+            row = {
+                "step": progress.step,
+                "algo": phase.algo,
+                "phase": phase.name,
+                **combine(metrics),
+                **combine(ratios),
+            }
             row |= {} if phase.algo == "sft" else rollout.facts | ratio_quantiles(log_ratios)
             row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
             log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
@@ -322,15 +335,12 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
                 progress.phase_done = (
                     right >= phase.until * config.warm_probe
                 )  # groups are mixed enough for RL to start
-            if config.eval_every and progress.phase_step % config.eval_every == 0 and progress.phase_step < phase.steps:
-                evaluate(phase.name)
             if phase.name != "control" and progress.step % config.save_every == 0:
                 save_state()
 
-        if stop:
-            break
-        evaluate(phase.name, last=phase is phases[-1])
-        if phase is phases[-1]:
+        if not stop:
+            evaluate(phase.name, last=phase is phases[-1])
+        if stop or phase is phases[-1]:
             break
         if phases[progress.phase + 1].name != "control":
             runstate.save_state(warm, model, optimizer, dataclasses.asdict(progress), None, made_of)
@@ -400,7 +410,7 @@ def sample_rollout(
         max_rows=config.rollout_rows,
         on_step=on_step,
     )
-    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
+    if not complete(answers, config.max_new_tokens):
         return None
     asked = [problems[a.prompt_index] for a in answers]
     texts = [chat.text(a.tokens) for a in answers]
@@ -438,7 +448,7 @@ def sample_rollout(
 def combine(metrics: list[tuple[float, dict]]) -> dict[str, float]:
     """Metrics of an update from those of its micro-batches: minima, maxima, and weighted means of the rest."""
     out = {}
-    for key in metrics[0][1]:
+    for key in metrics[0][1] if metrics else ():
         values = [(weight, float(torch.as_tensor(facts[key]).detach())) for weight, facts in metrics]
         if key.endswith(("_min", "_max")):
             out[key] = (min if key.endswith("_min") else max)(v for _, v in values)

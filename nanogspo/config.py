@@ -19,6 +19,8 @@ import pathlib
 import re
 from typing import Any
 
+from nanogspo.inputs import read_text
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -185,7 +187,7 @@ class Parser(argparse.ArgumentParser):
 
 @functools.cache
 def tiny_yaml() -> dict:
-    return load_yaml(ROOT / "configs" / "tiny.yaml", TrainConfig, "it belongs to the repository")
+    return load_yaml(ROOT / "configs" / "tiny.yaml", TrainConfig, "the file of the repository")
 
 
 def flag_name(field: str) -> str:
@@ -248,14 +250,17 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         if given.get("resume") and file:
             raise ValueError("got --config with --resume, which reads the run's own config.yaml; want one of them")
         if given.get("resume"):
-            base = load_yaml(
-                pathlib.Path(given["resume"]) / "config.yaml", TrainConfig, "want the folder of an earlier run"
-            )
+            base = load_yaml(pathlib.Path(given["resume"]) / "config.yaml", TrainConfig, "the folder of an earlier run")
             base["out"] = given["resume"]
         elif file:
-            base = load_yaml(pathlib.Path(file), TrainConfig, "want a YAML file of flag names and values")
+            base = load_yaml(pathlib.Path(file), TrainConfig, "a YAML file of flag names and values")
         elif given.get("model", "tiny") == "tiny":
             base = tiny_yaml()
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given.get(name) and not given.get(other):
+            base.pop(other, None)  # a flag wins over the file's other way to say how long
+    if (base | given).get("epochs") and "steps" in base | given:
+        raise ValueError("got --epochs and --steps, want one of them")
     if base.get("resume"):
         raise ValueError("got resume in a --config file, want --resume DIR on the command line")
     if given.get("data") and "task" not in given:
@@ -292,15 +297,13 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
     import yaml
 
     try:
-        root = yaml.SafeLoader(path.read_text(encoding="utf-8")).get_single_node()
-    except (OSError, ValueError):  # a UnicodeError is a ValueError, and so is what a path with a zero byte raises
-        raise ValueError(f"cannot read {path}; {want}") from None
+        root = yaml.SafeLoader(read_text(path, want)).get_single_node()
     except RecursionError:
         raise ValueError(f"{path}: got values nested too deeply, want `field: value` lines") from None
     except yaml.YAMLError as e:
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
         where = f"{path}:{mark.line + 1}" if mark else path
-        raise ValueError(f"{where}: not YAML ({problem}); {want}") from None
+        raise ValueError(f"{where}: not YAML ({problem}); want {want}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: got {root.id if root else 'an empty file'}, want `field: value` lines")
     fields, values = {f.name: f for f in dataclasses.fields(config_class)}, {}
@@ -403,6 +406,8 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             f"got --lora-alpha {config.lora_alpha}: the adapter would stay without effect; want more than 0"
         )
+    if config.accept_changes and not config.resume:
+        raise ValueError("got --accept-changes without --resume RUN, want both, or neither: a new run has no changes")
     if config.resume and config.out not in ("", config.resume):
         raise ValueError(f"got --out {config.out} with --resume {config.resume}, want one: a run goes on in its folder")
     if (config.task == "jsonl") != bool(config.data):
@@ -414,10 +419,7 @@ def check(config: TrainConfig) -> None:
     if config.epochs and not config.data:
         raise ValueError(f"got --epochs {config.epochs:g} without --data: a task's problems do not end; want --steps")
     if config.epochs and config.steps != TrainConfig.steps:
-        raise ValueError(
-            f"got --epochs {config.epochs:g} and --steps {config.steps}, "
-            "want one of them: add --epochs 0, or leave --steps at 200"
-        )
+        raise ValueError(f"got --epochs {config.epochs:g} and --steps {config.steps}, want one of them")
     if config.data and rl:
         raise ValueError(
             f"got --data with --algo {config.algo}: a JSONL file holds answers, not rewards; want --algo sft"

@@ -18,15 +18,15 @@ from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
 from nanogspo.packing import pack, score
-from nanogspo.rollout import generate
+from nanogspo.rollout import complete, generate
 from nanogspo.tasks import Problem
 from nanogspo.tasks.jsonl import Example
 
 
 def count_exact(
     model: Transformer, chat: Chat, task, problems: list[Problem], config: TrainConfig, on_step=None
-) -> int:
-    """How many problems are answered exactly right, greedily."""
+) -> int | None:
+    """How many problems are answered exactly right, greedily. None if on_step ended it early."""
     prompts = [chat.prompt(p) for p in problems]
     longest = max(map(len, prompts))
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
@@ -40,6 +40,8 @@ def count_exact(
         max_rows=max(1, slots // (longest + config.max_new_tokens - 1)),
         on_step=on_step,
     )
+    if not complete(answers, config.max_new_tokens):
+        return None
     return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
 
 

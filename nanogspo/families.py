@@ -52,12 +52,18 @@ class Family:
 
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
+    "llama": Family("LlamaForCausalLM", defaults={"max_position_embeddings": 2048}),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, o_bias=False, layer_pattern="window_flag"),
     # every size from 0.6B to 32B has head_dim 128, whatever hidden_size / heads says
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, layer_pattern="window_flag", head_dim=128),
     "gemma": Family(
-        "GemmaForCausalLM", norm_plus_one=True, activation=GELU_TANH, scale_embedding=True, head_dim=256, tied=True
+        "GemmaForCausalLM",
+        norm_plus_one=True,
+        activation=GELU_TANH,
+        scale_embedding=True,
+        head_dim=256,
+        tied=True,
+        defaults={"max_position_embeddings": 8192},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -76,6 +82,7 @@ FAMILIES = {
             "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
+            "max_position_embeddings": 8192,
         },
     ),
     # Gemma 3 has qk_norm instead of the soft-caps; of a file that sets both transformers obeys the final one alone.

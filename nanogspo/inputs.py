@@ -10,10 +10,12 @@ Tests: tests/test_inputs.py
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterable
 from typing import Any
 
 DEEPEST = 50  # levels of a JSON file; the deepest file of a checkpoint has six
+ENDLESS = 2**30  # bytes that are read of what is no regular file and does not say how large it is
 LONGEST = 80  # characters of a foreign value in a message
 REQUIRED = object()
 KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
@@ -63,10 +65,25 @@ def kind(value: Any) -> str:
 def read_bytes(path: str | os.PathLike, want: str) -> bytes:
     """A whole file; `want` says what should be there, for the error, which names the path."""
     try:
-        return pathlib.Path(path).read_bytes()
+        with open(path, "rb") as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
+            data = file.read(ENDLESS)  # a pipe, or a device, which may never end
+        if len(data) == ENDLESS:
+            raise ValueError(f"{ENDLESS:,} bytes and more from a pipe or a device")
+        return data
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ValueError(f"{path}: got {reason}, want {want}; check the path") from error
+
+
+def read_text(path: str | os.PathLike, want: str) -> str:
+    """A whole file of UTF-8; `want` as in read_bytes."""
+    data = read_bytes(path, want)
+    try:
+        return text_of(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def text_of(data: bytes) -> str:

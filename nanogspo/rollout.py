@@ -113,6 +113,11 @@ def generate(
     return answers
 
 
+def complete(answers: list[Answer], max_new_tokens: int) -> bool:
+    """Whether all answers have ended: not where on_step ended the sampling."""
+    return all(answer.finished or len(answer.tokens) == max_new_tokens for answer in answers)
+
+
 def decode(model: Transformer, prompts: list[list[int]], **settings) -> Iterator[Step]:
     """The sampling loop, a step at a time. settings: all of `generate` but max_rows, which have no defaults here."""
     with model.sampling():

@@ -251,7 +251,9 @@ def resume(
     progress = Progress(**saved)
     if progress.phase >= phases:
         raise ValueError(f"{path}: got phase {progress.phase + 1} of a run of {phases}; want its own --warm-steps")
-    cut = load_yaml(path.parent.parent / "config.yaml", TrainConfig, "it belongs to the run")["updates_per_rollout"]
+    cut = load_yaml(path.parent.parent / "config.yaml", TrainConfig, "the folder of an earlier run")[
+        "updates_per_rollout"
+    ]
     if progress.update and config.updates_per_rollout != cut:
         raise ValueError(
             f"got --updates-per-rollout {config.updates_per_rollout} with --resume in the middle of a rollout "

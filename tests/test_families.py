@@ -404,6 +404,14 @@ def test_model_types_and_rows_belong_together():
     assert set(MODEL_TYPES.values()) == set(FAMILIES)
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_silent_file_has_its_class_context(name):
+    config = {"model_type": "gemma3_text" if name == "gemma3" else name, "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "query_pre_attn_scalar": 16}
+    theirs = AutoConfig.for_model(**config)
+    assert model_config(config).max_positions == theirs.max_position_embeddings
+
+
 def test_model_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         model_config(REAL["Qwen3-0.6B"][0]).head_dim = 64

@@ -4,12 +4,27 @@
 """
 
 import copy
+import os
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from nanogspo.inputs import DEEPEST, json_of, kind, need, parse_json, read_bytes, read_json, shown, some, text_of
+from nanogspo import inputs
+from nanogspo.inputs import (
+    DEEPEST,
+    json_of,
+    kind,
+    need,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    shown,
+    some,
+    text_of,
+)
 
 DEEP: list = []
 for _ in range(900):  # json reads it, and nobody after it could copy or print it
@@ -137,6 +152,29 @@ def test_says_what_is_no_file(tmp_path):
         with pytest.raises(ValueError) as error:
             read_bytes(path, "a YAML file")
         assert str(error.value) == f"{path}: got {reason}, want a YAML file; check the path"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_read_to_its_end_if_it_has_one(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for data, fits in ((b"x" * 99, True), (b"x" * 100, False)):
+        monkeypatch.setattr(inputs, "ENDLESS", 100)
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+        writer.start()
+        if fits:
+            assert read_bytes(tmp_path / "pipe", "text") == data
+        else:
+            with pytest.raises(ValueError, match="pipe: got 100 bytes and more from a pipe or a device, want text; ch"):
+                read_bytes(tmp_path / "pipe", "text")
+        writer.join()
+    (tmp_path / "file").write_bytes(b"x" * 101)  # a file says how large it is
+    assert len(read_bytes(tmp_path / "file", "text")) == 101
+
+
+def test_text_that_is_none_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"a\ncaf\xe9")
+    with pytest.raises(ValueError, match="latin.txt: got byte 0xe9 at line 2, column 4, want UTF-8; save the file as"):
+        read_text(tmp_path / "latin.txt", "text")
 
 
 def test_kinds_are_those_of_json():

@@ -164,12 +164,14 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(base, tmp_path):
     assert "got 2 of --prompt" in refusal("--model", base, "--chat", "hello")
     assert "did you mean --temperature?" in refusal("--model", base, "--temprature", 1)
     assert "no folder here" in refusal("--model", tmp_path / "absent", "hello")
-    assert "cannot read --prompts" in refusal("--model", base, "--prompts", tmp_path / "absent.txt")
+    assert "no such file or directory, want a text file, one" in refusal("--model", base, "--prompts", "absent.txt")
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "got no prompts" in refusal("--model", base, "--prompts", tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert "want a UTF-8 text file" in refusal("--model", base, "--prompts", tmp_path / "latin.txt")
-    assert "want a UTF-8 text file" in refusal("--model", base, "--prompts", tmp_path)  # a folder
+    assert "latin.txt: got byte 0xe9 at column 4, want UTF-8" in refusal(
+        "--model", base, "--prompts", tmp_path / "latin.txt"
+    )
+    assert "is a directory, want a text file" in refusal("--model", base, "--prompts", tmp_path)
     assert "--temperature -1.0, want 0 to 100" in refusal("--model", base, "--temperature", -1, "hello")
     assert "--max-new-tokens 0, want 1 to" in refusal("--model", base, "--max-new-tokens", 0, "hello")
     assert "max_position_embeddings" in refusal("--model", base, "--max-new-tokens", 1000, "hello")

@@ -31,7 +31,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanogspo import checkpoint, runlog, tiny
+from nanogspo import checkpoint, objectives, runlog, tiny
 from nanogspo.cache import KVCache
 from nanogspo.config import PER_CALL, ROOT, TrainConfig
 from nanogspo.experience import experience, from_state, plan
@@ -545,6 +545,22 @@ def test_stopped_inside_a_rollout_nothing_of_it_remains(tmp_path, whole, base, n
     assert read_rows(folder / "samples.jsonl") == read_rows(whole(name) / "samples.jsonl")
 
 
+def test_stopped_inside_an_evaluation_it_is_made_when_the_run_goes_on(tmp_path):
+    """The first, one in the middle and the last; none counts half an exam."""
+    flags = [*TINY, *"--steps 4 --eval-size 5 --eval-every 2 --max-new-tokens 12".split()]
+    train(tmp_path / "whole", *flags)
+    for number, updates in ((1, 0), (3, 2), (4, 4)):  # the second sampling is the rollout
+        folder = tmp_path / str(number)
+        with interrupted_in_rollout(number, 1) as steps:
+            done = train(folder, *flags)
+        assert steps[-1] == (number, 1)
+        assert f"stopped after update {updates}; continue with" in done.out
+        assert not any("eval_exact" in row for row in logged(folder)[updates + (number > 1) :])
+        resume(folder)
+        assert logged(folder) == logged(tmp_path / "whole")
+        assert weights_of(folder) == weights_of(tmp_path / "whole")
+
+
 def test_the_runs_compared_above_are_not_all_alike(whole):
     """Each must have learned something, or byte-equality says nothing; and ratios hold in bf16, GRPO and LoRA too."""
     weights = {name: weights_of(whole(name)) for name in RUNS}
@@ -727,6 +743,21 @@ def test_memory_savers_change_rounding_only(tmp_path, whole):
         for a, b in zip(one, other, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=0.02)
     check_ratios(steps_of(tmp_path / "gspo-small"))
+
+
+@pytest.mark.parametrize("algo", ["gspo", "grpo"])
+def test_what_is_said_of_the_ratios_does_not_depend_on_micro_batches(tmp_path, monkeypatch, algo):
+    """Of GRPO's, which are tokens', a micro-batch of long answers has more."""
+    seen, real = [], objectives.ratio_quantiles
+    monkeypatch.setattr(objectives, "ratio_quantiles", lambda logs: seen.append(torch.cat(logs)) or real(logs))
+    train(tmp_path / "run", *RUNS["gspo"], "--algo", algo, "--micro-batch-tokens", 9)
+    rows = steps_of(tmp_path / "run")
+    for row, log_ratio in zip(rows, seen, strict=True):
+        ratio = log_ratio.exp().double()
+        assert row["ratio_mean"] == pytest.approx(ratio.mean().item(), rel=1e-6)
+        # a mean of squares less a squared mean: rounding of 1 in float32, whose root is taken
+        assert row["ratio_std"] == pytest.approx(ratio.std(correction=0).item(), rel=1e-3, abs=2 * 2**-12)
+    assert len({row["ratio_mean"] for row in rows}) > 3
 
 
 def test_every_sft_update_sees_new_examples(tmp_path):

@@ -4,6 +4,12 @@
 FILE = "nanogspo/config.py"
 MUTANTS = {
     "tests/test_config.py": [
+        ("            base.pop(other, None)", "            pass", "a flag cannot say --epochs where a file says steps"),
+        (
+            'if (base | given).get("epochs") and "steps" in base | given:',
+            "if False:",
+            "--epochs and the default of --steps are both taken",
+        ),
         ('"accept_changes", "plan_only"', '"plan_only"', "what was accepted once is accepted for ever"),
         ("{**base, **given}", "{**given, **base}", "the file wins over the flags"),
         (

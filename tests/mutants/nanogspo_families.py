@@ -5,6 +5,11 @@ FILE = "nanogspo/families.py"
 MUTANTS = {
     "tests/test_families.py": [
         (
+            'Family("LlamaForCausalLM", defaults={"max_position_embeddings": 2048})',
+            'Family("LlamaForCausalLM")',
+            "another context than the class has where the file is silent",
+        ),
+        (
             '"full" if layer % 2 else "sliding"',
             '"sliding" if layer % 2 else "full"',
             "Gemma 2 starts with a full layer",

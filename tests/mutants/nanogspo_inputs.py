@@ -4,6 +4,8 @@
 FILE = "nanogspo/inputs.py"
 MUTANTS = {
     "tests/test_inputs.py": [
+        ("if len(data) == ENDLESS:", "if False:", "what is read of an endless device is taken for a whole file"),
+        ("            if stat.S_ISREG(", "            if not stat.S_ISREG(", "a device is read without end"),
         (
             "type(value) is kind or (kind is float and type(value) is int)",
             "isinstance(value, kind) or (kind is float and type(value) is int)",

@@ -5,6 +5,31 @@ FILE = "train.py"
 MUTANTS = {
     "tests/test_train.py": [
         (
+            "log.sampling(len(exam), stop)",
+            "log.sampling(len(exam))",
+            "an exam goes on after Ctrl-C",
+        ),
+        (
+            "            if right is not None:  # else",
+            "            if right or right is None and not (right := 0):  # else",
+            "half an exam counts as none right",
+        ),
+        (
+            "        if not stop:\n            evaluate(phase.name, last",
+            "        if True:\n            evaluate(phase.name, last",
+            "an exam begins after Ctrl-C",
+        ),
+        (
+            "        if stop or phase is phases[-1]:",
+            "        if phase is phases[-1]:",
+            "the phase moves on though its exam was stopped",
+        ),
+        (
+            "ratios.append((len(log_ratios[-1]) / items, facts))",
+            "ratios.append((weight, facts))",
+            "GRPO's ratios weigh by answers",
+        ),
+        (
             "    log = RunLog(\n",
             '    checkpoint.atomic_write(folder / "config.yaml", dump(config))\n    log = RunLog(\n',
             "a resume that fails has changed config.yaml",
@@ -15,7 +40,7 @@ MUTANTS = {
             "an entropy that depends on how answers fall into micro-batches",
         ),
         (
-            "if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):",
+            "if not complete(answers, config.max_new_tokens):",
             "if not any(a.finished for a in answers):",
             "half a rollout is trained on",
         ),
