@@ -16,7 +16,7 @@ One update of GSPO (arXiv 2507.18071), which is the whole file in six lines:
 The printed loss is about 0 by construction (the advantages of a group sum to 0); watch the reward and the ratio.
 
 Exit codes: 0 done, or saved after Ctrl-C, SIGTERM or SIGHUP · 2 one line on stderr says what is wrong and what to do ·
-130 a second Ctrl-C, or one before the first update · 1 with a traceback: a bug.
+130 a second Ctrl-C, or one before the model is loaded · 1 with a traceback: a bug.
 
 Sections: 1 configuration · 2 device, seeds · 3 tokenizer, outline · 4 data · 5 plan, folder, model · 6 optimiser ·
 7 resume · 8 the loop · 9 log, evaluate, save.      Lessons: lessons/00_setup.md, lessons/10_gspo.md
@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import shlex
 import sys
 import time
 
@@ -52,7 +53,7 @@ from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import Example, pack, score  # noqa: E402
 from nanogspo.process import StopRequest, available_memory, peak_memory, run_folder, summary  # noqa: E402
 from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
-from nanogspo.rollout import complete, generate  # noqa: E402
+from nanogspo.rollout import generate  # noqa: E402
 from nanogspo.runlog import RunLog, read_rows  # noqa: E402
 from nanogspo.runstate import Progress  # noqa: E402
 from nanogspo.tasks import get_task, shuffled  # noqa: E402
@@ -89,7 +90,7 @@ def run(config: TrainConfig) -> None:
 
 
 def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
-    """Sections 3 to 9. held: gives the run's folder free when it closes."""
+    """Sections 3 to 9. held: what to close at the end, however that comes: the run's folder and its log."""
     started = time.perf_counter()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -110,6 +111,12 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
         raise ValueError(f"got --lora-r 0 with {config.model}, whose weights are packed in 4 bits; want --lora-r 16")
     config = resolve(config, weight_count(outline))
     adapt(outline, config)
+    ranks = sorted({layer.r for layer in lora.lora_layers(outline).values()})
+    if config.adapter and ranks != [config.lora_r]:
+        print(
+            f"{config.adapter}: an adapter of rank {', '.join(map(str, ranks))}, so --lora-r {config.lora_r} is not used"
+        )
+        config = dataclasses.replace(config, lora_r=ranks[-1])
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
                 f"want at least {longest_answer}"
             )
         held_out = []
-    exam = task.held_out(config.eval_size) if task and config.eval_size else []
+    problems = task.held_out(config.eval_size) if task and config.eval_size else []
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5. the plan; then folder, model, adapter
@@ -190,6 +197,8 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
     phases.append(Phase(config.algo, config.algo, config.steps, config.lr))
     if config.control and warm_steps:  # SFT instead of RL, for as long as RL took (known when RL has ended)
         phases.append(Phase("control", "sft", sys.maxsize, config.warm_lr))
+    elif config.control and config.algo != "sft":
+        print("  no control: it continues the SFT of a warm-up, and this run has none (--warm-steps 0)")
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -201,11 +210,13 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
     if config.resume:
         progress, rollout, changed = runstate.resume(state, config, made_of, model, optimizer, len(phases))
         print(f"resumed {folder} after update {progress.step}")
-    log = RunLog(
-        folder,
-        steps=warm_steps + config.steps,
-        resume_step=progress.step if config.resume else None,
-        clip_range=(config.clip_low, config.clip_high),
+    log = held.enter_context(
+        RunLog(
+            folder,
+            steps=warm_steps + config.steps,
+            resume_step=progress.step if config.resume else None,
+            clip_range=(config.clip_low, config.clip_high),
+        )
     )
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
 
@@ -214,17 +225,20 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
         runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), at_hand, made_of)
 
     def evaluate(name: str, last: bool = False) -> None:
-        if log.has(step=progress.step, phase=name, eval_count=config.eval_size):  # killed after this row
+        """Stopped in the middle it logs nothing, and the resumed run makes it anew."""
+        where = {"step": progress.step, "phase": name}
+        if log.has(**where, eval_count=config.eval_size):  # killed after this row
             return
         if held_out:
-            if last:
-                log.answers(progress.step, sample_answers(model, chat, held_out, config))
-            loss, accuracy = held_out_loss(model, held_out, config)
-            log.held_out(step=progress.step, phase=name, loss=loss, accuracy=accuracy, count=config.eval_size)
-        if exam:
-            right = count_exact(model, chat, task, exam, config, log.sampling(len(exam), stop))
-            if right is not None:  # else stopped: the resumed run comes here again
-                log.evaluation(step=progress.step, phase=name, successes=right, count=config.eval_size)
+            loss, accuracy = held_out_loss(model, held_out, config, stop)
+            answers = sample_answers(model, chat, held_out, config, log.sampling(3, stop)) if last else []
+            if not stop:
+                log.answers(progress.step, answers)
+                log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
+        if problems:
+            right = count_exact(model, chat, task, problems, config, log.sampling(len(problems), stop))
+            if not stop:
+                log.evaluation(**where, successes=right, count=config.eval_size)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 8. the loop
@@ -241,10 +255,15 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
         while progress.phase_step < phase.steps and not progress.phase_done and not stop:
             if time.perf_counter() - phase_started >= phase.seconds:
                 break
-            if config.eval_every and progress.phase_step and progress.phase_step % config.eval_every == 0:
+            done = progress.phase_step
+            if phase.until <= 1 and done and done % PROBE_EVERY == 0:
+                probe = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
+                right = count_exact(model, chat, task, probe, config, log.sampling(len(probe), stop))
+                progress.phase_done = not stop and right >= phase.until * len(probe)  # groups are mixed enough for RL
+            if config.eval_every and done and done % config.eval_every == 0 and not progress.phase_done:
                 evaluate(phase.name)
-                if stop:
-                    break
+            if stop or progress.phase_done:
+                break
             began = time.perf_counter()
             lr = learning_rate(
                 progress.phase_step,
@@ -329,16 +348,12 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
             row |= {} if phase.algo == "sft" else rollout.facts | ratio_quantiles(log_ratios)
             row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
             log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
-            if phase.until <= 1 and progress.phase_step % PROBE_EVERY == 0:
-                problems = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
-                right = count_exact(model, chat, task, problems, config, log.sampling(len(problems)))
-                progress.phase_done = (
-                    right >= phase.until * config.warm_probe
-                )  # groups are mixed enough for RL to start
             if phase.name != "control" and progress.step % config.save_every == 0:
                 save_state()
 
         if not stop:
+            if phase.name != "control":  # which a resumed run makes anew
+                save_state()  # first, because an evaluation may take longer than a cluster waits after SIGTERM
             evaluate(phase.name, last=phase is phases[-1])
         if stop or phase is phases[-1]:
             break
@@ -346,7 +361,6 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
             runstate.save_state(warm, model, optimizer, dataclasses.asdict(progress), None, made_of)
             optimizer = Optimizer(model, weight_decay=config.weight_decay)
         else:  # the RL result is kept; then back to the end of the warm-up, its optimiser included
-            save_state()  # before the phase moves on: a resumed run comes back to this line
             save_weights(model, tokenizer, config, folder)
             optimizer = Optimizer(model, weight_decay=config.weight_decay)
             saved, _ = runstate.load_state(warm, model, optimizer)
@@ -356,14 +370,17 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
         progress.phase, progress.phase_step, progress.phase_done = progress.phase + 1, 0, False
 
     if phases[progress.phase].name != "control":
-        save_state()
+        if stop:
+            save_state()
         save_weights(model, tokenizer, config, folder)
     picture = log.draw()
     log.close()
     if stop:
-        print(f"stopped after update {progress.step}; continue with: python train.py --resume {folder}")
+        print(
+            f"stopped after update {progress.step}; continue with: python train.py --resume {shlex.quote(str(folder))}"
+        )
     else:
-        example = task and (exam or [task.train_problem(0, config.seed)])[0]
+        example = task and (problems or [task.train_problem(0, config.seed)])[0]
         if example:
             example = example.messages[-1]["content"] if tokenizer.has_chat_template else example.text
         print(summary(config, folder, picture, example, time.perf_counter() - started))
@@ -378,7 +395,7 @@ PROBE_EVERY = 5  # updates; the share climbs by about 1 % an update once it move
 
 
 def adapt(model, config: TrainConfig) -> None:
-    """Put the adapter on that is trained, a given one or a fresh one; with --lora-r 0, none."""
+    """Add the adapter to train: the one from --adapter, or a fresh one; with --lora-r 0, none."""
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
     elif config.lora_r:
@@ -410,7 +427,7 @@ def sample_rollout(
         max_rows=config.rollout_rows,
         on_step=on_step,
     )
-    if not complete(answers, config.max_new_tokens):
+    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
         return None
     asked = [problems[a.prompt_index] for a in answers]
     texts = [chat.text(a.tokens) for a in answers]
@@ -468,5 +485,5 @@ def save_weights(model, tokenizer: Tokenizer, config: TrainConfig, folder: pathl
         checkpoint.save_adapter(model, folder / "adapter", base=config.model)
     if config.save_merged and packed_layers(model):
         print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
-    if config.save_merged or not config.lora_r:
+    if config.save_merged or not config.lora_r or config.model == "tiny":  # whose base is saved nowhere else
         checkpoint.save(model, folder / "model", tokenizer=tokenizer)

@@ -87,7 +87,7 @@ class KVCache:
     ) -> Tensor:
         """Store the newest token's k, v (N, K, D); what its q (N, H, D) finds among all tokens of its row. (N, H, D)"""
         k, v = k.transpose(0, 1), v.transpose(0, 1)  # (K, N, D)
-        if choose_backend(q, self.k[layer]) == "torch":  # which a plan, made in Python, goes before
+        if choose_backend(q, self.k[layer]) == "torch":  # it needs a Plan built on the host
             self.k[layer][:, :, self.extent - 1] = k  # (K, N, D)
             self.v[layer][:, :, self.extent - 1] = v  # (K, N, D)
             if window not in self._plans:

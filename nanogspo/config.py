@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def flag(
     default, help: str, choices: tuple = (), *, low=0, high=10**9, exclude=None, group: str = "", path: bool = False
 ) -> Any:
-    """A field. A number lies in low .. high and is not `exclude`; --help begins a group with a field that has one; in a
-    path ~ is the home folder."""
+    """A field. A number lies in low .. high and is not `exclude`. group: --help begins one with this field. path: ~ at
+    its start becomes the home folder."""
     metadata = {"help": help, "choices": choices, "bounds": (low, high, exclude), "group": group, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -62,9 +62,10 @@ class TrainConfig:
     )
     eval_every: int = flag(0, "updates between held-out evaluations; 0: only before and after")
     eval_size: int = flag(
-        200,
-        "held-out problems per evaluation, answered greedily; of --data so many rows, whose loss is measured, but with "
-        "the default a tenth of them at most, and none of fewer than 200",
+        -1,
+        "held-out problems per evaluation, answered greedily, or rows of --data, whose loss is measured; -1: 200 "
+        "problems, or a tenth of the rows, at most 200, and none of a file of fewer than 200 rows",
+        low=-1,
         high=10**6,
     )
     save_every: int = flag(50, "updates between saves of the state that --resume reads", low=1)
@@ -244,6 +245,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         p.error(f"got an empty {empty[0]}, want a value, or no such flag")
     file = given.pop("config", "")
     if "words" in given:
+        if "prompt" in given:
+            raise ValueError(f"got a prompt and --prompt {given['prompt']!r:.40}, want one of them")
         given["prompt"] = given.pop("words")
     base: dict = {}
     if config_class is TrainConfig:
@@ -376,6 +379,8 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
         values["lr"] = rate * (4 if config.algo == "sft" else 1)
     if not config.warm_lr and parameters:
         values["warm_lr"] = rate * 4
+    if config.eval_size < 0 and not config.data:
+        values["eval_size"] = 200
     if not config.clip_low:
         values["clip_low"] = 3e-4 if config.algo == "gspo" else 0.2
     if not config.clip_high:

@@ -18,15 +18,15 @@ from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
 from nanogspo.packing import pack, score
-from nanogspo.rollout import complete, generate
+from nanogspo.rollout import generate
 from nanogspo.tasks import Problem
 from nanogspo.tasks.jsonl import Example
 
 
 def count_exact(
     model: Transformer, chat: Chat, task, problems: list[Problem], config: TrainConfig, on_step=None
-) -> int | None:
-    """How many problems are answered exactly right, greedily. None if on_step ended it early."""
+) -> int:
+    """How many problems are answered exactly right, greedily."""
     prompts = [chat.prompt(p) for p in problems]
     longest = max(map(len, prompts))
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
@@ -40,8 +40,6 @@ def count_exact(
         max_rows=max(1, slots // (longest + config.max_new_tokens - 1)),
         on_step=on_step,
     )
-    if not complete(answers, config.max_new_tokens):
-        return None
     return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
 
 
@@ -49,25 +47,26 @@ def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[E
     """(training examples, held-out examples): `count` different rows are held out, those with the smallest hashes.
 
     So neither the order of the file nor a seed decides, and a file that grows keeps nearly all of them. What repeats a
-    held-out row, in whatever form it is written, is on neither side: it would be an exam known by heart. TrainConfig's
-    own eval_size stands for a tenth of the rows, at most that many, and none of a short file.
+    held-out row, in whatever form it is written or under another system prompt, is on neither side: its answer would be
+    known by heart. A count of -1 stands for a tenth of the rows, at most MOST, and none of a short file.
     """
     rows = {}  # hash -> line
     for example in examples:
         rows.setdefault(example.row, example.line)
-    if count == TrainConfig.eval_size:
-        count = min(count, len(rows) // 10) if len(rows) >= SHORT else 0
+    if count < 0:
+        count = min(MOST, len(rows) // 10) if len(rows) >= SHORT else 0
     if count >= len(rows):
         raise ValueError(f"got --eval-size {count} with {len(rows)} different rows, want fewer: training needs some")
     chosen = set(sorted(rows)[:count])
     held_out = [e for e in examples if e.row in chosen and e.line == rows[e.row]]
     known = {tuple(e.tokens) for e in held_out}
-    train = [e for e in examples if tuple(e.tokens) not in known]
+    train = [e for e in examples if e.row not in chosen and tuple(e.tokens) not in known]
     if not train:
         raise ValueError(f"got --eval-size {count} with rows that all give the same tokens as these; want fewer")
     return train, held_out
 
 
+MOST = 200  # rows: a standard error of 3.5 % of the accuracy of rows at most, whatever the length of the file
 SHORT = 200  # rows: a tenth of fewer measures little, and a short file needs them all
 
 
@@ -81,19 +80,25 @@ def split(config: TrainConfig, examples: list[Example]) -> tuple[TrainConfig, li
         print(f"{count} rows held out{note}: {len(train)} examples to train on")
     config = dataclasses.replace(config, eval_size=count)
     if config.epochs:
-        steps = math.ceil(round(config.epochs * len(train) / config.batch_size, 6))
+        steps = max(1, math.ceil(round(config.epochs * len(train) / config.batch_size, 6)))
         print(f"{config.epochs:g} epochs of {len(train)} examples, {config.batch_size} an update: {steps} updates")
         config = dataclasses.replace(config, steps=steps, epochs=0.0)
     return config, train, held_out
 
 
 @torch.no_grad()
-def held_out_loss(model: Transformer, examples: list[Example], config: TrainConfig) -> tuple[float, float]:
-    """(mean negative log-prob, share of first choices) over all scored tokens, without LoRA dropout."""
+def held_out_loss(
+    model: Transformer, examples: list[Example], config: TrainConfig, stop: object = False
+) -> tuple[float, float]:
+    """(mean negative log-prob, fraction of first choices) over all scored tokens, without LoRA dropout; nan, nan if it
+    ended early because stop became true."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # tokens, log-probs, right ones
     for batch in pack(examples, max_tokens=config.micro_batch_tokens):
+        if stop:
+            sums.fill_(math.nan)
+            break
         logp, _, right = score(model, batch.to(config.device))  # (S,), (S,)
         sums += torch.tensor([len(logp), logp.double().sum().item(), right.sum().item()], dtype=torch.float64)
     model.train(was_training)
@@ -102,7 +107,7 @@ def held_out_loss(model: Transformer, examples: list[Example], config: TrainConf
 
 
 def sample_answers(
-    model: Transformer, chat: Chat, examples: list[Example], config: TrainConfig, count: int = 3
+    model: Transformer, chat: Chat, examples: list[Example], config: TrainConfig, on_step=None, count: int = 3
 ) -> list[dict]:
     """Greedy answers to the first prompts that leave room for one: rows of samples.jsonl, with the row's own answer as
     "reference" and no reward. Of a conversation the first scored turn is asked for."""
@@ -112,7 +117,12 @@ def sample_answers(
     if not prompts:
         return []
     answers = generate(
-        model, prompts, max_new_tokens=config.max_new_tokens, temperature=0.0, eos_ids=chat.tokenizer.eos_ids
+        model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=0.0,
+        eos_ids=chat.tokenizer.eos_ids,
+        on_step=on_step,
     )
     rows = []
     for (e, start), prompt, answer in zip(asked, prompts, answers, strict=True):

@@ -3,9 +3,9 @@
 The plan is a pure function of examples and advantages, so a saved experience is these and its old log-probs; a resumed
 run cuts them the same way and goes on in the middle of the rollout.
 
-Two passes are not made because nothing would come of them. An answer with advantage 0 (all of a group whose rewards are
-equal) has no gradient: it is left out of the micro-batches, and counts in the averages all the same. And the first
-update's own forward pass gives the old log-probs of its answers, because no weight has moved yet.
+Two forward passes are skipped because they cannot change the update. An answer with advantage 0 (all of a group whose
+rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages. And the
+first update's own forward pass yields the old log-probs of its answers, because no weight has moved yet.
 
 Tests: tests/test_train.py, tests/test_runstate.py
 """

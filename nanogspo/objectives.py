@@ -137,7 +137,7 @@ def sft_loss(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
         loss = -mean_t logp[t]
 
-    logp     (S,) float32, logp of the scored tokens only: an ignored one, logp 0, would water the mean down
+    logp     (S,) float32, logp of the scored tokens only: an ignored one has logp 0 and would bias the mean towards 0
     returns  loss, a scalar; metrics: perplexity = exp(loss), "as unsure as between that many tokens"
 
     Raises ValueError when there is no token.

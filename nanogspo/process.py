@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import pathlib
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -66,10 +67,14 @@ def _free_folder(config: TrainConfig, held: contextlib.ExitStack) -> pathlib.Pat
     """The first of runs/NAME, runs/NAME-2, ... that is new or empty, and that no other run takes at this moment."""
     name = "tiny" if config.model == "tiny" else pathlib.Path(config.model).name
     name += "" if name == "tiny" and config.algo == "gspo" else f"-{config.algo}"
+    try:
+        pathlib.Path("runs").mkdir(exist_ok=True)  # alone, because below a name that exists is a run's folder
+    except OSError as error:
+        raise ValueError(f"cannot make the folder runs ({error.strerror}); want another --out") from error
     for n in itertools.count(1):
         folder, made = pathlib.Path("runs", name if n == 1 else f"{name}-{n}"), True
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             made = False
             if _in_use(folder):
@@ -181,25 +186,43 @@ def available_memory(device: str, root: str = "/") -> float:
             print("this system does not say how much memory is free: the plan is not compared with it")
             return math.inf
         available = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
-    for limit in (top / "sys/fs/cgroup/memory.max", top / "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for limit in _cgroup_limits(top):
         if limit.is_file() and (words := limit.read_text().strip()).isdigit():  # "max": none
             available = min(available, int(words))
     return available
 
 
+def _cgroup_limits(top: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The files that may limit this process's memory: of its control group and of each group around it.
+
+    A line of /proc/self/cgroup is NUMBER:CONTROLLERS:PATH; 0 is version 2, which has one tree for all controllers.
+    """
+    try:
+        lines = (top / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for number, controllers, path in (line.split(":", 2) for line in [*lines, "0::/", "1:memory:/"]):
+        folder, name = top / "sys/fs/cgroup", "memory.max"
+        if number != "0":
+            folder, name = folder / "memory", "memory.limit_in_bytes"
+        if number == "0" or "memory" in controllers.split(","):
+            group = pathlib.PurePosixPath(path.lstrip("/"))
+            yield from (folder / part / name for part in (group, *group.parents))
+
+
 class StopRequest:
     """True after Ctrl-C, SIGTERM or SIGHUP (the terminal was closed): the update at hand is finished and saved.
 
-    A second Ctrl-C stops at once; of the others many may come, as when a terminal and its shell both send one. SIGHUP
-    is left ignored where it was, by nohup."""
+    A second Ctrl-C stops at once. A second SIGTERM or SIGHUP changes nothing: a terminal and its shell may both send
+    one. A signal that was ignored at the start stays ignored: SIGHUP under nohup, SIGINT of `train.py &` in a script.
+    """
 
     def __init__(self):
         self.asked = False
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
-            signal.signal(number, self._ask)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def _ask(self, number, frame) -> None:
         if self.asked and number == signal.SIGINT:
@@ -228,10 +251,12 @@ def summary(config: TrainConfig, folder: pathlib.Path, picture, example: str | N
         lines.append(f"held-out loss and token accuracy, {config.eval_size} rows never trained on:")
     for phase, row in last.items():
         lines.append(f"  {names[phase]:<10} {row['eval_loss']:7.4f}   {row['eval_token_accuracy']:.3f}")
-    weights = folder / ("adapter" if config.lora_r else "model")
+    adapter = config.lora_r and config.model != "tiny"  # whose base is saved nowhere
+    weights = folder / ("adapter" if adapter else "model")
     lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
     if example:
-        tail = f"--model {config.model} --adapter {weights}" if config.lora_r else f"--model {weights}"
+        path = shlex.quote(str(weights))
+        tail = f"--model {shlex.quote(config.model)} --adapter {path}" if adapter else f"--model {path}"
         tail += "" if config.quant == "none" else f" --quant {config.quant}"  # what the adapter was trained over
         tail += "" if config.model == "tiny" else f" --thinking {config.thinking}"
         lines.append(f'try it: python sample.py {tail} --temperature 0 "{example}"')

@@ -46,7 +46,8 @@ def main(
     interrupt = signal.getsignal(signal.SIGINT)
 
     def interrupted(number: int, frame: Any) -> NoReturn:  # torch's own start-up aborts on a KeyboardInterrupt
-        os.write(sys.__stderr__.fileno(), f"{prog}: stopped at once\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"{prog}: stopped at once\n".encode())
         os._exit(130)  # nothing is open yet
 
     def stdout_failed(error: OSError) -> None:
@@ -60,7 +61,8 @@ def main(
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(sys.stdout, stdout_failed), Stream(sys.stderr, lambda error: None)
     try:
-        signal.signal(signal.SIGINT, interrupted)
+        if interrupt != signal.SIG_IGN:  # else it is meant for others: `train.py &` in a script
+            signal.signal(signal.SIGINT, interrupted)
         config, _ = parse(config_class, sys.argv[1:], prog)
         check(config)
         program = runpy.run_path(file, run_name=pathlib.Path(file).stem)  # once more, as a module: imports and `run`
@@ -112,7 +114,7 @@ def open_closed_streams() -> None:
 
 
 class Stream:
-    """stdout or stderr, of which only the first write that fails is heard of.
+    """stdout or stderr, which reports only its first failed write.
 
     A character that the terminal cannot show is replaced. A failed write (nobody reads the pipe, the disk is full)
     calls `failed` once, and from then on the descriptor is the null device: the flush at exit would fail again.

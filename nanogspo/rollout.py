@@ -113,11 +113,6 @@ def generate(
     return answers
 
 
-def complete(answers: list[Answer], max_new_tokens: int) -> bool:
-    """Whether all answers have ended: not where on_step ended the sampling."""
-    return all(answer.finished or len(answer.tokens) == max_new_tokens for answer in answers)
-
-
 def decode(model: Transformer, prompts: list[list[int]], **settings) -> Iterator[Step]:
     """The sampling loop, a step at a time. settings: all of `generate` but max_rows, which have no defaults here."""
     with model.sampling():
@@ -235,7 +230,7 @@ class Batch:
             extent = self.cache.extent
             try:
                 self._replay = record(self._step)
-            except RuntimeError as error:  # a driver, a library or memory that does not play along: it goes on without
+            except RuntimeError as error:  # driver, library, out of memory: continue in eager mode
                 while error.__context__ is not None:  # what broke the recording; the last one says that it is broken
                     error = error.__context__
                 print(f"decoding without a CUDA graph, which could not be recorded: {error!r:.300}", file=sys.stderr)

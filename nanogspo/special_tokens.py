@@ -19,8 +19,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def add_tokens(backend: Tokenizer, config: dict, special_tokens_map: dict, added_tokens: dict) -> dict[str, str]:
     """Adds what tokenizer.json lacks to the backend. The dicts are the three files; returns name -> text.
 
-    Raises ValueError where a value is no token, and for an id in added_tokens_decoder that the backend does not give,
-    and for an id of two tokens.
+    Raises ValueError for a value that is no token, for an id in added_tokens_decoder that the backend does not give,
+    and for an id that two tokens claim.
     """
     decoder = need(config, "added_tokens_decoder", dict, where="tokenizer_config.json", default=None)
     named, extra = named_tokens(config if decoder is not None else config | special_tokens_map)

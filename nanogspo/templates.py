@@ -10,7 +10,7 @@ What is promised, of every template and every platform unless said:
 - it ends within SECONDS, the clock being a thread in C that ends the renderer whatever that is doing;
 - it holds at most BYTES of memory on Linux. Windows and macOS do not enforce such a limit: only time bounds it there;
 - what it prints is at most CHARACTERS long.
-Not promised: that jinja2's sandbox has no hole. Who found one would be an ordinary process of this user.
+Not promised: that jinja2's sandbox has no hole. A template that escapes it runs with this user's rights.
 
 The price: the start of a second Python (0.1 s) and 0.1 to 0.3 ms a rendering.
 

@@ -69,8 +69,8 @@ def argv_of(values):
 
 
 # epochs, which rule out steps, have a test of their own
-ONE_LENGTH = SOME.map(lambda values: {name: value for name, value in values.items() if name != "epochs"})
-GIVEN = ONE_LENGTH.map(lambda values: {name: value for name, value in values.items() if value != ""})
+ANY = SOME.map(lambda values: {name: value for name, value in values.items() if name != "epochs"})
+GIVEN = ANY.map(lambda values: {name: value for name, value in values.items() if value != ""})
 
 
 @given(values=GIVEN)
@@ -82,7 +82,7 @@ def test_every_field_is_a_flag(values):
     assert given_names == {"model", *values}
 
 
-@given(values=ONE_LENGTH, over=GIVEN)
+@given(values=ANY, over=GIVEN)
 def test_yaml_wins_over_defaults_and_flags_win_over_yaml(tmp_path_factory, values, over):
     path = tmp_path_factory.mktemp("config") / "c.yaml"
     path.write_text(yaml.safe_dump({"model": REAL, **values}), encoding="utf-8")
@@ -331,6 +331,11 @@ def test_a_run_is_as_long_as_steps_or_as_epochs_say(tmp_path):
         assert (config.steps, config.epochs) == (steps, epochs)
 
 
+def test_a_prompt_is_given_once():
+    with pytest.raises(ValueError, match="got a prompt and --prompt 'a', want one of them"):
+        parse(SampleConfig, ["--model", REAL, "--prompt", "a", "b"], "sample.py")
+
+
 def test_resume_reads_the_runs_own_config_and_flags_win(tmp_path):
     saved = TrainConfig(model=REAL, steps=10, seed=5, out="elsewhere", resume="old")
     (tmp_path / "config.yaml").write_text(dump(saved))
@@ -363,7 +368,7 @@ AT_LEAST_1 = (
     " warm_probe"
 ).split()
 AT_LEAST_0 = (
-    "eval_every eval_size warm_steps warmup_updates lora_r lr warm_lr weight_decay clip_low clip_high threads task_size"
+    "eval_every warm_steps warmup_updates lora_r lr warm_lr weight_decay clip_low clip_high threads task_size"
     " rollout_rows"
 ).split()
 FLOATS = [name for name, field in FIELDS.items() if field.type is float]
@@ -393,6 +398,7 @@ REFUSALS = [
     ({"algo": "sft", "lora_dropout": -0.1}, "--lora-dropout -0.1"),
     ({"resume": "a", "out": "b"}, "--out b with --resume a"),
     ({"task": "jsonl"}, "--task jsonl without --data"),
+    ({"eval_size": -2}, "--eval-size -2, want -1 to 1000000"),
     ({"accept_changes": True}, "--accept-changes without --resume RUN, want both, or neither"),
     ({"epochs": 2.0, "algo": "sft"}, "--epochs 2 without --data: a task's problems do not end; want --steps"),
     ({"epochs": 2.0, "steps": 3, "data": "f", "task": "jsonl", "algo": "sft"}, "--epochs 2 and --steps 3, want one"),
@@ -480,7 +486,8 @@ def test_no_value_of_a_flag_makes_a_traceback(config_class, capsys):
             continue
         accepted += 1
         numbers = [getattr(config, f.name) for f in dataclasses.fields(config) if f.type in (int, float)]
-        assert all(0 <= number < (2**63 if type(number) is int else 1e31) for number in numbers), argv
+        # -1 is eval_size's default
+        assert all(-1 <= number < (2**63 if type(number) is int else 1e31) for number in numbers), argv
     assert accepted
 
 
@@ -519,6 +526,7 @@ def test_resolve_fills_what_is_open_and_nothing_else(algo, model, lora_r, parame
     if parameters >= 0.6e9:
         assert larger.lr == pytest.approx(config.lr / 2)  # the square root of the size
     changed = {n for n in FIELDS if getattr(config, n) != getattr(open_, n)}
-    assert changed == {"lr", "warm_lr", "clip_low", "clip_high"}
-    mine = dataclasses.replace(open_, lr=0.5, warm_lr=0.5, clip_low=0.1, clip_high=0.3)
+    assert config.eval_size == 200 and resolve(dataclasses.replace(open_, data="f")).eval_size == -1  # the file decides
+    assert changed == {"eval_size", "lr", "warm_lr", "clip_low", "clip_high"}
+    mine = dataclasses.replace(open_, eval_size=0, lr=0.5, warm_lr=0.5, clip_low=0.1, clip_high=0.3)
     assert resolve(mine, parameters) == mine

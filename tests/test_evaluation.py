@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_evaluation.py
 """
 
+import math
+
 import pytest
 import torch
 
@@ -45,6 +47,15 @@ def test_held_out_loss_is_the_mean_over_tokens():
     assert loss == pytest.approx(-sum(logps) / len(logps), rel=1e-5)  # fp32 log-probs, in another order
     assert accuracy == sum(right) / len(right)
     assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_stopped_it_measures_nothing():
+    _, model = tiny.build("0123456789+=", seed=0)
+    assert all(math.isnan(x) for x in held_out_loss(model, rows(), CONFIG, stop=True))
+    on_step = lambda complete, tokens: steps.append(tokens) or True  # noqa: E731
+    steps = []
+    sample_answers(model, Chat(TOKENIZER, {}), rows(), CONFIG, on_step)
+    assert steps == [1]
 
 
 def test_answers_stand_beside_what_was_asked_for():

@@ -197,6 +197,28 @@ def test_available_memory_by_hand(tmp_path):
         assert available_memory("cpu", str(tmp_path)) == want
 
 
+@pytest.mark.parametrize(
+    "line, folder, name",
+    [
+        ("0::/slurm/job/step", "", "memory.max"),
+        ("7:cpu,memory:/slurm/job/step", "memory", "memory.limit_in_bytes"),
+        ("7:cpu:/slurm/job/step", "memory", None),  # another controller's group
+    ],
+)
+def test_a_group_of_processes_may_be_allowed_less(tmp_path, line, folder, name):
+    """Its own limit or that of a group around it: SLURM, systemd, a container inside another."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:pids:/x\n{line}\n")
+    free = available_memory("cpu", str(tmp_path))
+    job = tmp_path / "sys" / "fs" / "cgroup" / folder / "slurm" / "job"
+    (job / "step").mkdir(parents=True)
+    (job / (name or "memory.limit_in_bytes")).write_text("5000")
+    assert available_memory("cpu", str(tmp_path)) == (5000 if name else free)
+    if name:
+        (job / "step" / name).write_text("4000")
+        assert available_memory("cpu", str(tmp_path)) == 4000
+
+
 def test_a_micro_batch_is_as_large_as_its_budget_its_minibatch_or_its_longest_example():
     def tokens(prompt, **changes):
         return batch_tokens(dataclasses.replace(TrainConfig(max_new_tokens=10), **changes), prompt)

@@ -67,6 +67,30 @@ def test_a_folder_is_let_go_when_its_run_ends_or_fails(tmp_path, monkeypatch):
     assert {str(f) for f in tmp_path.glob("*/*")} == {str(tmp_path / "runs" / name) for name in ("tiny", "b-sft")}
 
 
+def test_no_place_for_runs_is_one_line(tmp_path, monkeypatch):
+    """A link to a disk that is not there, or a file: each name below it would seem to be taken, without end."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "absent")
+    assert "cannot make the folder runs (" in refused()
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").touch()
+    assert "cannot make the folder runs (" in refused()
+
+
+def test_what_a_run_prints_last_can_be_pasted(tmp_path):
+    """Quoted for a shell; and of the tiny model, which is saved nowhere else, the whole model is there."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    for config, flags in [
+        (TrainConfig(lora_r=4), f"--model '{folder}/model'"),
+        (TrainConfig(model="my models/m", lora_r=4), f"--model 'my models/m' --adapter '{folder}/adapter'"),
+        (TrainConfig(model="my models/m", lora_r=0), f"--model '{folder}/model'"),
+    ]:
+        last = process.summary(config, folder, None, "1+1=", 1.0).splitlines()[-1]
+        assert last.startswith(f"try it: python sample.py {flags} ")
+
+
 def test_runs_started_at_once_get_a_folder_each_or_one_line(tmp_path, holders):
     """Three without --out: three folders. Three with the same --out: one has it, two are told which process that is."""
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
@@ -154,11 +178,13 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(capsys):
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGHUP, signal.SIGINT):  # a shell starts `train.py &` in a script with the second ignored
+            signal.signal(number, signal.SIG_IGN)
         stop = process.StopRequest()
-        signal.raise_signal(signal.SIGHUP)
-        assert not stop
-        signal.signal(signal.SIGHUP, lambda *_: None)  # not the default, which would end the tests
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.raise_signal(number)
+            assert not stop
+            signal.signal(number, lambda *_: None)  # not the default, which would end the tests
         stop = process.StopRequest()
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
             try:

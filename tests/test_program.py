@@ -126,6 +126,24 @@ def test_an_interrupt_during_imports_is_one_line(tmp_path, name):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{name}: stopped at once\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows' shells start nothing with a signal ignored")
+@pytest.mark.parametrize("how, code", [("2>&-", 130), ("2>&1 | :", 130), ("trap '' INT", 0)])
+def test_an_interrupt_during_imports_has_its_code(tmp_path, how, code):
+    """Without anybody to read the line; and none where the shell keeps Ctrl-C from a command in the background."""
+    (tmp_path / "prog.py").write_text(
+        "import os, signal, sys, time\nfrom nanogspo.config import SampleConfig\nfrom nanogspo.program import main\n"
+        "if __name__ == '__main__':\n    main(__file__, SampleConfig, lambda config: None, memory='')\n"
+        "time.sleep(0.2)\nos.kill(os.getpid(), signal.SIGINT)\ndef run(config): pass\n"
+    )
+    start = f"{sys.executable} {tmp_path / 'prog.py'}"
+    line = (
+        f"{how}; {start}; exit $?" if "trap" in how else f"{{ {start}; echo $? >&3; }} 3>code {how}; exit $(cat code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, timeout=60, check=False)
+    assert done.returncode == code
+
+
 # ----------------------------------------------------------------------------
 # the console
 

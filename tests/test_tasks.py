@@ -554,7 +554,9 @@ def test_a_conversation_lies_on_one_side(write):
     assert (len(train), len(held_out)) == (8, 4) and not {e.line for e in train} & {e.line for e in held_out}
 
 
-@pytest.mark.parametrize("rows, size, held", [(199, 200, 0), (200, 200, 20), (2500, 200, 200), (9, 4, 4), (9, 0, 0)])
+@pytest.mark.parametrize(
+    "rows, size, held", [(199, -1, 0), (200, -1, 20), (2500, -1, 200), (300, 200, 200), (9, 4, 4), (9, 0, 0)]
+)
 def test_how_many_rows_are_held_out(write, capsys, rows, size, held):
     """With the default a tenth, 200 at most, and none of a short file. Epochs become updates, rounded up."""
     examples = [Example([1, i], [False, True], i, f"{i:05}") for i in range(rows)]
@@ -566,6 +568,20 @@ def test_how_many_rows_are_held_out(write, capsys, rows, size, held):
     assert (f"{held} rows held out: {rows - held} examples to train on" in out) == (held > 0)
     assert f"1.5 epochs of {rows - held} examples, 16 an update: {got.steps} updates" in out
     assert split(got, examples) == (got, train, held_out)  # what is resumed
+
+
+def test_an_epoch_is_an_update_at_least(write):
+    examples = [Example([1, i], [False, True], i, f"{i:05}") for i in range(9)]
+    config = TrainConfig(data="f", task="jsonl", algo="sft", epochs=1e-8)
+    assert split(config, examples)[0].steps == 1
+
+
+def test_a_held_out_row_is_trained_on_under_no_system_prompt(write):
+    rows = [{**row, "system": system} for row in pairs(*range(5)) for system in ("a", "b", "c")]
+    examples, _ = load_jsonl(write(*rows), CHAT, max_length=1000)
+    train, held_out = hold_out(examples, 2)
+    assert len(train) == 9 and len(held_out) == 2
+    assert not {e.row for e in train} & {e.row for e in held_out}
 
 
 def test_nothing_left_to_train_on_is_refused(write):

@@ -799,7 +799,10 @@ def test_sft_from_a_file_then_rl_from_its_adapter(tmp_path, base):
     tokens = torch.tensor([[1, 2, 3, 4]])
     # fp32 logits up to 10, each weight rounded once more by the merge
     torch.testing.assert_close(merged.logits(merged(tokens)), model.logits(model(tokens)), rtol=0, atol=1e-4)
-    train(tmp_path / "rl", *flags, "--steps", 4, "--adapter", tmp_path / "sft" / "adapter")
+    given = ["--adapter", tmp_path / "sft" / "adapter", "--lora-r", 8]
+    done = train(tmp_path / "rl", *flags, "--steps", 4, *given)
+    assert f"{tmp_path / 'sft' / 'adapter'}: an adapter of rank 4, so --lora-r 8 is not used\n" in done.out
+    assert yaml.safe_load((tmp_path / "rl" / "config.yaml").read_text())["lora_r"] == 4
     fresh = checkpoint.read_header(tmp_path / "rl" / "adapter" / "adapter_model.safetensors")[0]
     assert fresh.keys() == checkpoint.read_header(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")[0].keys()
     [first] = [row for row in read_rows(tmp_path / "rl" / "samples.jsonl")][:1]
@@ -1081,7 +1084,7 @@ def test_a_folder_is_held_while_a_run_writes_into_it(tmp_path, whole):
 
 
 def test_a_saved_state_is_promised_only_where_there_is_one(tmp_path, monkeypatch):
-    """Not by an earlier run in this process, not by the state of the warm-up alone, and not before the first save."""
+    """Not by an earlier run in this process, and not before the first save, which is at the end of the warm-up."""
     flags = [*TINY, *"--steps 4 --save-every 2 --warm-steps 1 --warm-until 2".split()]
     log = RunLog.step
 
@@ -1097,7 +1100,7 @@ def test_a_saved_state_is_promised_only_where_there_is_one(tmp_path, monkeypatch
     intact = f"; the last saved state is intact (--resume {tmp_path / 'one'})\n"
     assert refused(4, "--out", tmp_path / "one", *flags) == intact
     assert refused(1, "--out", tmp_path / "none", *flags) == "\n"
-    assert refused(2, "--out", tmp_path / "two", *flags) == "\n"  # --resume does not read state/warm.safetensors
+    assert refused(2, "--out", tmp_path / "two", *flags) == intact.replace("one", "two")
     assert refused(3, "--resume", tmp_path / "one") == intact
 
 

@@ -29,13 +29,24 @@ MUTANTS = {
         ),
         ("if folder.exists() and not (folder / LOCK).exists():", "if False:", "a lock in somebody else's folder"),
         ("        return False\n    return True", "        raise\n    return True", "no run where there are no locks"),
-        ("and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN", "", "nohup is not heeded"),
-        ("            numbers.append(signal.SIGHUP)\n", "            pass\n", "a closed terminal kills the run"),
+        ("and signal.getsignal(number) != signal.SIG_IGN", "", "nohup is not heeded"),
+        ('"SIGTERM", "SIGHUP")', '"SIGTERM")', "a closed terminal kills the run"),
+        (
+            '        pathlib.Path("runs").mkdir(exist_ok=True)',
+            '        pathlib.Path("runs").exists()',
+            "no place for runs, no end",
+        ),
+        ('config.lora_r and config.model != "tiny"', "config.lora_r", "the last line names a model that is nowhere"),
+        ("path = shlex.quote(str(weights))", "path = str(weights)", "the last line breaks at a blank"),
         (
             "if self.asked and number == signal.SIGINT:",
             "if self.asked:",
             "the second signal of a closed terminal kills",
         ),
+    ],
+    "tests/test_planner.py": [
+        ("for part in (group, *group.parents))", "for part in (group,))", "a limit of the group around is not seen"),
+        ('or "memory" in controllers.split(",")', "or True", "another controller's group limits memory"),
     ],
     "tests/test_train.py": [
         ("        return math.nan\n", "        raise\n", "no run without the module resource"),

@@ -9,7 +9,17 @@ MUTANTS = {
             ".encode())\n        raise KeyboardInterrupt",
             "an interrupt inside C++ aborts",
         ),
-        ("        signal.signal(signal.SIGINT, interrupted)\n", "", "an interrupt during imports as Python ends it"),
+        (
+            "            signal.signal(signal.SIGINT, interrupted)\n",
+            "            pass\n",
+            "an interrupt during imports as Python ends it",
+        ),
+        ("if interrupt != signal.SIG_IGN:", "if True:", "a Ctrl-C that the shell keeps from the run ends it"),
+        (
+            "        with contextlib.suppress(OSError):  # nobody",
+            "        with contextlib.nullcontext():  # nobody",
+            "an interrupt that nobody reads of has another code",
+        ),
         ("        check(config)\n", "", "a wrong setting is found after the imports"),
         ('" ".join(str(error).splitlines())', "str(error)", "an error of several lines"),
         ("isinstance(error, MemoryError) or any", "any", "Python's own MemoryError is a bug"),

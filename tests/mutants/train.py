@@ -5,20 +5,29 @@ FILE = "train.py"
 MUTANTS = {
     "tests/test_train.py": [
         (
-            "log.sampling(len(exam), stop)",
-            "log.sampling(len(exam))",
-            "an exam goes on after Ctrl-C",
+            "config = dataclasses.replace(config, lora_r=ranks[-1])",
+            "pass",
+            "config.yaml with a rank that the adapter has not",
+        ),
+        ("log.sampling(len(problems), stop)", "log.sampling(len(problems))", "an exam goes on after Ctrl-C"),
+        (
+            "            if not stop:\n                log.evaluation(",
+            "            if True:\n                log.evaluation(",
+            "half an exam counts",
         ),
         (
-            "            if right is not None:  # else",
-            "            if right or right is None and not (right := 0):  # else",
-            "half an exam counts as none right",
-        ),
-        (
-            "        if not stop:\n            evaluate(phase.name, last",
-            "        if True:\n            evaluate(phase.name, last",
+            "        if not stop:\n            if phase.name",
+            "        if True:\n            if phase.name",
             "an exam begins after Ctrl-C",
         ),
+        ("log.sampling(len(probe), stop)", "log.sampling(len(probe))", "a probe goes on after Ctrl-C"),
+        ("phase_done = not stop and right", "phase_done = right", "half a probe ends the warm-up"),
+        (
+            "                save_state()  # first, because",
+            "                # first, because",
+            "nothing is saved before the last exam",
+        ),
+        (' or config.model == "tiny":', ":", "the tiny model under an adapter is saved nowhere"),
         (
             "        if stop or phase is phases[-1]:",
             "        if phase is phases[-1]:",
@@ -30,8 +39,8 @@ MUTANTS = {
             "GRPO's ratios weigh by answers",
         ),
         (
-            "    log = RunLog(\n",
-            '    checkpoint.atomic_write(folder / "config.yaml", dump(config))\n    log = RunLog(\n',
+            "    log = held.enter_context(\n",
+            '    checkpoint.atomic_write(folder / "config.yaml", dump(config))\n    log = held.enter_context(\n',
             "a resume that fails has changed config.yaml",
         ),
         (
@@ -40,7 +49,7 @@ MUTANTS = {
             "an entropy that depends on how answers fall into micro-batches",
         ),
         (
-            "if not complete(answers, config.max_new_tokens):",
+            "if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):",
             "if not any(a.finished for a in answers):",
             "half a rollout is trained on",
         ),
