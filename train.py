@@ -113,9 +113,8 @@ def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
     adapt(outline, config)
     ranks = sorted({layer.r for layer in lora.lora_layers(outline).values()})
     if config.adapter and ranks != [config.lora_r]:
-        print(
-            f"{config.adapter}: an adapter of rank {', '.join(map(str, ranks))}, so --lora-r {config.lora_r} is not used"
-        )
+        rank = ", ".join(map(str, ranks))
+        print(f"{config.adapter}: an adapter of rank {rank}, so --lora-r {config.lora_r} is not used")
         config = dataclasses.replace(config, lora_r=ranks[-1])
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
 
