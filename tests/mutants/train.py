@@ -66,11 +66,11 @@ MUTANTS = {
             "quantiles of ratios that are not per token",
         ),
         (
-            "if log.has(step=progress.step, phase=name, eval_count=config.eval_size):",
+            "if log.has(**where, eval_count=config.eval_size):",
             "if False:",
             "an exam counts twice",
         ),
-        ("            if last:\n", "            if name:\n", "answers to held-out rows at every evaluation"),
+        (" if last else []", "", "answers to held-out rows at every evaluation"),
         ("        save_state()  # from now on", "        # from now on", "what was accepted is asked again"),
         (
             '(outline.config.max_positions, "max_position_embeddings")',
