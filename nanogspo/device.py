@@ -49,7 +49,7 @@ def lacks_bf16() -> str:
     """Why bf16 is slow on this CPU; "" where it multiplies bf16 numbers itself, by AVX512-BF16, AMX or ARM's BF16.
 
     Without such units torch multiplies bf16 matrices several times more slowly than fp32 ones: a GSPO rollout of a 135M
-    model and its four updates took 200 s in bf16 and 25 s in fp32 on 2 cores with AVX2 (LOG.md). Two environment
+    model and its four updates took 200 s in bf16 and 25 s in fp32 on 2 cores with AVX2. Two environment
     variables hold torch and oneDNN to older instructions, and then the units are not used either.
     """
     for name, enough in CAPS.items():

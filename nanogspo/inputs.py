@@ -9,7 +9,6 @@ Tests: tests/test_inputs.py
 
 import json
 import os
-import pathlib
 import stat
 from collections.abc import Iterable
 from typing import Any
@@ -106,26 +105,23 @@ def json_of(data: bytes, want: str) -> Any:
         where = (f"line {error.lineno}, " if error.lineno > 1 else "") + f"column {error.colno}"
         raise ValueError(f"got broken JSON ({error.msg}, {where}), want {want}") from error
     except RecursionError as error:
-        raise ValueError(f"got JSON nested a thousand deep, want {want}") from error
+        raise ValueError(f"got JSON nested deeper than any file is, want {want}") from error
     except ValueError as error:  # Python refuses to read more than 4,300
         raise ValueError(f"got a number of thousands of digits, want {want}") from error
 
 
 def parse_json(data: bytes, where: str) -> dict:
     """The object in these bytes of UTF-8, with or without a byte mark."""
-    too_deep = f"got JSON nested deeper than {DEEPEST} levels; fetch the file again"
     try:
-        value = json.loads(text_of(data))
-    except RecursionError:
-        raise ValueError(f"{where}: {too_deep}") from None
-    except ValueError as e:  # not JSON, not UTF-8, an integer of more than 4,300 digits
-        raise ValueError(f"{where}: broken JSON ({e}); fetch the file again") from e
+        value = json_of(data, "an object; fetch the file again")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     level = [value]
     for _ in range(DEEPEST):
         parents = (x for x in level if isinstance(x, dict | list))
         level = [child for x in parents for child in (x.values() if isinstance(x, dict) else x)]
     if level:  # json reads 990 levels; whoever copies or prints them later would run out of stack
-        raise ValueError(f"{where}: {too_deep}")
+        raise ValueError(f"{where}: got JSON nested deeper than {DEEPEST} levels; fetch the file again")
     if not isinstance(value, dict):
         raise ValueError(f"{where}: got JSON that is no object, want {{...}}; fetch the file again")
     return value
@@ -133,10 +129,4 @@ def parse_json(data: bytes, where: str) -> dict:
 
 def read_json(path: str | os.PathLike) -> dict:
     """The object in a JSON file. Raises ValueError for a file that is missing, unreadable, broken or no object."""
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; want a checkpoint folder that has it") from None
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be read ({e.strerror}); want a file of the checkpoint") from e
-    return parse_json(data, str(path))
+    return parse_json(read_bytes(path, "a file of the checkpoint"), str(path))

@@ -549,16 +549,16 @@ def test_a_wrong_value_anywhere_is_refused(qwen3, tmp_path, monkeypatch):
 def test_says_what_is_wrong_with_a_folder(qwen3, tmp_path):
     config, weights = (qwen3 / "config.json").read_text(), qwen3 / "model.safetensors"
     for text, says in [
-        (config[:100], "config.json: broken JSON .*fetch the file again"),
+        (config[:100], "config.json: got broken JSON .*fetch the file again"),
         ("[]", "config.json: got JSON that is no object"),
         ("{}", "got model_type None"),
-        ("\0\xff", "config.json: broken JSON"),
+        ("\0\xff", "config.json: got byte 0xff at column 2, want UTF-8"),
     ]:
         (qwen3 / "config.json").write_text(text, encoding="latin-1")
         with refused(says):
             load(qwen3)
     (qwen3 / "config.json").unlink()
-    with refused("config.json: no such file; want a checkpoint folder"):
+    with refused("config.json: got no such file or directory, want a file of the checkpoint"):
         load(qwen3)
     (qwen3 / "config.json").write_text(config)
     with refused("got the file .*model.safetensors, want a checkpoint folder"):

@@ -604,7 +604,7 @@ BAD_ROWS = {
     "broken JSON": (b'{"prompt": "a"', r"got broken JSON \(.*column \d+\), want one whole object"),
     "two objects": (b"{} {}\n", "got broken JSON"),
     "not UTF-8": (b'{"prompt": "\xff"}', "got byte 0xff at column 13, want UTF-8"),
-    "deep": (b'{"messages": ' + b"[" * 100_000, "nested a thousand deep"),
+    "deep": (b'{"messages": ' + b"[" * 100_000, "nested deeper than any file is"),
     "not an object": ([1], "got a JSON list, want an object"),
     "unknown form": ({"question": "a"}, "got a row with 'question', want .*rename the keys"),
     "no keys": ({}, "got a row with no keys"),
