@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TREE = {
     "toy.py": '"""A toy."""\n\n\ndef double(x):\n    return 2 * x\n\n\n'
-    "def half(x):\n    return x / 2\n\n\nunused = 1\n",
-    "tests/helper.py": "TWO = 2\n",
-    "tests/test_toy.py": "import helper\nimport toy\n\n\ndef test_it():\n    assert toy.double(helper.TWO) == 4\n"
+    "def half(x):\n    return x / 2\n\n\nunused = 1\nkept = 1\n",
+    "tests/helper.py": 'TWO = 2\n\n\nclass Odd(ValueError):\n    """A docstring, and nothing else."""\n',
+    "tests/test_toy.py": "import tempfile\n\nimport helper\nimport toy\n\n\n"
+    "def test_it():\n    tempfile.mkdtemp()\n    assert toy.double(helper.TWO) == 4\n"
     "\n\ndef test_zero():\n    assert toy.double(0) == 0\n",
-    "tests/test_other.py": "import toy\n\n\ndef test_half():\n    assert toy.half(4) == 2\n",
+    "tests/test_other.py": "import toy\nfrom toy import kept\n\n\ndef test_half():\n    assert toy.half(4) == 2\n",
     "tests/mutants/toy.py": """FILE = "toy.py"
 MUTANTS = {
     "tests/test_toy.py": [
@@ -32,14 +33,22 @@ MUTANTS = {
         ("return 2 * x", "return (", "does not parse"),
         ("return x / 2", "return x // 3", "another file notices"),
         ("unused = 1", "unused = 2", "nobody notices"),
+        ("kept = 1", "gone = 1", "another file cannot import it"),
     ]
 }
 """,
-    "conftest.py": "import sys\nsys.path[:0] = ['.', 'tests']\n",
+    "conftest.py": "import sys\nsys.path[:0] = ['.', 'tests', 'tools']\npytest_plugins = ['plugin']\n",
+    "tools/plugin.py": "limit = 1\n",
     "pytest.ini": "[pytest]\ntestpaths = tests\n",
-    "tests/budget.json": '{"seconds": {"tests/test_toy.py": -11.8}}',  # 1 s of CPU for what has no end
+    "tests/budget.json": '{"seconds": {"tests/test_toy.py": -11.0}}',  # 5 s of CPU for what has no end
 }
 LEDGER = "tests/mutants/ledger/toy.jsonl"
+UNPROVEN = {
+    "another file notices": "elsewhere",
+    "another file cannot import it": "UNFIT",
+    "does not parse": "UNFIT",
+    "nobody notices": "SURVIVED",
+}
 SCRIPT = """
 import contextlib, io, json, pathlib, subprocess, sys
 sys.path.insert(0, sys.argv[1])
@@ -62,8 +71,9 @@ draw = mutate.drawn_again
 mutate.drawn_again = lambda root, keys: set()
 run("no time", "--minutes", "0", "--tests-passed")
 run("all")
-edit("tests/mutants/toy.py", '        ("unused = 1", "unused = 2", "nobody notices"),', "")
-edit("tests/mutants/toy.py", '        ("return 2 * x", "return (", "does not parse"),', "")
+for line in (root / "tests/mutants/toy.py").read_text().splitlines():
+    if any(f'"{why}"' in line for why in sys.argv[3:]):
+        edit("tests/mutants/toy.py", line, "")
 edit("tests/test_toy.py", "import toy", "import toy  # in other words")
 edit("toy.py", "A toy.", "A better sentence.")
 run("prose")
@@ -72,17 +82,23 @@ run("drawn", "--tests-passed")
 mutate.drawn_again = lambda root, keys: set()
 edit("tests/helper.py", "TWO = 2", "TWO = 2.0")
 run("helper", "--only", "three times", "--tests-passed")
+edit("tools/plugin.py", "limit = 1", "limit = 2")
+run("plugin", "--minutes", "0", "--tests-passed")
 edit("tests/test_toy.py", "def test_it", "def test_renamed")
 run("renamed", "--only", "three times", "--tests-passed")
 run("deep", "--deep", "--only", "e", "--tests-passed")
+edit("tests/mutants/ledger/toy.jsonl", "SIGABRT", "SIGSEGV")
+run("another death", "--deep", "--only", "the process dies", "--tests-passed")
 edit("tests/test_toy.py", "== 4", "== 5")
+edit("tests/test_toy.py", "def test_renamed", "def test_red")
 run("red", "--only", "three times")
+run("red killer", "--only", "three times", "--tests-passed")
 run("nothing", "--only", "no such mutant")
 edit("toy.py", "2 * x", "x + x")
 run("misfit")
 keys = [f"{i:016x}" for i in range(2000)]
 first = draw(root, keys)
-author = ["-c", "user.name=t", "-c", "user.email=t@t"]
+author = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
 subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "t"], cwd=root, check=True)
 second = draw(root, keys)
 report["shares"] = [len(first), len(second), len(first & second)]
@@ -98,10 +114,13 @@ def report(tmp_path_factory):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    command = [sys.executable, "-c", SCRIPT, str(ROOT / "tools"), str(root)]
-    done = subprocess.run(command, env={**os.environ}, cwd=root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", SCRIPT, str(ROOT / "tools"), str(root), *UNPROVEN]
+    temporary = tmp_path_factory.mktemp("temporary")
+    dates = {"GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z"}
+    environment = {**os.environ, **dates, "TMPDIR": str(temporary)}
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.rpartition("REPORT")[2])
+    return json.loads(done.stdout.rpartition("REPORT")[2]) | {"temporary": os.listdir(temporary)}
 
 
 def ledger(report, run):
@@ -109,21 +128,15 @@ def ledger(report, run):
 
 
 def test_without_time_nothing_starts_and_the_unproven_are_counted(report):
-    assert report["no time"] == [0, "0 of 6 mutants proven; 6 to run\n0 of 0 mutants caught; 6 of 6 unproven\n", ""]
+    assert report["no time"] == [0, "0 of 7 mutants proven; 7 to run\n0 of 0 mutants caught; 7 of 7 unproven\n", ""]
 
 
 def test_each_word(report):
     code, out, _ = report["all"]
     words = {line.rpartition(": ")[2]: line.split()[0] for line in out.splitlines() if " s  toy.py: " in line}
-    assert code == 1 and words == {
-        "three times": "caught",
-        "without an end": "caught",
-        "the process dies": "caught",
-        "another file notices": "elsewhere",
-        "does not parse": "UNFIT",
-        "nobody notices": "SURVIVED",
-    }
-    assert out.endswith("4 of 6 mutants caught; 2 of 6 unproven\n")
+    caught = dict.fromkeys(["three times", "without an end", "the process dies"], "caught")
+    assert code == 1 and words == caught | UNPROVEN
+    assert out.endswith("3 of 7 mutants caught; 4 of 7 unproven\n")
 
 
 def test_the_ledger_names_what_killed_it(report):
@@ -133,29 +146,29 @@ def test_the_ledger_names_what_killed_it(report):
         "three times": ("tests/test_toy.py::test_it", None),
         "without an end": ("tests/test_toy.py::test_it", "SIGXCPU"),  # by CPU time, not by the clock
         "the process dies": ("tests/test_toy.py::test_it", "SIGABRT"),
-        "another file notices": ("tests/test_other.py::test_half", None),
     }
     assert report["all"][2].splitlines() == sorted(report["all"][2].splitlines())
 
 
 def test_comments_and_docstrings_cost_no_proof(report):
-    assert report["prose"][:2] == [0, "4 of 4 mutants proven; 0 to run\n0 of 0 mutants caught; 0 of 4 unproven\n"]
+    assert report["prose"][:2] == [0, "3 of 3 mutants proven; 0 to run\n0 of 0 mutants caught; 0 of 3 unproven\n"]
 
 
 def test_a_part_of_the_proven_runs_again(report):
     assert (
-        "4 of 4 mutants proven; 1 to run" in report["drawn"][1]
-        and "1 of 1 mutants caught; 0 of 4" in report["drawn"][1]
+        "3 of 3 mutants proven; 1 to run" in report["drawn"][1]
+        and "1 of 1 mutants caught; 0 of 3" in report["drawn"][1]
     )
     first, second, both = report["shares"]  # of 2000 keys, before and after a commit; 100 +- 10 each
     assert 60 <= first <= 140 and 60 <= second <= 140 and both <= 20
 
 
 def test_a_module_the_tests_import_is_part_of_the_key(report):
-    assert report["helper"][1].startswith("0 of 4 mutants proven") and report["helper"][1].endswith("3 of 4 unproven\n")
+    assert report["helper"][1].startswith("0 of 3 mutants proven") and report["helper"][1].endswith("2 of 3 unproven\n")
+    assert report["plugin"][1].startswith("0 of 3 mutants proven")
     before, after = ledger(report, "all"), ledger(report, "helper")
     assert before["three times"]["key"] != after["three times"]["key"]
-    assert len(after) == 4 and after["without an end"] == before["without an end"]  # no proof any more, but a hint
+    assert len(after) == 3 and after["without an end"] == before["without an end"]  # no proof any more, but a hint
 
 
 def test_a_killer_that_is_gone_is_no_obstacle(report):
@@ -165,15 +178,23 @@ def test_a_killer_that_is_gone_is_no_obstacle(report):
 
 def test_deep_proves_all_anew_and_says_what_differs(report):
     code, out, _ = report["deep"]
-    assert code == 0 and "3 of 4 entries of the ledger differ" in out and out.endswith("0 of 4 unproven\n")
+    assert code == 0 and "2 of 3 entries of the ledger differ" in out and out.endswith("0 of 3 unproven\n")
     assert "differs: toy.py: without an end: was unproven, is tests/test_toy.py::test_renamed" in out
+    code, out, _ = report["another death"]
+    assert (
+        code == 2 and "was tests/test_toy.py::test_renamed SIGSEGV, is tests/test_toy.py::test_renamed SIGABRT" in out
+    )
 
 
 def test_red_tests_and_a_list_that_does_not_fit_are_errors(report):
     assert report["red"][0] == 2 and "want them green first: python -m pytest tests/test_toy.py" in report["red"][1]
+    code, out, entries = report["red killer"]  # is asked without the edit, and proves nothing
+    assert code == 2 and "want it green first: python -m pytest 'tests/test_toy.py::test_red'" in out
+    assert entries == report["red"][2]
     assert report["nothing"][0] == 2 and "want a part of a mutant's file" in report["nothing"][1]
     assert report["misfit"][0] == 2 and "want 'return 2 * x' exactly once" in report["misfit"][1]
 
 
 def test_of_the_tree_only_the_ledger_is_written(report):
-    assert report["left"] == sorted({*TREE, "tests", "tests/mutants", LEDGER, str(Path(LEDGER).parent)})
+    assert report["left"] == sorted({*TREE, "tests", "tests/mutants", "tools", LEDGER, str(Path(LEDGER).parent)})
+    assert report["temporary"] == []

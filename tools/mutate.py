@@ -1,21 +1,24 @@
 """Does the test suite notice when the code is wrong? Makes one small wrong edit at a time; every one must turn it red.
 
 A mutant names the test file that should catch it, and that file runs first (seconds). Only if it stays green does the
-whole suite run: caught there, the mutant is reported as caught elsewhere, and its own test file has a hole. What
-survives both is a bug that could be merged tomorrow.
+whole suite run: caught there, the mutant is reported as caught elsewhere, a failure too: its own test file has a hole.
+What survives both is a bug that could be merged tomorrow. A test that is red anyway catches nothing: one not yet known
+to kill a mutant runs once without the edit, and must pass.
 
 A ledger remembers what is proven: tests/mutants/ledger/, one file for each mutated source file, one entry a line.
 
-    key      hash of all that decides: the mutated file, the edit, its test file and what that imports from tests/ and
-             tools/, conftest.py with its imports, pytest.ini, the pinned versions, and the functions below that judge.
-             Comments and docstrings do not count.
+    key      hash of what decides: the mutated file, the edit, its test file, what the two import from tests/ and tools/
+             (of the mutated file only a tool's imports), conftest.py with its imports and plugins, pytest.ini, the
+             versions pinned and installed, and what below judges. Comments and docstrings do not count. Nor do other
+             modules of the product, or each change would cost every proof: the 5 % and --deep are there for those.
     killer   the test that failed (or was running when the process died: `how` then names the signal)
 
     python tools/mutate.py              every mutant whose key is not proven (its former killer first, then its test
                                         file, then the suite), and 5 % of the rest, drawn by the commit's hash
     python tools/mutate.py --minutes 4  starts none after 4 minutes, and says how many are unproven
     python tools/mutate.py --only TEXT  those with this in their file, edit or why, proven or not
-    python tools/mutate.py --deep       all, as if there were no ledger; writes it anew and says what differs
+    python tools/mutate.py --deep       all, as if there were no ledger; writes it anew and says what differs. Another
+                                        killer is as good, another signal is not: what is proven must be reproduced
 
 What is proven on the way is written into the ledger at once: commit it with the change. Entries of two branches merge
 line by line (.gitattributes); an entry whose key fits nothing any more is only a hint which test to try first.
@@ -23,19 +26,23 @@ line by line (.gitattributes); an entry whose key fits nothing any more is only 
 Edits are made in two temporary copies of the tree, two mutants at a time. Of the working tree only the ledger is
 written, so killing this at any moment leaves everything else as it was.
 
-Exit code 0: none survived (unproven ones are counted in the last line); 1: a mutant survived; 2: tests are red without
-any edit, or the list does not fit the code. Tests: tests/test_mutate.py
+Exit code 0: none survived (unproven ones are counted in the last line); 1: a mutant survived, or its own test file did
+not notice it; 2: tests are red without any edit, the list does not fit the code, or --deep found another way to die
+than the ledger has. Tests: tests/test_mutate.py
 """
 
 import argparse
 import ast
 import contextlib
+import functools
 import gc
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -76,13 +83,14 @@ class Task(NamedTuple):
     """What a worker needs to judge a mutant."""
 
     mutant: Mutant
-    killers: tuple[str, ...]  # tests that once killed it
+    killers: tuple[str, ...]  # tests to try first: they once killed it
+    held: tuple[str, ...]  # those that the ledger has, tried first or not
     cpu: int  # seconds of CPU that a run of its test file may take
     suite_cpu: int
 
 
 class Verdict(NamedTuple):
-    word: str  # caught, elsewhere, SURVIVED, UNFIT (no mutant at all), or late (there was no time left)
+    word: str  # caught, elsewhere, SURVIVED, UNFIT (no mutant at all), RED (the killer is), late (no time was left)
     killer: str = ""
     how: str = ""  # "" when the killer failed
     seconds: float = 0.0
@@ -119,10 +127,21 @@ class Keys:
 
     def __init__(self, tree: Path):
         self.tree, self.texts, self.imports = tree, {}, {}
-        judges = "".join(map(inspect.getsource, (run_pytest, _child, judge, NodeLog)))
+        judges = "".join(map(inspect.getsource, (run_pytest, _child, judge, timed_judge, green, cpu_limits, NodeLog)))
         shared = ["conftest.py", *self.imported("conftest.py"), "pytest.ini"]
         shared += ["requirements.txt", "requirements-test.txt"]
-        self.shared = [*code_lines(judges), str(ENVIRONMENT), *map(self.code, shared)]
+        limits = str((ENVIRONMENT, DEADLY, TIME_LIMIT, SUITE_TIME_LIMIT, sys.version_info[:2]))
+        self.shared = [*code_lines(judges), limits, *map(self.code, shared), *self.installed(shared[-2:])]
+
+    def installed(self, requirements: list[str]) -> list[str]:
+        """The versions of what these files name; without +cpu and the like: builds of one version are as good."""
+        found = []
+        for name in re.findall(r"^[\w.-]+(?=[=<>])", "\n".join(map(self.code, requirements)), re.MULTILINE):
+            try:
+                found.append(f"{name} {importlib.metadata.version(name).partition('+')[0]}")
+            except importlib.metadata.PackageNotFoundError:
+                found.append(f"no {name}")
+        return found
 
     def code(self, name: str) -> str:
         """What counts of a file; "" where there is none."""
@@ -142,7 +161,8 @@ class Keys:
             return self.imports[name]
         found, waiting = [], [name]
         while waiting:
-            for module in sorted(_imported_modules(self.code(waiting.pop()))):
+            path = self.tree / waiting.pop()
+            for module in sorted(_imported_modules(path.read_text() if path.exists() else "")):
                 last = module.rpartition(".")[2]
                 for path in (f"tests/{last}.py", f"tools/{last}.py"):
                     if path not in found and path != name and (self.tree / path).exists():
@@ -154,6 +174,8 @@ class Keys:
     def __call__(self, mutant: Mutant) -> str:
         parts = [mutant.file, self.code(mutant.file), mutant.right, mutant.wrong, mutant.test, self.code(mutant.test)]
         parts += [self.code(path) for path in self.imported(mutant.test)]
+        if mutant.file.startswith("tools/"):
+            parts += [self.code(path) for path in self.imported(mutant.file)]
         return hashlib.sha256("\0".join(parts + self.shared).encode()).hexdigest()[:16]
 
 
@@ -164,6 +186,8 @@ def _imported_modules(text: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytest_plugins":
+            names |= {*ast.literal_eval(node.value)}
     return names
 
 
@@ -190,7 +214,7 @@ class Ledger:
             and entry["key"] != key
             and (entry["key"] in mutants or (entry["test"], entry["why"]) != (mutant.test, mutant.why))
         ]
-        if verdict.killer:  # one that survives is not proven, whatever was written
+        if verdict.word == "caught":  # what survives its own test file is not proven, whatever was written
             how = {"how": verdict.how} if verdict.how else {}
             kept.append({"test": mutant.test, "why": mutant.why, "key": key, "killer": verdict.killer} | how)
         kept.sort(key=lambda entry: (entry["test"], entry["why"], entry["key"]))
@@ -216,19 +240,21 @@ def run_pytest(tree: Path, *arguments: str, cpu: int = 0, limit: int = TIME_LIMI
 
     Each run is a fork of this process, which has imported torch already: half of what a run takes otherwise.
     """
-    nodes = tree.with_suffix(".nodes")
+    nodes, temporary = tree.with_suffix(".nodes"), tree.with_suffix(".tmp")
     nodes.write_bytes(b"")
-    child = FORK.Process(target=_child, args=(tree, nodes, arguments, cpu))
+    temporary.mkdir()  # a child that dies leaves its folders: here, where they are removed
+    child = FORK.Process(target=_child, args=(tree, nodes, temporary, arguments, cpu))
     child.start()
     child.join(limit)
     code = child.exitcode
     if child.is_alive():
         os.killpg(child.pid, signal.SIGKILL)  # the child leads its own group
         child.join()
+    shutil.rmtree(temporary, ignore_errors=True)
     return code, nodes.read_text().rstrip("\n").rpartition("\n")[2]
 
 
-def _child(tree: Path, nodes: Path, arguments: tuple[str, ...], cpu: int) -> None:
+def _child(tree: Path, nodes: Path, temporary: Path, arguments: tuple[str, ...], cpu: int) -> None:
     os.setsid()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for stream, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
@@ -236,7 +262,8 @@ def _child(tree: Path, nodes: Path, arguments: tuple[str, ...], cpu: int) -> Non
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if cpu:  # unlike time on the clock it does not depend on what else the machine does
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 5))
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT, TMPDIR=str(temporary))
+    tempfile.tempdir = None  # which the parent has looked up
     os.chdir(tree)
     sys.path[0] = str(tree)  # as python -m pytest would; the tree's own modules are not imported yet
     sys.dont_write_bytecode = True
@@ -262,7 +289,8 @@ def judge(task: Task, tree: Path) -> Verdict:
         path.write_text(text.replace(mutant.right, mutant.wrong))
         for arguments, cpu, limit in (*tries, ("", task.suite_cpu, SUITE_TIME_LIMIT)):
             code, node = run_pytest(tree, *filter(None, [arguments]), cpu=cpu, limit=limit)
-            if code in (1, None) or -code in DEADLY:  # a wrong pointer may end the process
+            died = (code or 0) < 0 and -code in DEADLY  # a wrong pointer may end the process
+            if died or node and code in (1, None):  # without a node no test has run: collecting failed
                 how = "" if code == 1 else f"no end within {limit} s" if code is None else signal.Signals(-code).name
                 killer = node or arguments or "tests"  # it may die before the first test begins
                 return Verdict("caught" if killer.partition("::")[0] == mutant.test else "elsewhere", killer, how)
@@ -283,11 +311,17 @@ def timed_judge(task: Task) -> Verdict:
     started = time.monotonic()
     if started > stop_at:
         return Verdict("late")
-    return judge(task, tree)._replace(seconds=time.monotonic() - started)
+    verdict = judge(task, tree)
+    if verdict.killer and verdict.killer not in task.held:
+        suspect = verdict.killer.partition("::")[0] if verdict.how else verdict.killer  # a death may be an aftermath
+        if not green(suspect):
+            verdict = Verdict("RED", how=suspect)
+    return verdict._replace(seconds=time.monotonic() - started)
 
 
+@functools.cache
 def green(test: str) -> bool:
-    """The test file passes without any edit."""
+    """The test or file passes without any edit."""
     return run_pytest(tree, test)[0] == 0
 
 
@@ -340,6 +374,11 @@ def budgets(tree: Path) -> dict[str, float]:
     return json.loads(path.read_text())["seconds"] if path.exists() else {}
 
 
+def cpu_limits(cost: dict[str, float], test: str) -> tuple[int, int]:
+    """Seconds of CPU for a test file and for the whole suite: five times the budget, and a start."""
+    return int(60 + 5 * cost.get(test, 60)), int(600 + 5 * sum(cost.values()))
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="mutants with this in their file, edit or why")
@@ -372,6 +411,7 @@ def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadl
     folder = root / "tests" / "mutants" / "ledger"
     ledgers = {m.listed: Ledger(folder / f"{m.listed}.jsonl") for m in everything.values()}
     known = [(listed, entry) for listed, held in ledgers.items() for entry in held.entries()]
+    known = [(listed, entry) for listed, entry in known if entry["killer"].partition("::")[0] == entry["test"]]
     proven = {entry["key"]: entry for _, entry in known if entry["key"] in everything}
     if options.deep or options.only:
         chosen = list(wanted)
@@ -383,9 +423,8 @@ def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadl
     for key in chosen:
         mutant = wanted[key]
         name = mutant.listed, mutant.test, mutant.why
-        killers = [] if options.deep else [e["killer"] for at, e in known if (at, e["test"], e["why"]) == name]
-        cpu, suite_cpu = 60 + 5 * cost.get(mutant.test, 60), 600 + 5 * sum(cost.values())
-        tasks[key] = Task(mutant, tuple(dict.fromkeys(killers)), int(cpu), int(suite_cpu))
+        held = tuple(dict.fromkeys(e["killer"] for at, e in known if (at, e["test"], e["why"]) == name))
+        tasks[key] = Task(mutant, () if options.deep else held, held, *cpu_limits(cost, mutant.test))
     # the unproven first; of them those that a known test will kill in a second, then cheap test files
     chosen.sort(key=lambda key: (key in proven, not tasks[key].killers, cost.get(wanted[key].test, 60)))
     if not options.deep:
@@ -409,26 +448,32 @@ def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadl
             key, verdict = running[done], done.result()
             if verdict.word == "late":
                 continue
+            if verdict.word == "RED":
+                pool.shutdown(wait=False, cancel_futures=True)
+                print(f"got a failing test without any edit, want it green first: python -m pytest {verdict.how!r}")
+                return 2
             verdicts[key] = verdict
             mutant = wanted[key]
             siblings = {k: m for k, m in everything.items() if m.listed == mutant.listed}
             ledgers[mutant.listed].update(siblings, key, verdict)
             print(f"{verdict.word:<9} {verdict.seconds:5.1f} s  {mutant.file}: {mutant.why}", flush=True)
-    if options.deep:
-        differences(wanted, proven, verdicts)
-    return summary(everything, proven, verdicts)
+    reproduced = not options.deep or compare(wanted, proven, verdicts)
+    return summary(everything, proven, verdicts) or (0 if reproduced else 2)
 
 
-def differences(wanted: dict[str, Mutant], proven: dict[str, dict], verdicts: dict[str, Verdict]) -> None:
-    """Prints where the ledger that --deep has written is not the one that was there."""
-    different = 0
+def compare(wanted: dict[str, Mutant], proven: dict[str, dict], verdicts: dict[str, Verdict]) -> bool:
+    """Prints where the ledger that --deep has written is not the one that was there. False: one died in another way."""
+    different, reproduced = 0, True
     for key, verdict in verdicts.items():
         old = proven.get(key, {})
         if (old.get("killer", ""), old.get("how", "")) != (verdict.killer, verdict.how):
             different += 1
-            before = old.get("killer", "unproven")
-            print(f"differs: {wanted[key].file}: {wanted[key].why}: was {before}, is {verdict.killer or verdict.word}")
+            before = f"{old.get('killer', 'unproven')} {old.get('how', '')}".strip()
+            now = f"{verdict.killer or verdict.word} {verdict.how}".strip()
+            print(f"differs: {wanted[key].file}: {wanted[key].why}: was {before}, is {now}")
+            reproduced &= not old or (verdict.word, verdict.how) == ("caught", old.get("how", ""))
     print(f"{different} of {len(verdicts)} entries of the ledger differ from those that were there")
+    return reproduced
 
 
 def summary(everything: dict[str, Mutant], proven: dict[str, dict], verdicts: dict[str, Verdict]) -> int:
@@ -436,10 +481,9 @@ def summary(everything: dict[str, Mutant], proven: dict[str, dict], verdicts: di
     for word, meaning in (("elsewhere", "not by the test file they name"), ("UNFIT", "break the tests' own imports")):
         if words[word]:
             print(f"{words[word]} {word}: {meaning}; mend the list or the tests")
-    unproven = sum(not (verdicts[key].killer if key in verdicts else key in proven) for key in everything)
-    dead = words["caught"] + words["elsewhere"]
-    print(f"{dead} of {len(verdicts)} mutants caught; {unproven} of {len(everything)} unproven")
-    return 1 if words["SURVIVED"] else 2 if words["UNFIT"] else 0
+    unproven = sum(verdicts[key].word != "caught" if key in verdicts else key not in proven for key in everything)
+    print(f"{words['caught']} of {len(verdicts)} mutants caught; {unproven} of {len(everything)} unproven")
+    return 1 if words["SURVIVED"] or words["elsewhere"] else 2 if words["UNFIT"] else 0
 
 
 if __name__ == "__main__":

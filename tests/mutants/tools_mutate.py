@@ -15,9 +15,9 @@ MUTANTS = {
             "a comment costs all proofs of a file",
         ),
         (
-            "if verdict.killer:  # one",
-            "if True:  # one",
-            "a mutant that survived is written down as proven",
+            'if verdict.word == "caught":  # what',
+            "if verdict.killer:  # what",
+            "a mutant that only another file catches is written down as proven",
         ),
         (
             "if code != 0 and arguments not in task.killers:",
@@ -25,7 +25,7 @@ MUTANTS = {
             "a killer that was renamed makes its mutant unfit",
         ),
         (
-            'return 1 if words["SURVIVED"] else 2 if words["UNFIT"] else 0',
+            'return 1 if words["SURVIVED"] or words["elsewhere"] else 2 if words["UNFIT"] else 0',
             'return 2 if words["UNFIT"] else 0',
             "a survivor leaves CI green",
         ),
@@ -35,9 +35,29 @@ MUTANTS = {
             "what is proven is never run again",
         ),
         (
-            "killers = [] if options.deep",
-            "killers = [] if False",
+            "() if options.deep else held, held,",
+            "held, held,",
             "deep believes former killers",
+        ),
+        (
+            "if not green(suspect):",
+            "if False:",
+            "a test that is red anyway kills",
+        ),
+        (
+            "if died or node and code in (1, None):",
+            "if died or code in (1, None):",
+            "a test file that cannot be imported kills",
+        ),
+        (
+            "names |= {*ast.literal_eval(node.value)}",
+            "pass",
+            "a plugin of conftest.py may change at no cost",
+        ),
+        (
+            "(0 if reproduced else 2)",
+            "0",
+            "deep may find another death than the ledger has",
         ),
     ],
 }
