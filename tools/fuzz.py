@@ -12,7 +12,8 @@ process does with it what the programs do. What is promised of every case:
     it is accepted, or refused in one line of at most LONGEST characters, by what the programs end with exit code 2 on;
     no library prints on stderr past Python
     it ends within the limit of seconds and of MEMORY; a child that does not is ended, and another one goes on
-    no input file changes, and nothing is written but in the run's own folder; a state that is refused stays as it was
+    no input file changes, and nothing is written but in the run's own folder (or beside the case's); a state that is
+    refused stays as it was
     an accepted checkpoint gives transformers' logits, an adapter PEFT's, a tokenizer and each row transformers' ids
 
 What transformers refuses of the accepted is listed, for a reader to judge: mostly values that we do not read.
@@ -269,8 +270,10 @@ THERE = "in transformers: "
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """Hashes of the files of a case and of what stands beside its folder: ../inputs, and nothing else but the log."""
+    files = {os.path.relpath(path, folder): path for path in folder.parent.rglob("*") if path.is_file()}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != "../log"}
+    return {name.replace(os.sep, "/"): digest for name, digest in hashes.items()}
 
 
 def work(seed: int, numbers: list[int], home: Path, limit: float, pipe) -> None:

@@ -11,6 +11,7 @@ MUTANTS = {
         ),
         ("len(verdict.line) > LONGEST or ", "", "a refusal may be of any length"),
         (" or not verdict.line.isprintable()", "", "a refusal may have many lines"),
+        ("in folder.parent.rglob", "in folder.rglob", "what a case writes beside its folder is not looked at"),
         ("if changed and verdict.sound:", "if False:", "what a case writes is not looked at"),
         (
             '"run/" if verdict.outcome == "accepted" else "new-run/"',
