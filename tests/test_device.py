@@ -69,7 +69,16 @@ def test_what_is_asked_for_is_given_and_what_is_stored_is_kept(machine, capsys):
 
 
 @pytest.mark.isa
-def test_this_machine_says_something_definite():
-    """Under a cap on instructions, as CI sets it, bf16 is never chosen."""
+def test_this_machine_without_a_cap_and_with_one(monkeypatch):
+    """Under a cap on instructions, as CI sets it, bf16 is never chosen; what libraries found of it stays as it was."""
     capped = any("avx2" in os.environ.get(name, "").lower() for name in device.CAPS)
-    assert not capped or choose_dtype("auto", "cpu") == "fp32"
+    assert choose_dtype("auto", "cpu") == ("fp32" if capped or lacks_bf16() else "bf16")
+    for name in device.CAPS:
+        monkeypatch.delenv(name, raising=False)
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not units and device.platform.machine().lower() in ("x86_64", "amd64"):
+        assert choose_dtype("auto", "cpu") == "fp32"
+    for name in device.CAPS:
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "AVX2")
+            assert choose_dtype("auto", "cpu") == "fp32" and lacks_bf16().startswith(f"{name}=AVX2 keeps")
