@@ -1,7 +1,8 @@
 """Every exercise can be solved and can be failed: our solutions pass its test, the stub given to the reader does not.
 
-A test that an empty stub passes checks nothing, so with the stub every test of the file must fail, but for those excused
-below. Both runs of each file are forks of one process that has imported torch once, two at a time, in a copy of the tree (tools/mutate.py has the parts).
+A test that an empty stub passes checks nothing, so with the stub every test of the file must fail, but for those that
+are excused below. Both runs of each file are forks of one process that has imported torch once, two at a time, in a
+copy of the tree (tools/mutate.py has the parts).
 
 Run: python tools/check_exercises.py
 """

@@ -12,8 +12,8 @@ process does with it what the programs do. What is promised of every case:
     it is accepted, or refused in one line of at most LONGEST characters, by what the programs end with exit code 2 on;
     no library prints on stderr past Python
     it ends within the limit of seconds and of MEMORY; a child that does not is ended, and another one goes on
-    no input file changes, and nothing is written but in the run's own folder (or beside the case's); a state that is
-    refused stays as it was
+    no input file changes, and nothing is written but in the run's own folder, beside the case's least of all; a state
+    that is refused stays as it was
     an accepted checkpoint gives transformers' logits, an adapter PEFT's, a tokenizer and each row transformers' ids
 
 What transformers refuses of the accepted is listed, for a reader to judge: mostly values that we do not read.
