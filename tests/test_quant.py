@@ -303,6 +303,14 @@ def test_the_plan_counts_packed_bytes(kind, dtype):
 # folders in
 
 
+@pytest.fixture(scope="module", autouse=True)
+def folders():
+    """Where the cached ones stand, until the last test of this file has ended."""
+    global FOLDERS
+    with tempfile.TemporaryDirectory() as FOLDERS:
+        yield
+
+
 @functools.cache
 def plain_folder(family="llama", dtype=torch.float32):
     """A random model that transformers wrote; norms and biases moved, as in references.py."""
@@ -313,7 +321,7 @@ def plain_folder(family="llama", dtype=torch.float32):
     for p in theirs.parameters():
         if p.ndim == 1:
             nn.init.normal_(p, p.data.mean(), 0.2)
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir=FOLDERS))
     theirs.to(dtype).save_pretrained(folder)
     return folder
 
@@ -334,7 +342,7 @@ def bnb_folder(family="llama", dtype=torch.float32, nested=True, storage="uint8"
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=list(skip) if skip else None, **options
     )
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir=FOLDERS))
     opened(plain_folder(family, dtype), dtype, quantization_config=config).save_pretrained(folder)
     return folder
 

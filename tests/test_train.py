@@ -62,7 +62,9 @@ TINY += "--prompts-per-rollout 4 --group-size 4 --updates-per-rollout 4 --batch-
 def quick(monkeypatch, request):
     """No picture: matplotlib would take longer than the training. And signal handlers are put back."""
     monkeypatch.setattr("nanogspo.runlog.draw_curves", lambda *args, **kwargs: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on Windows
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -173,7 +173,7 @@ MUTANTS = {
         (
             "merged(dtype) if merged else layer.unpack(dtype)",
             "layer.unpack(dtype)",
-            "a merged export without the adapter",
+            "a merged export of unpacked layers without the adapter",
         ),
         ("    return [] if q.shape == shape else", "    return [] if True else", "a transposed weight is loaded"),
         ('    if companions and quant == "int8":', "    if False:", "--quant int8 of a 4-bit folder is ignored"),
