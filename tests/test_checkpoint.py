@@ -501,7 +501,7 @@ def test_an_adapter_or_a_run_given_as_a_model_is_told_the_flags(tmp_path):
     for folder, says in [
         (run, f"is a run's folder: give --adapter {run / 'adapter'}$"),
         (model, "got no adapter_config.json, want an adapter's folder; this is a model: give --model$"),
-        (tmp_path / "gone", "got adapter '.*gone', which is no folder here; want an adapter's folder or a hub id"),
+        (tmp_path / "gone", "got adapter '.*, which is no folder here; want an adapter's folder or a hub id"),
         (model / "model.safetensors", "got the file .*, want an adapter's folder"),
     ]:
         with refused(says):

@@ -270,6 +270,7 @@ def _child(tree: Path, nodes: Path, temporary: Path, arguments: tuple[str, ...],
     for name in ("code_lines", "ledger"):  # the tree has its own
         del sys.modules[name]
     options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio"]
+    options += ["--basetemp", str(temporary / "p")]  # short: messages cut long paths
     os._exit(pytest.main([*options, *arguments], plugins=[NodeLog(nodes)]))
 
 
