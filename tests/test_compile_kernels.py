@@ -89,7 +89,7 @@ def cases():
 """
 
 SCRIPT = """
-import json, pathlib, sys
+import json, pathlib, sys, types
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import compile_kernels as tool
 import bad_kernels
@@ -134,6 +134,10 @@ report["code"] = [tool.main(command)]
 tool.CASES = {}
 report["code"] += [tool.main(command), tool.main(command[2:])]
 from kernels import backend
+report["nvcc"] = []
+for said in ("Compiling entry function 'k' for 'sm_90'\\nUsed 40 registers, 16 bytes smem\\n", "other words"):
+    tool.subprocess.run = lambda *a, said=said, **b: types.SimpleNamespace(returncode=0, stderr=said)
+    report["nvcc"].append([[name, r.registers, r.shared, r.error] for name, r in tool.compile_cuda("sm_90")])
 report["restored"] = not backend.INTERPRETED and tool.JITFunction.run.__name__ == "run"
 print("REPORT" + json.dumps(report))
 """
@@ -223,6 +227,14 @@ def test_excuses(report):
 def test_exit_codes(report):
     assert report["code"] == [0, 0, 1]  # with --case others are left out; without, a kernel without a case is a fault
     assert report["restored"]
+
+
+def test_a_cuda_file_of_which_nvcc_says_nothing_is_a_failure(report):
+    files = sorted(path.name for path in (ROOT / "kernels").glob("*.cu"))
+    assert report["nvcc"] == [
+        [[f"{file}: k", 40, 16, ""] for file in files],
+        [[file, 0, 0, "nvcc names no kernel and its registers"] for file in files],
+    ]
 
 
 def test_the_table_names_registers_shared_memory_and_spills(run):

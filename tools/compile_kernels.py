@@ -560,7 +560,10 @@ def compile_cuda(target: str) -> list[tuple[str, Result]]:
         if run.returncode:
             out.append((file.name, Result(error=" ".join(run.stderr.split())[:400])))
             continue
-        for name, facts in re.findall(r"Compiling entry function '(\w+)'(.*?Used [^\n]*)", run.stderr, re.DOTALL):
+        found = re.findall(r"Compiling entry function '(\w+)'(.*?Used [^\n]*)", run.stderr, re.DOTALL)
+        if not found:  # another wording, or no kernel any more: no limit would be looked at
+            out.append((file.name, Result(error="nvcc names no kernel and its registers")))
+        for name, facts in found:
             spills = sum(map(int, re.findall(r"(\d+) bytes spill", facts)))
             registers = int(re.search(r"Used (\d+) registers", facts)[1])
             shared = int((re.search(r"(\d+) bytes smem", facts) or [0, 0])[1])
