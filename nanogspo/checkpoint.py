@@ -96,7 +96,7 @@ def resolve(path_or_repo: str | os.PathLike, *, want: str = "checkpoint") -> pat
     Only what is needed is fetched: config and tokenizer files, and the safetensors that are read.
     Raises ValueError with one line to act on: no such folder, unknown or gated repository, no network, disk full.
     """
-    path = pathlib.Path(path_or_repo).expanduser()
+    path = pathlib.Path(os.path.expanduser(path_or_repo))  # which leaves the ~ of an unknown user as it is
     if path.is_dir():
         _refuse_other_folder(path, want)
         return path
@@ -871,7 +871,7 @@ def _peft_wraps(config: dict, layer: str, where: str) -> bool:
 def _same_model(name: str, folder: pathlib.Path) -> bool:
     """Whether a base's name, a path or a hub id, can mean this folder: itself, the hub's cache of it, a copy of it."""
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    same = pathlib.Path(name).expanduser().resolve() == folder.resolve()
+    same = os.path.realpath(os.path.expanduser(name)) == os.path.realpath(folder)
     return same or bool(
         hub and (folder.name == name.split("/")[1] or f"models--{name.replace('/', '--')}" in folder.parts)
     )

@@ -569,7 +569,7 @@ def test_says_what_is_wrong_with_a_folder(qwen3, tmp_path):
     (qwen3 / "pytorch_model.bin").unlink()
     with refused("missing weight files model.safetensors; fetch them again"):
         load(qwen3)
-    for name in ("no/such/folder", str(tmp_path / "gone"), "./gone", "gone", "~/gone/gone"):
+    for name in ("no/such/folder", str(tmp_path / "gone"), "./gone", "gone", "~/gone/gone", "~nosuchuser/x"):
         with refused("is no folder here; want a checkpoint folder or a hub id owner/name"):
             load(name)
 
@@ -925,7 +925,8 @@ def test_says_what_is_wrong_with_an_adapter(tmp_path):
 @pytest.mark.parametrize(
     "base, silent",
     [("", True), (".", False), ("{folder}", True), ("{folder}/../qwen3", True), ("Qwen/qwen3", True),
-     ("Qwen/Qwen3-8B", False), ("other/qwen3", False), ("/old/place/qwen3", False)],
+     ("Qwen/Qwen3-8B", False), ("other/qwen3", False), ("/old/place/qwen3", False),
+     ("~nosuchuser/qwen3", False)],
 )  # fmt: skip
 def test_another_base_is_said(base, silent, tmp_path, capsys):
     """By name, where the shapes fit. A hub id is the folder of its name, or its place in the hub's cache."""

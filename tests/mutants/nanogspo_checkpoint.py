@@ -5,6 +5,16 @@ FILE = "nanogspo/checkpoint.py"
 MUTANTS = {
     "tests/test_checkpoint.py": [
         (
+            "pathlib.Path(os.path.expanduser(path_or_repo))",
+            "pathlib.Path(path_or_repo).expanduser()",
+            "the ~ of an unknown user is a traceback",
+        ),
+        (
+            "os.path.realpath(os.path.expanduser(name))",
+            "os.path.realpath(pathlib.Path(name).expanduser())",
+            "an adapter whose base has the ~ of an unknown user is a traceback",
+        ),
+        (
             "    return next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)",
             "    return HEAD if name.endswith(HEAD) else next((name.removeprefix(p) for p in PREFIXES if name.startswith(p)), name)",
             "any name that ends like the head's is the head",
