@@ -251,16 +251,15 @@ def resume(
     progress = Progress(**saved)
     if progress.phase >= phases:
         raise ValueError(f"{path}: got phase {progress.phase + 1} of a run of {phases}; want its own --warm-steps")
-    cut = load_yaml(path.parent.parent / "config.yaml", TrainConfig, "the folder of an earlier run")[
-        "updates_per_rollout"
-    ]
-    if progress.update and config.updates_per_rollout != cut:
+    if not progress.update:
+        return progress, None, changed  # the next update samples a new one
+    then = load_yaml(path.parent.parent / "config.yaml", TrainConfig, "the folder of an earlier run")
+    cut = then.get("updates_per_rollout", TrainConfig.updates_per_rollout)
+    if config.updates_per_rollout != cut:
         raise ValueError(
             f"got --updates-per-rollout {config.updates_per_rollout} with --resume in the middle of a rollout "
             f"that was cut into {cut}; want {cut}"
         )
-    if not progress.update:
-        return progress, None, changed  # the next update samples a new one
     sizes = {name: (t.ndim, t.dtype) for name, t in (rollout or {"tensors": {}})["tensors"].items()}
     sound = sizes == {"advantages": (1, torch.float32), "old_logp": (1, torch.float32)}
     sound = sound and len(rollout["tensors"]["advantages"]) == len(rollout["examples"])

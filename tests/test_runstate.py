@@ -313,6 +313,16 @@ def test_what_has_changed_is_named_and_only_accepted_by_a_flag(tmp_path):
     assert resume(path, accepted, now, model, optimizer, 1)[2] == changed
 
 
+def test_a_config_file_need_not_say_how_the_rollout_was_cut(tmp_path):
+    """Between rollouts it does not matter; in the middle of one, what a file does not say is the default."""
+    path, config, made_of = saved(tmp_path)
+    (tmp_path / "config.yaml").write_text("lr: 0.25\n")
+    with pytest.raises(ValueError, match=f"that was cut into {TrainConfig.updates_per_rollout}; want"):
+        resume(path, dataclasses.replace(config, updates_per_rollout=3), made_of, *run(seed=1), 1)
+    save_state(path, *run(), dataclasses.asdict(dataclasses.replace(AT_HAND, update=0)), None, made_of)
+    assert resume(path, config, made_of, *run(seed=1), 1)[0].step == AT_HAND.step
+
+
 def test_a_large_file_is_known_by_its_size_and_pieces_of_it(tmp_path, monkeypatch):
     """A small one by every byte."""
     path, size = tmp_path / "weights", 10_007

@@ -31,6 +31,11 @@ MUTANTS = {
             "only the beginning of large weights counts",
         ),
         ("type(value) is not kinds[n] or value < 0]", "not isinstance(value, kinds[n])]", "true is a step, and -1"),
+        (
+            'then.get("updates_per_rollout", TrainConfig.updates_per_rollout)',
+            'then["updates_per_rollout"]',
+            "a config.yaml without the line is a traceback",
+        ),
         ("    if not progress.update:\n", "    if not rollout:\n", "in the middle of a rollout that is not there"),
     ],
     "tests/test_train.py": [
