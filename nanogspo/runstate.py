@@ -21,7 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from nanogspo import program
-from nanogspo.checkpoint import DTYPES, SMALL_FILES, read_header, read_tensor, resolve, write_safetensors
+from nanogspo.checkpoint import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    DTYPES,
+    SMALL_FILES,
+    read_header,
+    read_tensor,
+    resolve,
+    weight_files,
+    write_safetensors,
+)
 from nanogspo.config import MAY_CHANGE, TrainConfig, load_yaml
 from nanogspo.experience import Experience, from_state
 from nanogspo.inputs import some
@@ -54,11 +64,14 @@ def inputs(config: TrainConfig) -> dict[str, dict]:
     """The settings a resumed run must share, and a hash of every file it reads, as save_state and resume take them."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     files = {"data": pathlib.Path(config.data)} if config.data else {}
+    if config.data and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
+        raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")
     for kind, name in (("model", config.model), ("adapter", config.adapter)):
         if name and (kind, name) != ("model", "tiny"):
-            folder = resolve(name)
-            paths = {path for pattern in (*SMALL_FILES, "*.safetensors*") for path in folder.glob(pattern)}
-            files |= {f"{kind}/{path.name}": path for path in sorted(paths)}
+            folder = resolve(name, want=kind)
+            names = SMALL_FILES if kind == "model" else (ADAPTER, ADAPTER_WEIGHTS)
+            paths = {*(folder / name for name in names), *(weight_files(folder) if kind == "model" else ())}
+            files |= {f"{kind}/{path.name}": path for path in sorted(paths) if path.exists()}
     return {"config": settings, "files": {name: fingerprint(path) for name, path in files.items()}}
 
 

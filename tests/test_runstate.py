@@ -10,6 +10,7 @@ import os
 import struct
 from unittest.mock import patch
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given
@@ -321,6 +322,46 @@ def test_a_config_file_need_not_say_how_the_rollout_was_cut(tmp_path):
         resume(path, dataclasses.replace(config, updates_per_rollout=3), made_of, *run(seed=1), 1)
     save_state(path, *run(), dataclasses.asdict(dataclasses.replace(AT_HAND, update=0)), None, made_of)
     assert resume(path, config, made_of, *run(seed=1), 1)[0].step == AT_HAND.step
+
+
+def test_only_files_that_are_read_count(tmp_path, monkeypatch):
+    """Another weight file beside the model's is no change, and of an adapter on the hub no model is fetched."""
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder in (model, adapter):
+        folder.mkdir()
+        for name in (
+            "config.json",
+            "tokenizer.json",
+            "model.safetensors",
+            "x.safetensors",
+            "adapter_model.safetensors",
+        ):
+            (folder / name).write_text(name)
+    (adapter / "adapter_config.json").write_text("{}")
+    fetched = []
+
+    def snapshot_download(repo, *, allow_patterns):
+        fetched.extend(allow_patterns)
+        return str(adapter)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    counted = runstate.inputs(TrainConfig(model=str(model), adapter="owner/adapter"))["files"]
+    files = {"model/config.json", "model/tokenizer.json", "model/model.safetensors"}
+    assert counted.keys() == files | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert "adapter_model.safetensors" in fetched and "model.safetensors" not in fetched
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"w": "a.safetensors"}}')
+    files = runstate.inputs(TrainConfig(model=str(model)))["files"].keys()
+    assert {"model/a.safetensors", "model/model.safetensors.index.json"} < files and "model/x.safetensors" not in files
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_rows_from_a_pipe_are_refused(tmp_path, monkeypatch):
+    """They are gone once they are read: there is nothing to hash, and nothing that a resumed run could read."""
+    monkeypatch.setattr(runstate, "fingerprint", lambda path: "")  # else it would wait for a writer
+    os.mkfifo(tmp_path / "rows")
+    with pytest.raises(ValueError, match="got a pipe as --data .*rows., want a file: a resumed run reads it again$"):
+        runstate.inputs(TrainConfig(task="jsonl", data=str(tmp_path / "rows")))
 
 
 def test_a_large_file_is_known_by_its_size_and_pieces_of_it(tmp_path, monkeypatch):

@@ -5,6 +5,13 @@ FILE = "nanogspo/runstate.py"
 MUTANTS = {
     "tests/test_runstate.py": [
         (
+            '(weight_files(folder) if kind == "model" else ())',
+            'folder.glob("*.safetensors")',
+            "a weight file that nobody reads keeps a run from being resumed",
+        ),
+        ("resolve(name, want=kind)", "resolve(name)", "of an adapter's repository the whole model is fetched"),
+        ('files["data"].is_file()', 'files["data"].exists()', "the hash of a pipe that has been read is no hash"),
+        (
             "({some([old[name]])} -> {some([new[name]])})",
             "({old[name]} -> {new[name]})",
             "a forged state prints what it likes",
@@ -41,7 +48,7 @@ MUTANTS = {
     "tests/test_train.py": [
         (':08x}"})\n    program.state = path\n', ':08x}"})\n', "a saved state is not told"),
         ("    program.state = path\n    return", "    return", "a resumed state is not told"),
-        ("*SMALL_FILES, ", "", "the tokenizer and the configuration of a model may change"),
+        ("names = SMALL_FILES if", "names = () if", "the tokenizer and the configuration of a model may change"),
         ('("adapter", config.adapter)', '("adapter", "")', "the adapter a run began with may change"),
     ],
 }
