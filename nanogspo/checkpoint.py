@@ -28,7 +28,8 @@ import pathlib
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -208,18 +209,30 @@ def read_config(folder: pathlib.Path) -> dict:
     return read_json(folder / "config.json")
 
 
-def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write a whole file or nothing: a temporary neighbour, then a rename. A kill in between leaves the old file."""
+@contextlib.contextmanager
+def _whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Write a whole file or nothing: a temporary neighbour, then a rename. A kill in between leaves the old file.
+
+    What a kill left is removed by the next writer of the file. Of two writers at a time, which only a folder that no
+    run holds can have, the first fails at its rename, since the name has its process's number: no file is of both.
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
     try:
         with open(temporary, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
+    with _whole_file(path) as f:
+        f.write(data.encode() if isinstance(data, str) else data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,27 +322,20 @@ def write_safetensors(
 
     tensors  name -> (dtype, shape, function that returns the tensor)
     """
-    path, header, start = pathlib.Path(path), {"__metadata__": metadata} if metadata else {}, 0
+    header, start = {"__metadata__": metadata} if metadata else {}, 0
     for name, (dtype, shape, _) in tensors.items():
         end = start + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts on a multiple of 8, so that it can be mapped as any dtype
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(struct.pack("<Q", len(text)) + text)
-            for name, (dtype, shape, get) in tensors.items():
-                t = get().detach().to("cpu", dtype).contiguous()
-                assert t.shape == shape, f"{name}: announced {shape}, got {tuple(t.shape)}"
-                if t.numel():
-                    f.write(memoryview(t.view(-1).view(torch.uint8).numpy()))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole_file(path) as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, (dtype, shape, get) in tensors.items():
+            t = get().detach().to("cpu", dtype).contiguous()
+            assert t.shape == shape, f"{name}: announced {shape}, got {tuple(t.shape)}"
+            if t.numel():
+                f.write(memoryview(t.view(-1).view(torch.uint8).numpy()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -201,6 +201,20 @@ def test_a_writer_that_fails_leaves_nothing_behind(tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_of_two_writers_at_a_time_one_fails_and_the_file_is_the_others(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    one, other = checkpoint._whole_file(path), checkpoint._whole_file(path)
+    one.__enter__().write(b"one")
+    monkeypatch.setattr(os, "getpid", lambda: 0)
+    file = other.__enter__()
+    file.write(b"the ")
+    with pytest.raises(FileNotFoundError):
+        one.__exit__(None, None, None)
+    file.write(b"other")
+    other.__exit__(None, None, None)
+    assert path.read_bytes() == b"the other" and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # damaged files
 

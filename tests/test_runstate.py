@@ -130,12 +130,14 @@ def test_a_save_that_is_cut_off_leaves_the_old_state(tmp_path):
     assert load_state(path, *run())[0]["step"] == 26
 
 
-def test_a_temporary_file_left_by_a_kill_is_not_read(tmp_path):
+def test_a_temporary_file_left_by_a_kill_is_not_read_and_the_next_save_removes_it(tmp_path):
     path = tmp_path / "state.safetensors"
     model, optimizer = run()
     save_state(path, model, optimizer, PROGRESS, None)
     (tmp_path / ".state.safetensors.1234.tmp").write_bytes(b"half")
     assert load_state(path, *run())[0] == PROGRESS
+    save_state(path, model, optimizer, PROGRESS, None)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def one_line(path, *target):

@@ -3,7 +3,15 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/checkpoint.py"
 MUTANTS = {
+    "tests/test_runstate.py": [
+        ("        left.unlink(missing_ok=True)", "        pass", "each kill leaves a half-written file for ever"),
+    ],
     "tests/test_checkpoint.py": [
+        (
+            'path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+            'path.with_name(f".{path.name}.0.tmp")',
+            "two writers' bytes in one file",
+        ),
         (
             "pathlib.Path(os.path.expanduser(path_or_repo))",
             "pathlib.Path(path_or_repo).expanduser()",
