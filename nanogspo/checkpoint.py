@@ -581,7 +581,8 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
                 common format, unpacked: the very weights that products see
     tokenizer   where the tokenizer files come from; default: copied from the folder the model was loaded from
 
-    Shards at 5 GB. Each file is written atomically and config.json comes last, so a folder with one is complete.
+    Shards at 5 GB. Each file is written atomically and config.json comes last, so a folder with one is complete: an
+    older one is removed before the first of several shards is replaced.
     """
     path, source = pathlib.Path(path), getattr(model, "folder", None)
     layers, packed, dtype = lora_layers(model), packed_layers(model), model.norm.weight.dtype
@@ -595,6 +596,8 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
         if path.resolve() == source.resolve():
             raise ValueError(f"got {path} to save to, which is what the model was loaded from; want another folder")
         tensors = _with_towers(source, tensors, as_nf4)
+    if tokenizer is None and source is not None and (source / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(source)
     path.mkdir(parents=True, exist_ok=True)
     if as_nf4:  # records have odd lengths; behind them no wider number would be aligned
         tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
@@ -607,6 +610,8 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
         shards[-1][name] = (kind, shape, get)
         size += bytes_
     weight_map = {}
+    if len(shards) > 1:
+        (path / "config.json").unlink(missing_ok=True)
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(path / file, shard, {"format": "pt"})
@@ -625,8 +630,6 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
     for name in PROCESSOR_FILES if whole else ():
         if (source / name).exists():
             atomic_write(path / name, (source / name).read_bytes())
-    if tokenizer is None and source is not None and (source / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(source)
     if tokenizer is not None:
         tokenizer.save(path)
     dtype_name = str(dtype).removeprefix("torch.")

@@ -720,6 +720,25 @@ def test_a_save_that_dies_keeps_the_folder_loadable(tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "config.json").exists()
 
 
+def test_a_second_save_of_shards_that_dies_leaves_no_folder_that_looks_whole(qwen3, monkeypatch):
+    """Of one file, the old folder stays whole until the new file replaces the old."""
+    model, write = load(qwen3, dtype=torch.float32), write_safetensors
+
+    def dies(file, *rest):
+        write(file, *rest)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", dies)
+    for size, whole in ((checkpoint.SHARD_BYTES, True), (200_000, False)):
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", size)
+        with pytest.raises(OSError, match="the disk is full"):
+            save(model, qwen3)
+        assert (qwen3 / "config.json").exists() == whole
+    monkeypatch.setattr(checkpoint, "write_safetensors", write)
+    save(model, qwen3)
+    assert torch.equal(logits(load(qwen3, dtype=torch.float32)), logits(model))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # adapters
 

@@ -8,6 +8,11 @@ MUTANTS = {
     ],
     "tests/test_checkpoint.py": [
         (
+            '        (path / "config.json").unlink(missing_ok=True)',
+            "        pass",
+            "new shards beside old ones look like a whole folder",
+        ),
+        (
             'path.with_name(f".{path.name}.{os.getpid()}.tmp")',
             'path.with_name(f".{path.name}.0.tmp")',
             "two writers' bytes in one file",
