@@ -868,13 +868,36 @@ def _peft_wraps(config: dict, layer: str, where: str) -> bool:
         if isinstance(value, list) and all(isinstance(end, str) for end in value):
             return any(f".{layer}".endswith(f".{end}") for end in value)
         with contextlib.suppress(TypeError, re.error, OverflowError, RecursionError):
-            return value == "all-linear" or bool(re.fullmatch(value, layer))
-        raise ValueError(f"got {key}={shown(value)}, want a list of names or a regular expression in {where}")
+            if len(value) <= 10_000 and _ways(value) < MOST_WAYS:
+                return value == "all-linear" or bool(re.fullmatch(value, layer))
+        raise ValueError(f"got {key}={shown(value)}, want a list of names or a simple regular expression in {where}")
 
     only = config.get("layers_to_transform")
     only = only if isinstance(only, list) else [only]
     chosen = only in ([], [None]) or int(re.search(r"\.(\d+)\.", layer)[1]) in only
     return chosen and named("target_modules", ["q_proj", "v_proj"]) and not named("exclude_modules", [])
+
+
+MOST_WAYS = 10**8  # a second of matching; a regular expression is a stranger's, and "(.+)+Z" would take years
+
+
+@functools.cache
+def _ways(pattern: str) -> int:
+    """How many ways a regular expression can try on a layer's name, about; MOST_WAYS for more. Choices multiply, and
+    what is repeated chooses each time anew."""
+
+    def ways(tree) -> int:
+        product = 1
+        for op, args in tree:
+            lists = [arg if isinstance(arg, list) else [arg] for arg in (args if isinstance(args, tuple) else [args])]
+            parts = [part for args in lists for part in args if isinstance(part, re._parser.SubPattern)]
+            choices = sum(map(ways, parts)) or 1
+            if op.name.endswith("_REPEAT"):
+                choices = 1 + choices if args[1] <= 1 else 30 * choices ** min(args[1], 30)
+            product = min(product * choices, MOST_WAYS)
+        return product
+
+    return ways(re._parser.parse(pattern))
 
 
 def _same_model(name: str, folder: pathlib.Path) -> bool:

@@ -941,8 +941,26 @@ def test_says_what_is_wrong_with_an_adapter(tmp_path):
         {"layers_to_transform": 1},
     ]:  # fmt: skip
         attempt("got layers.0.self_attn.q_proj, (.*1.*, )?.*2.*, which adapter_config.json does not name", changes)
-    for key, value in [("target_modules", "("), ("target_modules", 5), ("exclude_modules", ["x", 1])]:
-        attempt(f"got {key}=.*, want a list of names or a regular expression in .*adapter_config.json", {key: value})
+    endless = ["(.+)+Z", "(?:.|m)" * 40 + "Z", ".*" * 8 + "Z", "(?x)(.+) +Z", "((?:.?)?){40}Z", "x" * 10_001]
+    for key, value in [
+        ("target_modules", "("), ("target_modules", 5), ("exclude_modules", ["x", 1]), ("exclude_modules", endless[0]),
+        *(("target_modules", value) for value in endless),
+    ]:  # fmt: skip
+        says = f"got {key}=.*, want a list of names or a simple regular expression in .*adapter_config.json"
+        attempt(says, {key: value})
+    unsloth = (  # what it writes for language layers
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|v_proj|"
+        r"o_proj|gate_proj|up_proj|down_proj))|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|"
+        r"ffn|dense)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+    )
+    for value in (
+        r".*\.(q_proj|v_proj)$",
+        r"model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|up_proj)",
+        unsloth,
+        "all-linear",
+    ):
+        (good / "adapter_config.json").write_text(json.dumps({**config, "target_modules": value}))
+        load_adapter(load(references.folder("qwen3")), good)
     plain = {
         key: value for key, value in peft.LoraConfig(r=4, lora_alpha=3).to_dict().items() if key != "runtime_config"
     }

@@ -51,6 +51,16 @@ MUTANTS = {
         ),
         ('value == "all-linear" or ', "", "an adapter of all linear layers is refused"),
         (
+            "len(value) <= 10_000 and _ways(value) < MOST_WAYS:",
+            "_ways(value) < MOST_WAYS:",
+            "an adapter with a megabyte of regular expression",
+        ),
+        (
+            "30 * choices ** min(args[1], 30)",
+            "30 * choices",
+            "a stranger's regular expression runs for years",
+        ),
+        (
             "with contextlib.suppress(TypeError, re.error,",
             "with contextlib.suppress(TypeError,",
             "a broken regular expression is a traceback",
