@@ -20,6 +20,7 @@ Lesson: lessons/03_checkpoints.md       Tests: tests/test_checkpoint.py
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -169,9 +170,13 @@ def _fetch(repo: str, want: str) -> pathlib.Path:
         ) from e
     # a full disk, connection errors and LocalEntryNotFoundError are OSErrors; a time-out within a file is an HTTPError
     except (OSError, errors.HTTPError) as e:
-        if getattr(e, "errno", None) == 28 or "No space left" in str(e):
+        if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
             raise ValueError(
                 f"the disk is full while fetching {repo}: free some space or set HF_HOME to another disk, {local}"
+            ) from e
+        if getattr(e, "filename", None):  # a file of the cache, and nothing of the network
+            raise ValueError(
+                f"cannot write {e.filename} ({e.strerror}) to fetch {repo}: set HF_HOME to a folder of yours, {local}"
             ) from e
         status = _status(e)
         why = HUB_STATUS.get(status) or ("the hub has a fault of its own: try again later" if status >= 500 else "")

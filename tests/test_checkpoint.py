@@ -1067,6 +1067,11 @@ def hub_errors():
             ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."),
             "through the SOCKS proxy of ALL_PROXY, which needs .*: pip install socksio, or unset ALL_PROXY",
         ),
+        (
+            PermissionError(13, "Permission denied", "/c/x"),
+            r"cannot write /c/x \(Perm.*owner/x: set HF_HOME to a folder",
+        ),
+        (OSError(30, "Read-only file system", "/c/x"), r"cannot write /c/x \(Read-only file system\) .*: set HF_HOME"),
         (OSError(28, "No space left on device"), "the disk is full while fetching owner/x: free some space or set HF_"),
     ]
 
