@@ -8,6 +8,7 @@ Tests: tests/test_optimizer.py       Source: AdamW, arXiv 1711.05101; masters, a
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,13 @@ class Optimizer:
                 out[f"{name}.master"] = master.detach()
         return out
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """What state() returned. Raises ValueError, with nothing changed, when it belongs to other parameters."""
+    def load_state(self, tensors: dict[str, Tensor], read: Callable[[str, Tensor], None] | None = None) -> None:
+        """What state() returned. Raises ValueError, with nothing changed, when it belongs to other parameters.
+
+        read  (name, where to): puts a tensor to its place, so that no two are held twice; `tensors` may then be on the
+              meta device. Default: a copy of those in `tensors`
+        """
+        read = read or (lambda name, into: into.copy_(tensors[name]))
         shapes = {}
         for (name, p), master in zip(self.named, self.masters, strict=True):
             shapes |= {f"{name}.master": master.shape} if p is not master else {}
@@ -75,18 +81,13 @@ class Optimizer:
             raise ValueError(f"got an optimiser state whose {wrong[0]} does not fit its parameter; want the run's own")
         for (name, p), master in zip(self.named, self.masters, strict=True):
             if p is not master:
-                master.data.copy_(tensors[f"{name}.master"])
-            self.adamw.state[master] = {
-                key: tensors[f"{name}.{key}"].to(
-                    master.device if key != "step" else self._step_device(master), copy=True
-                )
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in tensors
-            }
-
-    @staticmethod
-    def _step_device(master: Tensor) -> torch.device:
-        return master.device  # fused AdamW keeps its step count where the parameter is
+                read(f"{name}.master", master.data)
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):  # fused AdamW keeps its step count where the parameter is
+                if f"{name}.{key}" in tensors:
+                    state[key] = torch.empty(shapes[f"{name}.{key}"], device=master.device)  # fp32, as the masters
+                    read(f"{name}.{key}", state[key])
+            self.adamw.state[master] = state
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str) -> float:

@@ -166,27 +166,39 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
         differ += [name] if kind != (wanted[name].dtype, tuple(wanted[name].shape)) else []
     if differ:
         raise ValueError(f"{path}: it trained other parameters ({some(differ, 4)}); resume with its own flags")
-    with open(path, "rb", buffering=0) as f:
-        tensors = {name: read_tensor(f, entry) for name, entry in header.items()}
-    if "checksums" in facts:
-        _refuse(path, [name for name, t in tensors.items() if _checksum(t) != facts["checksums"][name]])
-    random = {name: (tensors[name], now) for name, now in _random_state().items() if name in tensors}
-    _refuse(path, [name for name, (t, now) in random.items() if (t.dtype, t.shape) != (now.dtype, now.shape)])
-    rollout = None
-    if "rollout" in facts:
-        examples = [Example(tokens, [i >= start for i in range(len(tokens))]) for tokens, start in facts["examples"]]
-        rollout = {"examples": examples, "tensors": _under(tensors, ROLLOUT), "facts": facts["rollout"]}
-    try:
-        optimizer.load_state(_under(tensors, OPTIMIZER))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    for name, p in wanted.items():
-        p.data.copy_(tensors[name])
+    moments = {name.removeprefix(OPTIMIZER): entry for name, entry in header.items() if name.startswith(OPTIMIZER)}
+    with open(path, "rb", buffering=0) as f:  # one tensor at a time: once for its checksum, once to its place
+        if "checksums" in facts:
+            sums = facts["checksums"]
+            _refuse(path, [name for name, entry in header.items() if _checksum(read_tensor(f, entry)) != sums[name]])
+        tensors = {n: read_tensor(f, e) for n, e in header.items() if n.startswith(ROLLOUT) or n in _random_state()}
+        random = {name: (tensors[name], now) for name, now in _random_state().items() if name in tensors}
+        _refuse(path, [name for name, (t, now) in random.items() if (t.dtype, t.shape) != (now.dtype, now.shape)])
+        rollout = None
+        if "rollout" in facts:
+            saved = facts["examples"]
+            examples = [Example(tokens, [i >= start for i in range(len(tokens))]) for tokens, start in saved]
+            rollout = {"examples": examples, "tensors": _under(tensors, ROLLOUT), "facts": facts["rollout"]}
+        try:
+            kinds = {n: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]], device="meta") for n, e in moments.items()}
+            optimizer.load_state(kinds, lambda name, into: _read(f, moments[name], into))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for name, p in wanted.items():
+            _read(f, header[name], p.data)
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in random:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     program.state = path
     return facts["progress"], rollout
+
+
+def _read(file, entry: dict, into: Tensor) -> None:
+    """A tensor of the file to its place: straight into it, where that is memory of the CPU."""
+    straight = into.device.type == "cpu" and into.is_contiguous()
+    tensor = read_tensor(file, entry, into if straight else None)
+    if not straight:
+        into.copy_(tensor)
 
 
 def read_facts(path: pathlib.Path) -> tuple[dict[str, dict], dict]:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import struct
+import weakref
 from unittest.mock import patch
 
 import huggingface_hub
@@ -149,6 +150,23 @@ def one_line(path, *target):
     assert "\n" not in message and str(path) in message
     assert equal(everything(*target), before)
     return message
+
+
+def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch):
+    """Straight into the model and its optimiser, so that a run that fits in memory can be resumed."""
+    path, alive, most = tmp_path / "state.safetensors", [], []
+    save_state(path, *run(dtype=torch.bfloat16), PROGRESS, None)
+
+    def counted(file, entry, into=None):
+        tensor = read_tensor(file, entry, into)
+        if into is None and tensor.is_floating_point():
+            alive.append(weakref.ref(tensor))
+            most.append(sum(held() is not None for held in alive))
+        return tensor
+
+    monkeypatch.setattr(runstate, "read_tensor", counted)
+    load_state(path, *run(seed=1, dtype=torch.bfloat16))
+    assert len(most) > 10 and max(most) == 1
 
 
 def test_a_missing_state_is_refused(tmp_path):
