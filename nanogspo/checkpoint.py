@@ -244,9 +244,13 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
 # safetensors
 
 
-def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str]]:
+HEADER_BYTES = 100_000_000  # what the safetensors library reads at most
+
+
+def read_header(path: str | os.PathLike, most: int = 0) -> tuple[dict[str, dict], dict[str, str]]:
     """Tensors of a safetensors file: name -> {"dtype", "shape", "start", "end"} from the file's first byte.
 
+    most     bytes of the header; 0: HEADER_BYTES
     returns  the tensors, in file order, and the free-form metadata
     Raises ValueError for anything the format does not allow, before any tensor is read: a truncated file, offsets that
     overlap or disagree with shape and dtype, a pickle with the wrong name.
@@ -257,7 +261,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, str
     with open(path, "rb") as f:
         first = f.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
+        if not 2 <= length <= min(size - 8, most or HEADER_BYTES):
             # asked only now: a sound header of 640 bytes begins like a pickle, one of 19,280 like a zip file
             if first[:2] == b"PK" or first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
                 raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors")

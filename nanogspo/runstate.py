@@ -205,7 +205,8 @@ def read_facts(path: pathlib.Path) -> tuple[dict[str, dict], dict]:
     """The tensors of a saved state as read_header gives them, and its JSON, every entry of the type it is saved as."""
     if not path.exists():
         raise ValueError(f"{path}: no state to resume from; want the folder of a run that has saved at least once")
-    header, metadata = read_header(path)
+    # no foreign file, and the answers of the rollout at hand are in its header: 8 bytes a token
+    header, metadata = read_header(path, most=path.stat().st_size)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("state"), str) or "rng.cpu" not in header:
         raise ValueError(f"{path}: got a safetensors file that no run saved as its state; want one of this program")
     text = metadata["state"]

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogspo import runstate
+from nanogspo import checkpoint, runstate
 from nanogspo.checkpoint import read_header, read_tensor, write_safetensors
 from nanogspo.config import TrainConfig, dump
 from nanogspo.families import model_config
@@ -167,6 +167,16 @@ def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(runstate, "read_tensor", counted)
     load_state(path, *run(seed=1, dtype=torch.bfloat16))
     assert len(most) > 10 and max(most) == 1
+
+
+def test_a_rollout_of_any_size_can_be_read_again(tmp_path, monkeypatch):
+    """Its answers are in the header, which in other files is bounded: 13 million tokens came to more than that."""
+    path, target = tmp_path / "state.safetensors", run()
+    save_state(path, *target, PROGRESS, None)
+    monkeypatch.setattr(checkpoint, "HEADER_BYTES", 100)
+    load_state(path, *target)
+    with pytest.raises(ValueError, match="got a header of"):
+        checkpoint.read_header(path)
 
 
 def test_a_missing_state_is_refused(tmp_path):

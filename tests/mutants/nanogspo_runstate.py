@@ -4,6 +4,7 @@
 FILE = "nanogspo/runstate.py"
 MUTANTS = {
     "tests/test_runstate.py": [
+        (", most=path.stat().st_size)", ")", "a large rollout is saved and cannot be read again"),
         (" if n.startswith(ROLLOUT) or n in _random_state()}", "}", "a run that fits in memory cannot be resumed"),
         (
             '(weight_files(folder) if kind == "model" else ())',
