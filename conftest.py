@@ -1,6 +1,7 @@
 """Runs before any test module is imported: what holds for every test."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 from interpreter import exact_bf16  # noqa: E402
 
 exact_bf16()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started by a script in the background: a run that a test
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # interrupts would leave the signal ignored, as it should
 
 torch.set_num_threads(1)  # whatever OMP_NUM_THREADS says
 
