@@ -506,10 +506,12 @@ def test_peak_memory_is_the_packed_model_one_tensor_and_a_chunk(kind, stored, tm
     sparse_checkpoint(tmp_path / "small", 64, 1, 128, stored)
     largest = sparse_checkpoint(tmp_path / "large", 1024, 3, 1024, stored)
     command = [sys.executable, "-c", MEASURED, str(ROOT), str(tmp_path), kind]
-    growth, size = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps 0 to 40 MB of what is freed
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    growth, size = map(int, done.stdout.split())
     assert (26e6 if kind == "nf4" else 50e6) < size < (30e6 if kind == "nf4" else 55e6)
     converted = 0 if stored == torch.bfloat16 else largest // 2
-    chunk = 24 * 4 * 2**18  # w in fp32, its absolute values, scaled, int32 codes, ...: 8, and what malloc keeps of them
+    chunk = 8 * 4 * 2**18  # w in fp32, its absolute values, scaled, int32 codes, ...
     assert growth <= 1.1 * size + largest + converted + chunk
     assert growth > 0.9 * size, "the measurement misses the model itself"
 
