@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ def test_a_part_of_it(toy):
     assert code == 0 and order == ["test_a", "None", "test_b", "None"] and "OVER BUDGET" not in out
     assert "together" in out and "tests/test_a.py" in out.partition("together")[0]
     assert toy("tests/test_b.py")[2] == ["test_b", "None"]
+
+
+def test_waiting_is_no_work():
+    """For a lock, a disk, a processor that another program has."""
+    before = suite.cpu_seconds()
+    time.sleep(0.5)
+    assert suite.cpu_seconds() - before < 0.25
 
 
 @pytest.mark.parametrize("loops, factor", [([0.2, 0.1], 1.0), ([0.3, 0.9], 3.0)])
