@@ -7,8 +7,9 @@
 Make this pass:  python -m pytest lessons/exercises/test_ex04.py        (about 6 lines)
 
 Where the model is sure, few tokens are kept; where it is not, many. Top-k keeps k of them in both cases.
-Hints: p[v] >= min_p * max(p) is a difference of two logits, so no softmax is needed to decide it; log(0) is -inf, which
-keeps everything. What is not kept gets the logit -inf, and nanogspo.rollout.sample does the rest.
+Hints: nanogspo.rollout.sample draws one token a row, and returns its log-prob, from any logits: what has to be in them
+so that it can draw nothing else than what is kept? Does the condition need p itself? Try both ends, min_p 0 and 1, and
+mind in which order temperature and condition come.
 """
 
 from torch import Tensor
