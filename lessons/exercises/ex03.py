@@ -3,9 +3,8 @@
 Make this pass:  python -m pytest lessons/exercises/test_ex03.py        (about 12 lines)
 
 Hints: weight_files(folder) lists the safetensors of a checkpoint, sharded or not; read_header(file)[0] maps names to
-entries; read_tensor(file opened with "rb", entry) gives one tensor. The two folders may be cut into different shards
-and hold different dtypes: find each name's own file, and compare in fp32. Hold one pair of tensors at a time, and a
-checkpoint of 140 GB fits too.
+entries; read_tensor(file opened with "rb", entry) gives one tensor. What if the two folders are cut into different
+shards, or hold different dtypes? And what would a checkpoint of 140 GB need?
 """
 
 from pathlib import Path
