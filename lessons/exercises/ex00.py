@@ -5,10 +5,10 @@ Make this pass:  python -m pytest lessons/exercises/test_ex00.py        (about 1
 `rows` is what nanogspo.runlog.read_rows returns, in the order in which it was written. There are two kinds:
 
     an update   {"step": 95, "algo": "gspo", "phase": "gspo", "reward": 0.41, ...}     SFT rows have no "reward"
-    an exam     {"step": 90, "phase": "sft", "eval_exact": 0.2, "eval_low": 0.17, "eval_high": 0.24, ...}
+    evaluation  {"step": 90, "phase": "sft", "eval_exact": 0.2, "eval_low": 0.17, "eval_high": 0.24, ...}
 
-Hints: a number that was not finite stands in the file as null, so it is None here. A phase may be examined many times;
-its last exam counts.
+Hints: a number that was not finite stands in the file as null, so it is None here. A phase may be
+evaluated many times; its last evaluation counts.
 """
 
 
@@ -22,8 +22,8 @@ def gain(rows: list[dict]) -> float:
 
 
 def clearly_better(rows: list[dict], phase: str, than: str) -> bool:
-    """Whether the 95 % interval of phase's last exam lies wholly above that of `than`'s last exam.
+    """Whether the 95 % interval of phase's last evaluation lies wholly above that of `than`'s.
 
-    Raises ValueError naming the phase that was never examined.
+    Raises ValueError naming the phase that was never evaluated.
     """
     raise NotImplementedError("exercise 0: lessons/exercises/ex00.py")

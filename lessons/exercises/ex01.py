@@ -2,9 +2,9 @@
 
 Make this pass:  python -m pytest lessons/exercises/test_ex01.py        (about 12 lines)
 
-Hints: equation (5) of the lesson is one case of what is asked. For each flag, decide which layers get a tensor because of
-it, and how long that tensor is. Not sure? Build two models on the meta device that differ in this flag alone, and compare
-the names and shapes of their named_parameters().
+Hints: equation (5) of the lesson is one case of what is asked. For each flag, decide which layers get a tensor because
+of it, and how long that tensor is. Not sure? Build two models on the meta device that differ in this flag alone, and
+compare the names and shapes of their named_parameters().
 """
 
 from nanogspo.families import ModelConfig
