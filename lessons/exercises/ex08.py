@@ -1,19 +1,18 @@
 """Exercise 08. Where do the 16 numbers of NF4 come from? Make them, for any number of bits.
 
 Trained weights are close to normal. A code of b bits has 2^b values; each should stand for an equally likely range, so
-they are quantiles of the normal distribution. Three wishes bend that a little: 0 must be exact, -1 and 1 must be exact,
-and there is no quantile at probability 1, which is infinite. QLoRA does it like this:
+they are quantiles of the normal distribution at evenly spaced probabilities. Three facts bend that a little. -1, 0 and
+1 must be exact. With 0 among them, 2^b values cannot be symmetric: the positive side gets one value more than the
+negative. And the quantile at probability 1 is infinite, so the probabilities end just below it, for 4 bits at
 
-    p_last = 1 - (1 / (2 (2^b - 1)) + 1 / (2 2^b)) / 2            a probability just below 1: 0.9677 for 4 bits
-    right  = quantile(p) for p = p_last down to 1/2 in 2^(b-1) equal steps,       without the last, which is 0
-    left   = -quantile(p) for p = p_last down to 1/2 in 2^(b-1) - 1 equal steps,  without the last, which is 0
-    values = left, 0, right, sorted, divided by the largest
+    p_last = 1 - (1 / 30 + 1 / 32) / 2 = 0.9677        30 = 2 * 15, 32 = 2 * 16
 
-One step less on the left: 7 + 1 + 8 = 16 values.
+On each side they go from 1/2, whose quantile is 0, to p_last in equal steps. Yours to decide: how many steps each side
+takes, how 0 comes in once and not three times, what all is divided by, and what 15 and 16 are for b bits.
 
 Make this pass:  python -m pytest lessons/exercises/test_ex08.py        (about 7 lines)
 
-Hints: torch.special.ndtri is the quantile function; torch.linspace(a, b, steps + 1) has `steps` steps; work in float64.
+Hint: torch.special.ndtri is the quantile function; work in float64.
 
 Source: QLoRA, arXiv:2305.14314, section 3 and appendix E.
 """
