@@ -9,8 +9,8 @@ sg is "stop gradient", detach() in torch. With one advantage for a whole answer,
 Make this pass:  python -m pytest lessons/exercises/test_ex10.py        (about 6 lines)
 
 Hints: sequence_sums(values, cu_seqlens) adds up each answer, tensor.repeat_interleave(lengths) hands an answer's number
-to each of its tokens, and cu_seqlens.diff() are the lengths. torch.where(ratio > high, high, ratio) is not a clip that
-min() can use: use clamp, whose gradient is 0 outside.
+to each of its tokens, and cu_seqlens.diff() are the lengths. Clip s[i, t], not s[i]: the gradient
+comes from the exp alone, and clipping sg[s[i]] before it is multiplied would leave that gradient on outside the range.
 
 Source: GSPO, arXiv:2507.18071, section 4.3; verl core_algos.py compute_policy_loss_gspo.
 """
