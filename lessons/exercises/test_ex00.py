@@ -10,13 +10,13 @@ from nanogspo.runlog import RunLog, read_rows
 ex00 = load("ex00")
 
 
-def written_and_read(folder, rewards=(), exams=()) -> list[dict]:
+def written_and_read(folder, rewards=(), evaluations=()) -> list[dict]:
     """The rows of a run, by way of the real file: NaN becomes null, SFT rows have no reward."""
     with RunLog(folder, steps=1, quiet=True) as log:
         log.step({"step": 1, "algo": "sft", "phase": "sft", "loss": 3.0})
         for step, reward in enumerate(rewards, start=2):
             log.step({"step": step, "algo": "gspo", "phase": "gspo", "reward": reward})
-        for phase, right in exams:
+        for phase, right in evaluations:
             log.evaluation(step=9, phase=phase, successes=right, count=100)
     return read_rows(folder / "metrics.jsonl")
 
@@ -42,17 +42,17 @@ def test_gain_counts_grpo_and_not_the_control():
 
 @pytest.mark.parametrize("right, want", [(20, False), (34, False), (60, True), (5, False)])
 def test_clearly_better_needs_a_gap_between_intervals(tmp_path, right, want):
-    rows = written_and_read(tmp_path, exams=[("sft", 20), ("gspo", right)])
+    rows = written_and_read(tmp_path, evaluations=[("sft", 20), ("gspo", right)])
     assert ex00.clearly_better(rows, "gspo", "sft") is want
 
 
-def test_the_last_exam_of_a_phase_counts(tmp_path):
-    rows = written_and_read(tmp_path, exams=[("sft", 90), ("sft", 20), ("gspo", 20), ("gspo", 90)])
+def test_the_last_evaluation_of_a_phase_counts(tmp_path):
+    rows = written_and_read(tmp_path, evaluations=[("sft", 90), ("sft", 20), ("gspo", 20), ("gspo", 90)])
     assert ex00.clearly_better(rows, "gspo", "sft") is True
     assert ex00.clearly_better(rows, "sft", "gspo") is False
 
 
-def test_a_missing_exam_is_named(tmp_path):
-    rows = written_and_read(tmp_path, exams=[("sft", 20)])
+def test_a_missing_evaluation_is_named(tmp_path):
+    rows = written_and_read(tmp_path, evaluations=[("sft", 20)])
     with pytest.raises(ValueError, match="control"):
         ex00.clearly_better(rows, "control", "sft")

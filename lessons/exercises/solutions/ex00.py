@@ -8,8 +8,10 @@ def gain(rows: list[dict]) -> float:
 
 
 def clearly_better(rows: list[dict], phase: str, than: str) -> bool:
-    last = {row["phase"]: row for row in rows if "eval_exact" in row}  # a later exam takes the earlier one's place
+    last = {
+        row["phase"]: row for row in rows if "eval_exact" in row
+    }  # a later evaluation takes the earlier one's place
     for name in (phase, than):
         if name not in last:
-            raise ValueError(f"got no exam of phase {name!r}, want one of: {', '.join(last)}")
+            raise ValueError(f"got no evaluation of phase {name!r}, want one of: {', '.join(last)}")
     return last[phase]["eval_low"] > last[than]["eval_high"]
