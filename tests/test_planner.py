@@ -382,9 +382,14 @@ def without_weights(tmp_path_factory):
     return folder
 
 
+@pytest.mark.isa
 def test_plan_only_reads_no_weights_and_makes_no_folder(without_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", without_weights, *"--task addition --max-new-tokens 6 --lora-r 4 --threads 1".split()]
+    flags = [
+        "--model",
+        without_weights,
+        *"--task addition --max-new-tokens 6 --lora-r 4 --threads 1 --dtype fp32".split(),
+    ]
     done = script("train.py", *flags, "--plan-only", "--quant", "nf4", "--device", "cpu")
     assert (done.code, done.err) == (0, "") and "  memory: weights " in done.out and "nf4 weights" in done.out
     assert "got a run" not in done.out
@@ -403,6 +408,7 @@ def test_plan_only_reads_no_weights_and_makes_no_folder(without_weights, tmp_pat
         assert script("sample.py", *flags, "--ignore-memory-plan").code == 0
 
 
+@pytest.mark.isa
 def test_the_plan_of_a_hubs_model_fetches_no_weights(without_weights, monkeypatch):
     asked = []
 
@@ -411,7 +417,7 @@ def test_the_plan_of_a_hubs_model_fetches_no_weights(without_weights, monkeypatc
         return str(without_weights)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    flags = "--model owner/name --task addition --max-new-tokens 6 --plan-only".split()
+    flags = "--model owner/name --task addition --max-new-tokens 6 --plan-only --dtype fp32".split()
     done = script("train.py", *flags)
     assert (done.code, done.err) == (0, "") and "with owner/name: qwen3" in done.out
     assert "config.json" in asked and not any(name.endswith(".safetensors") for name in asked)

@@ -955,14 +955,15 @@ def test_data_that_does_not_fit_is_refused_in_one_line(tmp_path, base):
     assert refusal("--model", base, *flags, "--algo", "gspo")
 
 
+@pytest.mark.isa
 def test_flags_that_cannot_work_are_refused_in_one_line(tmp_path, base):
-    model, out = ["--model", base], ["--out", tmp_path / "run"]
+    model, out = ["--model", base, "--dtype", "fp32"], ["--out", tmp_path / "run"]  # auto may say why it is not bf16
     assert "did you mean --steps?" in refusal("--stepz", 3)
     assert "--group-size 1 with gspo" in refusal(*model, *out, "--group-size", 1)
     assert "--group-size 1 with grpo" in refusal(*model, *out, "--group-size", 1, "--algo", "grpo")
     assert "want some of: down_proj, gate_proj" in refusal(*model, *out, *CHECKPOINT, "--lora-targets", "query")
     assert "want one of addition, reverse" in refusal(*model, *out, "--task", "chess")
-    assert "no folder here" in refusal("--model", tmp_path / "absent", *out)
+    assert "no folder here" in refusal("--model", tmp_path / "absent", "--dtype", "fp32", *out)
     assert "adapter_config.json" in refusal(*model, *out, *CHECKPOINT, "--adapter", base)
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in refusal(*model, *out, *CHECKPOINT, "--device", "cuda")
@@ -1118,12 +1119,13 @@ def test_a_system_without_memory_figures_runs_and_says_so(tmp_path, monkeypatch,
     assert [row["peak_mem_bytes"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [None, None]
 
 
+@pytest.mark.isa
 def test_exit_code_and_stderr_of_a_real_process(tmp_path, base):
     """Once without torch (a wrong flag) and once with (a checkpoint that is none)."""
     (tmp_path / "empty").mkdir()
     for argv, words in (
         (["--stepz", 3], "--steps"),
-        (["--model", tmp_path / "empty", "--out", tmp_path / "r"], "empty"),
+        (["--model", tmp_path / "empty", "--dtype", "fp32", "--out", tmp_path / "r"], "empty"),
     ):
         child = process("train.py", *argv)
         out, err = child.communicate(timeout=60)
