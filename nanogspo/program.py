@@ -84,7 +84,7 @@ def main(
 def explain(error: BaseException, memory: str) -> tuple[str, int]:
     """(line, exit code) of what is no bug of ours; anything else is raised again. memory: what to lower."""
     intact = ""
-    if state and state.with_name("state.safetensors").exists():
+    if state:
         intact = f"; the last saved state is intact (--resume {state.parent.parent})"
     text = " ".join(str(error).splitlines())
     if isinstance(error, KeyboardInterrupt):

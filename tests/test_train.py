@@ -596,6 +596,21 @@ def test_stopping_at_the_update_that_ends_the_warm_up(tmp_path):
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 
 
+def test_stopped_inside_a_probe_it_is_made_when_the_run_goes_on(tmp_path):
+    """Half of one does not end the warm-up, although what it has would count as right."""
+    flags = [*TINY, *"--warm-steps 20 --warm-until 0.5 --steps 2 --lr 1e-3 --max-new-tokens 12".split()]
+    with patch("nanogspo.tasks.addition.Addition.exact", lambda *_: True):
+        train(tmp_path / "whole", *flags)
+        with interrupted_in_rollout(1, 1) as steps:
+            done = train(tmp_path / "run", *flags)
+        assert steps == [(1, 1)] and "stopped after update 5; continue with" in done.out
+        state = checkpoint.read_header(tmp_path / "run" / "state" / "state.safetensors", most=2**30)[1]["state"]
+        assert json.loads(state)["progress"]["phase_done"] is False
+        resume(tmp_path / "run")
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
 def test_the_control_can_be_interrupted_and_the_run_resumed(tmp_path):
     """The control is timed, so its length differs; what is kept, and where RL goes on, must not."""
     flags = [*TINY, *"--warm-steps 4 --warm-until 2 --steps 4 --lr 1e-3 --control".split()]

@@ -24,7 +24,7 @@ MUTANTS = {
         ("phase_done = not stop and right", "phase_done = right", "half a probe ends the warm-up"),
         (
             "                save_state()  # first, because",
-            "                # first, because",
+            "                pass  # first, because",
             "nothing is saved before the last exam",
         ),
         (' or config.model == "tiny":', ":", "the tiny model under an adapter is saved nowhere"),
