@@ -307,7 +307,7 @@ def check_ratios(rl, updates=4):
 @pytest.mark.parametrize("algo", ["gspo", "grpo"])
 def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
     """One rollout and its four updates again, the slow way: no packing, no micro-batches, torch's own AdamW."""
-    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 20".split()]
+    flags = [*TINY, "--algo", algo, *"--steps 4 --lr 1e-3 --warmup-updates 0 --micro-batch-tokens 28".split()]
     train(tmp_path / "run", *flags, "--temperature", 0.8)
     task = get_task("addition", 2)
     tokenizer, model = tiny.build(task.characters, seed=0)
@@ -825,6 +825,20 @@ def test_sft_from_a_file_then_rl_from_its_adapter(tmp_path, base):
     [first] = [row for row in read_rows(tmp_path / "rl" / "samples.jsonl")][:1]
     asked = get_task("addition", 2).train_problem(0, 0).messages[0]["content"]  # as rendered, with its marks
     assert first["prompt"] == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_tiny_model_is_saved_merged_beside_its_adapter(tmp_path):
+    """Its base, random weights and a warm-up's, is saved nowhere else: the adapter by itself is of no use."""
+    done = train(tmp_path / "run", *TINY, *"--lora-r 4 --steps 4 --lr 1e-2".split())
+    merged = checkpoint.load(tmp_path / "run" / "model", dtype=torch.float32)
+    _, model = tiny.build(get_task("addition", 2).characters, seed=0)
+    checkpoint.load_adapter(model, tmp_path / "run" / "adapter")
+    tokens, base = torch.tensor([[1, 2, 3, 4]]), tiny.build(get_task("addition", 2).characters, seed=0)[1]
+    want = model.logits(model(tokens))
+    # fp32 logits below 10, each weight rounded once more by the merge
+    torch.testing.assert_close(merged.logits(merged(tokens)), want, rtol=0, atol=1e-4)
+    assert (want - base.logits(base(tokens))).abs().max() > 1e-2
+    assert f"--model {tmp_path / 'run' / 'model'}" in done.out.splitlines()[-1]
 
 
 def test_rows_held_out_are_measured_and_answered_and_never_trained_on(tmp_path, base):
