@@ -39,6 +39,7 @@ Shapes: N rows, P prompts, H query heads, K kv heads, D head width, Sp and Ss sl
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -422,7 +423,7 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     window: int = 0,
-    plan: Plan | None = None,
+    plan: Plan | Callable[[], Plan] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of N new tokens, each over the prefix of its prompt and then over what its own row has written.
@@ -440,7 +441,7 @@ def decode_attention(
     softcap         Gemma 2's attn_logit_softcapping; None for none
     window          > 0: only keys whose position > query position - window; 0: all
     plan            torch only: Plan.build(prompt, prefix_lengths, lengths, window=window) of this step, so that 30
-                    layers share it
+                    layers share it, or what gives it when called
     returns         (N, H, D) dtype of q, contiguous; carries no gradient
 
     Keys and values have one dtype: q's, or for torch fp32 under a bf16 q, where 16-bit slots in use would be widened at
@@ -458,7 +459,7 @@ def decode_attention(
         return torch.empty_like(q)  # (0, H, D) a grid of 0 programs is an error
     if backend == "triton":
         return _launch(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, scale, softcap, window)
-    plan = plan or Plan.build(prompt, prefix_lengths, lengths, window=window)
+    plan = plan() if callable(plan) else plan or Plan.build(prompt, prefix_lengths, lengths, window=window)
     if (plan.rows, plan.window) != (len(q), window):
         got = f"a plan of {plan.rows} rows and window {plan.window} for {len(q)} rows and window {window}"
         raise ValueError(f"got {got}, want its own plan for every step and window; call Plan.build")

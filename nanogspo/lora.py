@@ -8,7 +8,7 @@ instead of 596 M for Qwen3-0.6B at r = 16 on every linear layer.
 A and B stay in fp32 under a bf16 base and are multiplied in fp32. With 8 bits of mantissa an entry of 1/32 cannot move
 by less than 6e-5: AdamW steps of 1e-5, usual in RL, would be rounded away.
 
-Reading order: LoRALinear, Adapters, add_lora, merge_lora, unmerge_lora, describe.
+Reading order: LoRALinear, add_lora, merge_lora, unmerge_lora, describe.
 Lesson: lessons/09_lora_and_sft.md       Tests: tests/test_lora.py
 Source: LoRA, arXiv 2106.09685, equation 3. Names and initialisation as in PEFT, so that adapters can be exchanged.
 """
@@ -20,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels.blocked import Layer
 from nanogspo.inputs import some
-from nanogspo.model import Transformer
 from nanogspo.quant import LINEAR, PackedLinear, dense_weight, weight_count
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -86,19 +84,6 @@ class LoRALinear(nn.Module):
             return (self.base(x) + update * self.scale).to(x.dtype)  # (..., out)
         return _Product.apply(x, self.lora_A.weight, self.lora_B.weight, self)  # (..., out)
 
-    @staticmethod
-    def together(layers: list[nn.Module], dtype: torch.dtype) -> "Adapters | None":
-        """These layers of one x, for sampling; None where no adapter is left to add."""
-        return Adapters(layers, dtype) if any(isinstance(m, LoRALinear) and not m.merged for m in layers) else None
-
-    def dense(self) -> Layer | None:
-        """Base and update as matrices, for kernels/blocked.py; None over packed weights."""
-        if isinstance(self.base, PackedLinear):
-            return None
-        if self.merged:
-            return Layer(self.base.weight, self.base.bias)
-        return Layer(self.base.weight, self.base.bias, self.lora_A.weight, self.lora_B.weight, self.scale)
-
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W + scale * B A, computed in fp32, rounded once to W's dtype. (out, in)
 
@@ -111,44 +96,13 @@ class LoRALinear(nn.Module):
         return (weight.float() + update * self.scale).to(weight.dtype)
 
 
-class Adapters:
-    """Layers that read the same x, with their adapters in as few products as there can be: for sampling.
-
-        u = x [A_1; A_2].T          y_i = base_i(x) + u_i (s B_i).T
-
-    A decode step's products are so small that launching them is what costs. An adapter by itself is five launches in
-    bf16, casts included; here it is one, and one more for all of the group. A and s B are copies in the model's dtype,
-    which updates do not reach. In bf16 that rounds A, s B and u, each by 2^-9 of the update, and y a second time.
-    Sampled log-probs are a measurement (nanogspo/rollout.py); training multiplies in fp32.
-    """
-
-    @torch.no_grad()
-    def __init__(self, layers: list[nn.Module], dtype: torch.dtype):
-        adapted = [m for m in layers if isinstance(m, LoRALinear) and not m.merged]
-        self._A = torch.cat([m.lora_A.weight for m in adapted]).to(dtype)  # (sum of r, in)
-        self._ranks = [m.r for m in adapted]
-        self._bases = [m.base if isinstance(m, LoRALinear) else m for m in layers]
-        self._B = [(m.lora_B.weight * m.scale).to(dtype).T if m in adapted else None for m in layers]  # (r, out) each
-
-    def linear(self, x: Tensor) -> list[Tensor]:
-        """x (..., in) -> (..., out) of each layer. Carries no gradient."""
-        u = iter(F.linear(x, self._A).flatten(0, -2).split(self._ranks, dim=-1))  # (n, r) each
-        out = []
-        for base, B in zip(self._bases, self._B, strict=True):
-            y = base(x)  # (..., out)
-            if B is not None:
-                y.flatten(0, -2).addmm_(next(u), B)
-            out.append(y)
-        return out
-
-
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Name -> wrapped layer, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def add_lora(
-    model: Transformer,
+    model: nn.Module,
     *,
     r: int,
     alpha: float,

@@ -12,20 +12,21 @@ import dataclasses
 
 import torch
 
-from kernels.blocked import can_block_head, nbytes
+from kernels.prepacked import can_prepack_head, nbytes
 from nanogspo.checkpoint import tensor_bytes
 from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig, model_config
+from nanogspo.fast.fused_linear import prepacked_groups
 from nanogspo.lora import describe, lora_layers
-from nanogspo.model import Projections, Transformer
+from nanogspo.model import Transformer
 from nanogspo.packing import SHARE_FROM
 from nanogspo.quant import NF4Linear, pack_as_stored, pack_model, packed_layers, weight_count
 
 # Parts of the memory that only a rollout holds, and those that only an update does
-CACHE, BLOCKS, SCORES = "KV cache of a rollout", "weights in blocks", "scores of a decode step (estimate)"
+CACHE, PREPACKED, SCORES = "KV cache of a rollout", "prepacked weights", "scores of a decode step (estimate)"
 GRADIENTS, ACTIVATIONS, TILES = "gradients", "activations (estimate)", "vocabulary tiles"
 MOMENTS, MASTERS = "optimiser (two moments)", "fp32 masters"
-ROLLOUT, UPDATE, ESTIMATES = (CACHE, BLOCKS, SCORES), (GRADIENTS, ACTIVATIONS, TILES), (SCORES, ACTIVATIONS, TILES)
+ROLLOUT, UPDATE, ESTIMATES = (CACHE, PREPACKED, SCORES), (GRADIENTS, ACTIVATIONS, TILES), (SCORES, ACTIVATIONS, TILES)
 
 
 def outline(raw: dict, dtype: torch.dtype, quant: str | None) -> Transformer:
@@ -66,7 +67,7 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     if rl:
         on_gpu = config.device == "cuda"
         parts[CACHE] = cache_slots(config, longest_prompt) * slot_bytes(c, element, on_gpu)
-        parts[BLOCKS] = 0 if on_gpu else blocked_bytes(model)
+        parts[PREPACKED] = 0 if on_gpu else prepacked_bytes(model)
         copies = 2 if config.temperature == 1 else 3  # logits, those divided by the temperature, probabilities
         parts[SCORES] = copies * rollout_rows(config) * c.vocab_size * 4
     return {name: size for name, size in parts.items() if size}
@@ -88,8 +89,8 @@ def weight_parts(model: Transformer) -> dict[str, int]:
 def sampling_parts(model: Transformer, slots: int, device: str) -> dict[str, int]:
     """What sample.py holds. slots: tokens that the KV cache has room for."""
     slot = slot_bytes(model.config, model.norm.weight.element_size(), device == "cuda")
-    blocks = 0 if device == "cuda" else blocked_bytes(model)
-    return {**weight_parts(model), "KV cache": slots * slot, BLOCKS: blocks}
+    blocks = 0 if device == "cuda" else prepacked_bytes(model)
+    return {**weight_parts(model), "KV cache": slots * slot, PREPACKED: blocks}
 
 
 def most(parts: dict[str, int], without: tuple[str, ...] = ()) -> int:
@@ -161,11 +162,10 @@ def slot_bytes(c: ModelConfig, element: int, on_gpu: bool) -> int:
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
 
 
-def blocked_bytes(model: Transformer) -> int:
-    """What `Transformer.sampling` lays out in blocks."""
-    groups = [layers for m in model.modules() if isinstance(m, Projections) for _, layers in m.blockable()]
-    head = model.head_weight.numel() * 4 if can_block_head(model.head_weight) else 0
-    return sum(map(nbytes, groups)) + head
+def prepacked_bytes(model: Transformer) -> int:
+    """Copies that FusedLinears makes."""
+    head = model.head_weight.numel() * 4 if can_prepack_head(model.head_weight) else 0
+    return sum(map(nbytes, prepacked_groups(model))) + head
 
 
 def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:

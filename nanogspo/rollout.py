@@ -4,7 +4,8 @@
     decode    one token per row and step: hidden -> fp32 logits -> sample -> log-prob of what was drawn
     finish    a row that drew a stop token leaves the batch, so short answers stop costing
 
-On a GPU a decode step is one CUDA graph (Batch).
+Linear layers that share an input are fused (fast/fused_linear.py), and on a GPU a decode step is one CUDA graph
+(fast/cuda_graph.py). `_decode` reads the same without either.
 
 Token ids are kept as drawn (the stop token too: the model has to learn to produce it) and are never re-tokenised.
 The log-probs kept here are a *measurement*. "Old" log-probs for the ratio come from the training forward
@@ -15,13 +16,10 @@ Sampling inverts the cumulative distribution with one uniform number per row and
 prompt has its own generator. A row's randomness therefore depends neither on which other rows are still running nor on
 which prompts are decoded beside it, in one batch, in several (max_rows) or by other processes.
 
-Lessons: lessons/04_sampling_and_cache.md, 16_a_decode_step.md       Tests: tests/test_rollout.py, test_recorded.py
+Lessons: lessons/04_sampling_and_cache.md, 16_a_decode_step.md       Tests: tests/test_rollout.py, test_cuda_graph.py
 """
 
-import contextlib
-import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import Segments
-from kernels.decode_attention import choose_backend
 from nanogspo.cache import KVCache
+from nanogspo.fast.cuda_graph import CapturedStep, can_capture
+from nanogspo.fast.fused_linear import FusedLinears
 from nanogspo.model import Transformer
 
 
@@ -85,44 +84,45 @@ def generate(
     answers = [Answer(p) for p in range(len(prompts)) for _ in range(group_size)]
     per_slice = max(1, max_rows // group_size) if max_rows else max(1, len(prompts))
     complete = 0
-    with model.sampling():  # once for all slices
-        for first in range(0, len(prompts), per_slice):
-            part = prompts[first : first + per_slice]
-            steps = _decode(
-                model,
-                part,
-                group_size=group_size,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                eos_ids=eos_ids,
-                seed=seed,
-                first_prompt=first_prompt + first,
-            )
-            for rows, tokens, logp, finished in steps:
-                for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
-                    answer = answers[first * group_size + row]
-                    answer.tokens.append(token)
-                    answer.logp.append(lp)
-                    answer.finished = end
-                    complete += end or len(answer.tokens) == max_new_tokens
-                if on_step and on_step(complete, len(answer.tokens)):
-                    steps.close()  # now, not when it is collected: it has to put the model back into training mode
-                    return answers
+    fused = FusedLinears(model)  # once for all slices
+    for first in range(0, len(prompts), per_slice):
+        part = prompts[first : first + per_slice]
+        steps = _decode(
+            model,
+            part,
+            fused,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_ids=eos_ids,
+            seed=seed,
+            first_prompt=first_prompt + first,
+        )
+        for rows, tokens, logp, finished in steps:
+            for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
+                answer = answers[first * group_size + row]
+                answer.tokens.append(token)
+                answer.logp.append(lp)
+                answer.finished = end
+                complete += end or len(answer.tokens) == max_new_tokens
+            if on_step and on_step(complete, len(answer.tokens)):
+                steps.close()  # now, not when it is collected: it has to put the model back into training mode
+                return answers
     return answers
 
 
 def decode(model: Transformer, prompts: list[list[int]], **settings) -> Iterator[Step]:
     """The sampling loop, a step at a time. settings: all of `generate` but max_rows, which have no defaults here."""
-    with model.sampling():
-        yield from _decode(model, prompts, **settings)
+    yield from _decode(model, prompts, FusedLinears(model), **settings)
 
 
 @torch.no_grad()
 def _decode(
     model: Transformer,
     prompts: list[list[int]],
+    fused: FusedLinears,
     *,
     group_size: int,
     max_new_tokens: int,
@@ -136,38 +136,50 @@ def _decode(
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device, was_training = model.embed_tokens.weight.device, model.training
     model.eval()  # LoRA dropout must not touch the policy that is sampled
-    with contextlib.ExitStack() as after:
-        after.callback(model.train, was_training)
+    try:
+        # prefill: every prompt once
         segments = Segments.build([len(p) for p in prompts], device=device)
         tokens = torch.tensor([token for p in prompts for token in p], device=device)  # (S,) packed: no padding
         capacity = max_new_tokens - 1  # nothing follows an answer's last token
         cache = KVCache(model.config, segments, group_size, capacity, dtype=model.norm.weight.dtype)
-        hidden = model(tokens[None], segments=segments, cache=cache)[0]  # (S, C)
-        logits = model.logits(hidden[segments.cu_seqlens[1:].long() - 1])  # (P, V)
-        logits = logits.repeat_interleave(group_size, dim=0)  # (N, V)
+        cache.capturable = can_capture(cache)
+        hidden = model(tokens[None], segments=segments, cache=cache, linear=fused)[0]  # (S, C)
+        logits = fused.logits(hidden[segments.cu_seqlens[1:].long() - 1])  # (P, V)
+
+        # the first token of every answer
         numbers = range(first_prompt, first_prompt + len(prompts))
         uniforms = torch.cat([draw_uniforms(seed, n, max_new_tokens, group_size) for n in numbers], dim=1)  # (T, N)
-        batch = Batch(model, cache, uniforms.to(device), (temperature, top_k, top_p), sorted(eos_ids))
-        batch.draw(logits)
-        rows = list(range(len(logits)))  # which answer each row of the batch is
-        running = rows  # rows of the batch that have not drawn a stop token
+        batch = DecodeBatch(cache, uniforms.to(device), (temperature, top_k, top_p), sorted(eos_ids))
+        batch.sample_next(logits.repeat_interleave(group_size, dim=0))  # (N, V)
+
+        # and one more at every step
+        def step() -> None:
+            hidden = model(batch.tokens[None], cache=cache, linear=fused)  # (1, n, C)
+            batch.sample_next(fused.logits(hidden[0]))  # (n, V)
+
+        next_step = CapturedStep(step, cache, enabled=cache.capturable)
+        rows = list(range(batch.size))  # which answer each row of the batch is
+        active = rows  # rows of the batch that have not drawn a stop token
         for left in reversed(range(max_new_tokens)):  # steps that may follow
             drawn, logp, ends = batch.drawn.tolist()  # the one time in a step that Python waits for a GPU
-            kept = [logp[n] for n in running]
+            kept = [logp[n] for n in active]
             if not all(map(math.isfinite, kept)):
                 raise FloatingPointError(
                     "the model's scores are not finite numbers any more; its weights have diverged; "
                     "train with a lower --lr"
                 )
-            yield [rows[n] for n in running], [int(drawn[n]) for n in running], kept, [ends[n] > 0 for n in running]
-            running = [n for n in running if not ends[n]]
-            if not running or not left:
+            yield [rows[n] for n in active], [int(drawn[n]) for n in active], kept, [ends[n] > 0 for n in active]
+            active = [n for n in active if not ends[n]]
+            if not active or not left:
                 return
-            if len(running) <= batch.fair_share * len(rows):
-                batch.keep(running)
-                rows = [rows[n] for n in running]
-                running = list(range(len(rows)))
-            batch.step(left)
+            if len(active) <= (COMPACT_CAPTURED_BELOW if next_step.enabled else COMPACT_BELOW) * batch.size:
+                next_step.forget()  # first of all: a graph holds memory
+                batch.compact(active)
+                rows = [rows[n] for n in active]
+                active = list(range(batch.size))
+            next_step(left)
+    finally:
+        model.train(was_training)
 
 
 def draw_uniforms(seed: int, prompt_number: int, steps: int, group_size: int) -> Tensor:
@@ -185,35 +197,28 @@ def draw_uniforms(seed: int, prompt_number: int, steps: int, group_size: int) ->
     return torch.from_numpy((raw >> np.uint64(11)) * 2.0**-53).view(steps, group_size)
 
 
-class Batch:
-    """The rows that are decoded together, and one step of theirs: from the tokens drawn last to the next ones.
+class DecodeBatch:
+    """The rows that are decoded together: the token each has drawn last, and how the next one is drawn.
 
     drawn   (3, n) float64: every row's token, its log-prob, and 1 where it is a stop token
 
-    A step reads and writes tensors that stay where they are and takes no number from Python, so on a GPU it can be
-    recorded: its launches become one CUDA graph, which one call replays. For Qwen3-0.6B in bf16 they are 550, and 860
-    with adapters: 3 and 4 ms of Python at 5 us each, where a GPU reads the weights in 0.4 ms. The first step of a batch
-    runs as it is (kernels are compiled for its sizes), the second is recorded. When rows leave, both are due again.
-
-    Tests: tests/test_recorded.py
+    `sample_next` reads and writes tensors that stay where they are and takes no number from Python, so that a CUDA
+    graph can capture it (fast/cuda_graph.py); `compact` moves them.
     """
 
-    graphs_work = True  # in this process; the first recording that fails is the last
-
-    def __init__(self, model: Transformer, cache: KVCache, uniforms: Tensor, settings: tuple, stop: Sequence[int]):
+    def __init__(self, cache: KVCache, uniforms: Tensor, settings: tuple, stop: Sequence[int]):
         device, N = uniforms.device, uniforms.shape[1]
-        self.model, self.cache, self.settings = model, cache, settings  # of `sample`: temperature, top_k, top_p
+        self.cache, self.settings = cache, settings  # of `sample`: temperature, top_k, top_p
         self.uniforms, self.number = uniforms, torch.zeros(1, dtype=torch.int64, device=device)  # (T, n), (1,)
         self.stop = torch.tensor(stop, dtype=torch.int64, device=device)  # (ids,)
         self.tokens = torch.zeros(N, dtype=torch.int64, device=device)  # (n,)
         self.drawn = torch.zeros(3, N, dtype=torch.float64, device=device)  # (3, n)
-        self.graphs, self._warm, self._replay = Batch.graphs_work and can_record(cache), False, None
 
     @property
-    def fair_share(self) -> float:
-        return KEEP_RECORDED if self.graphs else KEEP
+    def size(self) -> int:
+        return len(self.tokens)
 
-    def draw(self, logits: Tensor) -> None:
+    def sample_next(self, logits: Tensor) -> None:
         """The next token of every row, from logits (n, V)."""
         uniform = self.uniforms.index_select(0, self.number)[0]  # (n,)
         tokens, logp = sample(logits, uniform, *self.settings)  # (n,), (n,)
@@ -221,72 +226,20 @@ class Batch:
         self.drawn.copy_(torch.stack((tokens.double(), logp.double(), ends.double())))  # (3, n) an id is exact
         self.tokens.copy_(tokens)
         self.number += 1
-        if self.graphs:
-            self.cache.finish(ends)
+        if self.cache.capturable:
+            self.cache.mark_finished(ends)
 
-    def step(self, left: int) -> None:
-        """One token more for every row, finished or not. left: steps that may follow, this one included."""
-        if self._replay is None and self.graphs and self._warm and left >= RECORD_FROM:
-            extent = self.cache.extent
-            try:
-                self._replay = record(self._step)
-            except RuntimeError as error:  # driver, library, out of memory: continue in eager mode
-                while error.__context__ is not None:  # what broke the recording; the last one says that it is broken
-                    error = error.__context__
-                print(f"decoding without a CUDA graph, which could not be recorded: {error!r:.300}", file=sys.stderr)
-                self.graphs = Batch.graphs_work = False
-            self.cache.extent = extent  # recording ran nothing but Python
-        if self._replay is None:
-            self._step()
-            self._warm = True
-        else:
-            self.cache.count()
-            self._replay()
-
-    def _step(self) -> None:
-        self.draw(self.model.logits(self.model(self.tokens[None], cache=self.cache)[0]))
-
-    def keep(self, rows: list[int]) -> None:
+    def compact(self, rows: list[int]) -> None:
         """Drop all rows but these."""
-        self._warm, self._replay = False, None  # first of all: it holds memory
         kept = torch.tensor(rows, device=self.tokens.device)  # (m,)
-        self.cache.keep(kept)
+        self.cache.compact(kept)
         self.tokens, self.drawn, self.uniforms = self.tokens[kept], self.drawn[:, kept], self.uniforms[:, kept]
 
 
-def can_record(cache: KVCache) -> bool:
-    """Whether a step is launches and nothing else: on a GPU, with the Triton kernel (the other one reads lengths)."""
-    return cache.k[0].is_cuda and choose_backend(cache.k[0], cache.k[0]) == "triton"
-
-
-def record(step: Callable[[], None]) -> Callable[[], None]:
-    """What `step` launches, as one launch. It is recorded and does not run; what it allocates stays allocated.
-
-    torch.cuda.graph would do, but it first gives all cached memory back to the driver, and when a recording fails it
-    leaves the process on its own stream.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), _recording_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # the default stream cannot be recorded
-        graph.capture_begin()
-        try:
-            step()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
-
-
-@functools.cache
-def _recording_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # one for all: cuBLAS keeps memory for every stream it has seen
-
-
-# The batch is rebuilt without its finished rows once this share of it, or less, is running. Copying the others costs
-# about a step. A graph has to be recorded anew besides; but there finished rows read nothing (KVCache.finish).
-KEEP = 0.75
-KEEP_RECORDED = 0.5
-RECORD_FROM = 8  # steps left. Recording is a step's worth of Python and the driver's work on it: a guess, not measured
+# The batch is compacted once this fraction of its rows, or less, is active. Copying their cache costs about a step. A
+# graph has to be captured anew besides; but there finished rows read nothing (KVCache.mark_finished).
+COMPACT_BELOW = 0.75
+COMPACT_CAPTURED_BELOW = 0.5
 
 
 def sample(
@@ -323,8 +276,8 @@ def sample(
     columns = block * BLOCK + torch.arange(BLOCK, device=z.device)  # (N, BLOCK)
     inside = p.gather(1, columns.clamp(max=z.shape[1] - 1)).double()  # (N, BLOCK)
     inside = inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)
-    share = (rest / sums.gather(1, block)).clamp(0, 1 - 2**-53)  # (N, 1) of the block, below 1 as the uniform is
-    token = block * BLOCK + _invert(inside, share * inside[:, -1:])[0]  # (N, 1)
+    remainder = (rest / sums.gather(1, block)).clamp(0, 1 - 2**-53)  # (N, 1) of the block, below 1 as the uniform is
+    token = block * BLOCK + _invert(inside, remainder * inside[:, -1:])[0]  # (N, 1)
     token = token.clamp(max=z.shape[1] - 1)  # only scores that are nan get that far
     best, likeliest = z.amax(-1, keepdim=True), p.amax(-1, keepdim=True)  # the log of a rare p has lost its digits
     return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)

@@ -30,7 +30,7 @@ def filled(lengths, group_size, capacity, steps, seed, dtype=torch.float32):
         cache.prefill(layer, k, v)
     N, rows, out = len(lengths) * group_size, [([], []), ([], [])], None
     for _ in range(steps):
-        cache.step()
+        cache.advance()
         for layer in range(2):
             q, k, v = draw(N, 4, 8), draw(N, 2, 8), draw(N, 2, 8)
             rows[layer][0].append(k)
@@ -71,13 +71,13 @@ def test_rows_that_stay_find_what_they_found(lengths, kept, seed):
     for drop in (False, True):
         cache, *_ = filled(lengths, 3, 6, 3, seed)
         if drop:
-            cache.keep(kept)
+            cache.compact(kept)
             assert cache.prompt.tolist() == (kept // 3).tolist() and cache.lengths.tolist() == [3] * len(kept)
-            assert cache.k[0].shape == (2, len(kept), 6, 8)
+            assert cache.layers[0].k.shape == (2, len(kept), 6, 8)
         g = torch.Generator().manual_seed(seed + 1)
         q, k, v = (torch.randn(3 * len(lengths), heads, 8, generator=g) for heads in (4, 2, 2))
         rows = kept if drop else torch.arange(3 * len(lengths))
-        positions = cache.step()
+        positions = cache.advance()
         results.append((positions, cache.attend(0, q[rows], k[rows], v[rows], **WHOLE)))
     (all_positions, want), (positions, got) = results
     assert torch.equal(positions, all_positions[kept])
@@ -86,27 +86,29 @@ def test_rows_that_stay_find_what_they_found(lengths, kept, seed):
 
 def test_positions_go_on_from_the_prompt():
     cache = KVCache(CONFIG, Segments.build([5, 2]), 2, 3, dtype=torch.float32)
-    assert cache.step().tolist() == [5, 5, 2, 2]
-    assert cache.step().tolist() == [6, 6, 3, 3]
-    cache.keep(torch.tensor([1, 2]))
-    assert cache.step().tolist() == [7, 4]
+    assert cache.advance().tolist() == [5, 5, 2, 2]
+    assert cache.advance().tolist() == [6, 6, 3, 3]
+    cache.compact(torch.tensor([1, 2]))
+    assert cache.advance().tolist() == [7, 4]
 
 
 def test_a_full_cache_says_so():
     cache = KVCache(CONFIG, Segments.build([5]), 2, 2, dtype=torch.float32)
-    cache.step()
-    cache.step()  # exactly full is fine
+    cache.advance()
+    cache.advance()  # exactly full is fine
     with pytest.raises(ValueError, match="got token 3 for a cache of 2 a row, want a larger capacity"):
-        cache.step()
+        cache.advance()
     assert cache.extent == 2 and cache.lengths.tolist() == [2, 2]  # the refusal took nothing
 
 
 def test_16_bits_are_kept_as_they_are_but_wider():
     cache, prompts, rows, (_, out) = filled([3, 1], 2, 2, 2, seed=0, dtype=torch.bfloat16)
-    assert out.dtype == torch.bfloat16 and {x.dtype for x in (*cache.k, *cache.prefix_v)} == {torch.float32}
-    assert torch.equal(cache.prefix_k[1][:, 0, :3], prompts[1][0][:3].transpose(0, 1).float())  # (K, n, D)
-    assert torch.equal(cache.prefix_v[0][:, 1, :1], prompts[0][1][3:].transpose(0, 1).float())
-    assert torch.equal(cache.v[1][:, :, 1], rows[1][1][1].transpose(0, 1).float())  # (K, N, D)
+    assert out.dtype == torch.bfloat16 and {x.dtype for kept in cache.layers for x in (kept.k, kept.prefix_v)} == {
+        torch.float32
+    }
+    assert torch.equal(cache.layers[1].prefix_k[:, 0, :3], prompts[1][0][:3].transpose(0, 1).float())  # (K, n, D)
+    assert torch.equal(cache.layers[0].prefix_v[:, 1, :1], prompts[0][1][3:].transpose(0, 1).float())
+    assert torch.equal(cache.layers[1].v[:, :, 1], rows[1][1][1].transpose(0, 1).float())  # (K, N, D)
 
 
 def test_prompts_have_no_prefix_themselves():

@@ -6,7 +6,6 @@ Run: python -m pytest tests/test_model.py       HYPOTHESIS_PROFILE=deep for more
 import dataclasses
 import functools
 import math
-from unittest.mock import patch
 
 import pytest
 import references
@@ -16,19 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kernels.attention import Segments
 from kernels.backend import bf16_products
-from kernels.blocked import Blocked, can_block
 from kernels.rope import rotate
 from nanogspo import checkpoint, tiny
 from nanogspo import model as model_file
 from nanogspo.cache import KVCache
 from nanogspo.families import GELU_TANH, ModelConfig, model_config
-from nanogspo.lora import ALL_LINEAR, Adapters, add_lora, lora_layers
-from nanogspo.model import Projections, RMSNorm, Transformer, attend, inverse_frequencies
-from nanogspo.quant import pack as pack_weight
+from nanogspo.layers.rope import inverse_frequencies
+from nanogspo.model import RMSNorm, Transformer
 
 EPS = torch.finfo(torch.float32).eps
 NAMES = references.NAMES
@@ -281,67 +277,6 @@ def test_only_bf16_operands_are_multiplied_as_bf16(dtype, monkeypatch):
     assert seen == ["bf16" if dtype == torch.bfloat16 else "ieee", "ieee"]
 
 
-@pytest.mark.isa
-@pytest.mark.skipif(not can_block(torch.ones(1, 1, dtype=torch.bfloat16)), reason="no bf16 in oneDNN here")
-@pytest.mark.parametrize("name", ["gemma2", "llama", "qwen3", "qwen2"])
-def test_weights_in_blocks_give_the_same_model(name):
-    """bf16 layers, an fp32 head: sums of 64 products in another order, rounded by 2^-9 now and then to the other side.
-    The copies are made once, read by all products without gradients,
-    and gone afterwards, even after an exception: kept, they would be stale after the next update."""
-    model = checkpoint.load(references.folder(name), dtype=torch.bfloat16)
-    tokens = references.tokens(1, 12)  # (1, T)
-    blocked, linear = [], Blocked.linear
-    with torch.no_grad(), patch.object(Blocked, "linear", lambda b, x: blocked.append(b) or linear(b, x)):
-        want = model.logits(model(tokens))  # (1, T, V)
-        assert not blocked
-        with model.sampling():
-            got = model.logits(model(tokens))  # (1, T, V)
-            assert len({*map(id, blocked)}) == len(blocked) == 4 * model.config.num_layers + 1
-            with torch.enable_grad():
-                assert model.logits(model(tokens)).requires_grad and len(blocked) == 4 * model.config.num_layers + 1
-        assert got.dtype == torch.float32 and (got - want).abs().max() <= 0.05 * want.abs().max()
-        with pytest.raises(RuntimeError, match="inside"), model.sampling():
-            raise RuntimeError("inside")
-        blocked.clear()
-        assert torch.equal(model.logits(model(tokens)), want) and not blocked
-    assert not any("block" in key for key in model.state_dict())
-
-
-@pytest.mark.parametrize("blocks", [True, False])
-@pytest.mark.parametrize("targets", [ALL_LINEAR, ("q_proj", "v_proj", "up_proj", "down_proj")])
-def test_adapters_are_sampled_with(targets, blocks, monkeypatch):
-    """In blocks as beside them: on all layers of one x or on some, one of them merged, one over packed weights. The
-    adapters move the hidden states thirty times as far as bf16 rounds them."""
-    if not blocks:
-        monkeypatch.setattr("nanogspo.model.can_block", lambda weight: False)
-    elif not can_block(torch.ones(1, 1, dtype=torch.bfloat16)):
-        pytest.skip("no bf16 in oneDNN here")
-    model = checkpoint.load(references.folder("qwen3"), dtype=torch.bfloat16)
-    tokens = references.tokens(1, 12)  # (1, T)
-    with torch.no_grad():
-        mlp = model.layers[1].mlp
-        mlp.up_proj = pack_weight(mlp.up_proj.weight.data, None, "int8")  # beside a plain gate_proj
-        base = model(tokens).float()  # (1, T, C)
-        add_lora(model, r=4, alpha=8.0, targets=targets)
-        g = torch.Generator().manual_seed(0)
-        for layer in lora_layers(model).values():
-            layer.lora_B.weight.normal_(generator=g).mul_(0.3)
-        merged = model.layers[0].self_attn.v_proj
-        merged.base.weight.data, merged.merged = merged.merged_weight(), True
-        want = model(tokens).float()
-        with model.sampling():
-            groups = [group for m in model.modules() if isinstance(m, Projections) for group in m._together.values()]
-            got = model(tokens).float()
-    L, kinds = model.config.num_layers, [type(group) for group in groups]
-    if blocks:
-        assert kinds.count(Blocked) == 4 * L - 1 and kinds.count(Adapters) == 1  # gate and up of layer 1
-    else:
-        assert kinds == [Adapters] * (4 * L if targets == ALL_LINEAR else 3 * L)  # o_proj has none
-    assert not any(m._together for m in model.modules() if isinstance(m, Projections))
-    moved = (want - base).norm() / want.norm()
-    assert (got - want).norm() / want.norm() < min(0.03, moved / 10), (moved, (got - want).norm() / want.norm())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # no dead flags
 
@@ -409,82 +344,6 @@ def test_every_flag_moves_the_logits(flag):
     assert (logits(off, tokens) - logits(on, tokens)).abs().max() > 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# parts
-
-
-@st.composite
-def attention_inputs(draw):
-    """Sizes include 1, a prime, and groups of one query head and of all of them."""
-    B, T = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3, 7, 13]))
-    K, groups, D = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 5])), draw(st.sampled_from([2, 4, 6]))
-    causal = draw(st.booleans())
-    S = T if causal else draw(st.sampled_from([1, 5, 13]))
-    g = torch.Generator().manual_seed(draw(SEEDS))
-    q = torch.randn(B, T, K * groups, D, generator=g, dtype=torch.float64) * draw(st.sampled_from([0.1, 1.0, 4.0]))
-    k, v = (torch.randn(B, S, K, D, generator=g, dtype=torch.float64) for _ in range(2))
-    mask = None if causal else torch.rand(B, 1, T, S, generator=g) < 0.6  # (B, 1, T, S)
-    if mask is not None:
-        mask[..., 0] = True  # every query may look somewhere
-    return q, k, v, mask, draw(st.sampled_from([0.0, 0.5, 5.0, 50.0]))
-
-
-def attend_oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """One row, one query, one head at a time, float64."""
-    B, T, H, _ = q.shape
-    out = torch.zeros(B, T, H, v.shape[-1], dtype=torch.float64)
-    for b in range(B):
-        for t in range(T):
-            for h in range(H):
-                kv = h // (H // k.shape[2])
-                seen = torch.arange(k.shape[1]) <= t if mask is None else mask[b, 0, t]  # (S,)
-                scores = (k[b, seen, kv] @ q[b, t, h]) * scale
-                if softcap:
-                    scores = softcap * torch.tanh(scores / softcap)
-                weights = torch.exp(scores - scores.max())
-                out[b, t, h] = (weights[:, None] * v[b, seen, kv]).sum(0) / weights.sum()
-    return out
-
-
-@given(attention_inputs())
-def test_attend_matches_float64(case):
-    q, k, v, mask, softcap = case
-    scale = 0.3
-    got = attend(q.float(), k.float(), v.float(), mask, scale, softcap).double()  # (B, T, H, D)
-    # a score is D products, off by D eps of its largest possible value; softmax multiplies weights by exp of that, and
-    # the sum over S keys adds S eps; the inputs' own rounding counts twice
-    largest = q.abs().amax() * k.abs().amax() * scale * q.shape[-1]
-    bound = EPS * (4 * q.shape[-1] * largest + 2 * k.shape[1] + 16) * v.abs().amax()
-    assert (got - attend_oracle(q, k, v, mask, scale, softcap)).abs().max() <= bound
-
-
-@given(attention_inputs())
-def test_attend_gradients_match_float64(case):
-    q, k, v, mask, softcap = case
-    direction = torch.randn(q.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)  # (B, T, H, D)
-    wide = [x.clone().requires_grad_() for x in (q, k, v)]
-    narrow = [x.float().requires_grad_() for x in (q, k, v)]
-    want = torch.autograd.grad((attend_oracle_autograd(*wide, mask, 0.3, softcap) * direction).sum(), wide)
-    got = torch.autograd.grad((attend(*narrow, mask, 0.3, softcap) * direction.float()).sum(), narrow)
-    for ours_, truth in zip(got, want, strict=True):
-        # the largest entry of any of the three sets the scale: dq is small where dv is not, and shares its rounding
-        scale = max(1.0, *(g.abs().max().item() for g in want)) * max(1.0, q.abs().max().item() * k.abs().max().item())
-        assert (ours_.double() - truth).abs().max() <= 200 * EPS * scale
-
-
-def attend_oracle_autograd(q, k, v, mask, scale, softcap):
-    """The oracle above as one expression, so that autograd can follow it."""
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x[:, :, torch.arange(q.shape[2]) // groups] for x in (k, v))  # (B, S, H, D)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale  # (B, H, T, S)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.arange(k.shape[1]) <= torch.arange(q.shape[1])[:, None]  # (T, S)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)  # (B, H, T, S)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
-
-
 def angles(positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
     f, _ = inverse_frequencies({"rope_type": "default", "rope_theta": 100.0}, D)
     angle = (positions.double()[:, None] * f.double()).repeat(1, 2)[None, :, None]  # (1, T, 1, D)
@@ -512,46 +371,6 @@ def test_rotation_pairs_the_halves():
     x = torch.tensor([1.0, 2.0, 0.0, 0.0]).view(1, 1, 1, 4)
     cos, sin = torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4)
     assert rotate(x, cos, sin).flatten().tolist() == [0, 0, 1, 2]
-
-
-class RopeConfig:
-    """What transformers' RoPE functions read of a config."""
-
-    def __init__(self, rope: dict, D: int):
-        self.rope_parameters, self.head_dim, self.max_position_embeddings = rope, D, 4096
-        self.hidden_size, self.num_attention_heads = D, 1
-
-    def standardize_rope_params(self):
-        pass
-
-
-@given(
-    kind=st.sampled_from(["linear", "llama3", "yarn"]),
-    D=st.sampled_from([4, 6, 64, 128]),
-    theta=st.sampled_from([1e3, 1e4, 5e5, 1e6]),
-    factor=st.sampled_from([1.0, 2.0, 4.0, 32.0]),
-    old=st.sampled_from([64, 2048, 32768]),
-    extra=st.sampled_from(
-        [{}, {"attention_factor": 0.7}, {"mscale": 0.7, "mscale_all_dim": 1.0}, {"beta_fast": 16.0, "truncate": False}]
-    ),
-)
-def test_stretched_frequencies_are_those_of_transformers(kind, D, theta, factor, old, extra):
-    rope = {"rope_type": kind, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": old,
-            "low_freq_factor": 1.0, "high_freq_factor": 4.0, **(extra if kind == "yarn" else {})}  # fmt: skip
-    want, want_magnitude = ROPE_INIT_FUNCTIONS[kind](RopeConfig(rope, D), "cpu")
-    got, magnitude = inverse_frequencies(rope, D)
-    # a quotient, a ramp and a blend: a few roundings each, in another order
-    torch.testing.assert_close(got, want, rtol=16 * EPS, atol=0)
-    assert got.dtype == torch.float32 and magnitude == pytest.approx(want_magnitude, rel=1e-12)
-
-
-@given(D=st.sampled_from([2, 6, 128]), theta=st.sampled_from([1e2, 1e4, 1e6]))
-def test_plain_frequencies(D, theta):
-    f, magnitude = inverse_frequencies({"rope_type": "default", "rope_theta": theta}, D)
-    want = torch.tensor([theta ** (-2 * i / D) for i in range(D // 2)], dtype=torch.float64)
-    # the exponent is rounded to fp32, and theta ** x turns eps into ln(theta) eps
-    torch.testing.assert_close(f.double(), want, rtol=(2 + math.log(theta)) * EPS, atol=0)
-    assert f[0] == 1.0 and magnitude == 1.0
 
 
 @given(

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import blocked
+from kernels import prepacked
 from kernels.attention import Segments
-from kernels.blocked import can_block, can_block_head
 from kernels.nf4 import quantize_nf4
+from kernels.prepacked import can_prepack, can_prepack_head
 from nanogspo import checkpoint
 from nanogspo.cache import KVCache
 from nanogspo.config import TrainConfig
 from nanogspo.experience import plan as minibatches
 from nanogspo.families import model_config
+from nanogspo.fast.fused_linear import FusedLinears
 from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
@@ -98,22 +99,24 @@ def test_what_is_counted_exactly(dtype, lora_r):
     state = optimizer.state()
     assert parts["optimiser (two moments)"] == bytes_of([t for n, t in state.items() if "exp_avg" in n])
     cache = KVCache(model.config, Segments.build([7, 7, 7]), 4, 4, dtype=dtype)  # the last token is not fed
-    assert parts["KV cache of a rollout"] == bytes_of([*cache.prefix_k, *cache.prefix_v, *cache.k, *cache.v])
+    assert parts["KV cache of a rollout"] == bytes_of(
+        [x for kept in cache.layers for x in (kept.prefix_k, kept.prefix_v, kept.k, kept.v)]
+    )
 
 
 @pytest.mark.isa
 @DTYPES
 @pytest.mark.parametrize("lora_r", [0, 4])
-def test_weights_in_blocks_are_counted(dtype, lora_r):
-    """Of every matrix that `sampling` lays out, as it is handed over."""
+def test_prepacked_weights_are_counted(dtype, lora_r):
+    """Of every matrix that FusedLinears lays out, as it is handed over."""
     model, handed = tiny(dtype=dtype, lora_r=lora_r), []
-    with patch.object(blocked, "_blocks", lambda weight: handed.append(weight)), model.sampling():
-        pass
+    with patch.object(prepacked, "_prepack", lambda weight: handed.append(weight)):
+        FusedLinears(model)
     parts = memory_parts(TrainConfig(lora_r=lora_r), model, longest_prompt=7)
     layers = 3 * 4 * (2 if lora_r else 1)  # q k v, out, gate up, down; of an adapter A and B beside W
     weight = model.head_weight  # the head of 16 bits is laid out as fp32, also where bf16 layers gain nothing
-    assert len(handed) == layers * can_block(weight) + can_block_head(weight)
-    assert parts.get("weights in blocks", 0) == sum(weight.nbytes for weight in handed)
+    assert len(handed) == layers * can_prepack(weight) + can_prepack_head(weight)
+    assert parts.get("prepacked weights", 0) == sum(weight.nbytes for weight in handed)
 
 
 def kept(model, batch):
@@ -318,7 +321,7 @@ def test_an_outline_has_the_bytes_of_the_model_that_is_loaded(tmp_path, family, 
     raw = {**checkpoint.read_config(tmp_path / "model"), "quantization_config": {"load_in_4bit": False}}
     assert ("nf4 weights" in memory_parts(config, outline(raw, dtype, asked), 7)) == (asked == "nf4")
     gpu = memory_parts(dataclasses.replace(config, device="cuda"), shape, 7)
-    assert gpu[CACHE] * 4 == parts[CACHE] * dtype.itemsize and "weights in blocks" not in gpu
+    assert gpu[CACHE] * 4 == parts[CACHE] * dtype.itemsize and "prepacked weights" not in gpu
 
 
 class Live(TorchDispatchMode):

@@ -128,9 +128,9 @@ def test_a_row_does_not_depend_on_which_rows_have_finished(seed, keep):
     """Dropping finished rows early, late or never: the same tokens. In fp32 log-probs move by rounding only."""
     model = tiny(seed=seed % 7)
     arguments = dict(group_size=4, max_new_tokens=10, eos_ids=[1, 4, 9], seed=seed)
-    with patch.object(rollout, "KEEP", keep):
+    with patch.object(rollout, "COMPACT_BELOW", keep):
         one = generate(model, PROMPTS, **arguments)
-    with patch.object(rollout, "KEEP", -1.0):  # never
+    with patch.object(rollout, "COMPACT_BELOW", -1.0):  # never
         other = generate(model, PROMPTS, **arguments)
     for a, b in zip(one, other, strict=True):
         assert (a.tokens, a.finished) == (b.tokens, b.finished)
@@ -138,7 +138,7 @@ def test_a_row_does_not_depend_on_which_rows_have_finished(seed, keep):
 
 
 def test_finished_rows_leave_the_batch():
-    """Short answers stop costing: the batch only ever shrinks, and holds at most 1 / KEEP rows a row alive."""
+    """Short answers stop costing: the batch only ever shrinks, and holds at most 1 / COMPACT_BELOW rows a row alive."""
     model, widths = tiny(), []
     forward = Transformer.forward
 
@@ -151,7 +151,7 @@ def test_finished_rows_leave_the_batch():
         answers = generate(model, PROMPTS, group_size=8, max_new_tokens=20, eos_ids=[1, 4, 9, 10, 11], seed=4)
     for step, width in enumerate(widths, start=1):
         alive = sum(len(a.tokens) > step for a in answers)
-        assert alive <= width < alive / rollout.KEEP + 1
+        assert alive <= width < alive / rollout.COMPACT_BELOW + 1
     assert widths[-1] < 12 < widths[0] < 32
 
 
@@ -304,14 +304,6 @@ def test_scores_that_are_not_finite_end_the_rollout(broken, temperature):
     model.norm.weight.data[0] = broken
     with pytest.raises(FloatingPointError, match="scores are not finite numbers any more"):
         generate(model, [[1, 2]], group_size=3, max_new_tokens=2, temperature=temperature)
-
-
-def test_weights_are_laid_out_once_for_all_slices():
-    model, entered = tiny(), []
-    sampling = Transformer.sampling
-    with patch.object(Transformer, "sampling", lambda self: entered.append(1) or sampling(self)):
-        generate(model, PROMPTS, max_new_tokens=2, max_rows=1)
-    assert len(entered) == 1
 
 
 def test_a_row_may_fill_the_context_to_the_last_position():

@@ -1,15 +1,15 @@
-"""Weights in blocks: how a CPU wants to read a matrix that few rows are multiplied with.
+"""Prepacked weights: the order in which a CPU wants to read a matrix that few rows are multiplied with.
 
     y = x W.T + b          x (n, in), W (out, in)
 
-At n = 8 a product is not arithmetic but reading W once, and a matrix library that finds W row by row reads it badly:
-the 30 layers of a 135M model (106 M weights, bf16) take 24 ms, of which memory needs 5 (2 cores of an EPYC, 42 GB/s).
-Laid out beforehand in blocks of whole cache lines, in the order in which the inner loop wants them, they take 13 ms; at
-n = 32, 25 instead of 37. From some hundred rows on it gains 5 %. So sampling makes the copy (50 ms, the weights' bytes
-once more) and drops it when it ends; training does without.
+With n = 8 the time goes into reading W once, and reading it row by row is slow: the 30 layers of a 135M model (106 M
+weights, bf16) take 24 ms, of which memory needs 5 (2 cores of an EPYC, 42 GB/s). Prepacked in blocks of whole cache
+lines, in the order in which the inner loop reads them, they take 13 ms; at n = 32, 25 instead of 37. In fp32 with AVX2:
+44 to 27 ms at 8 rows, 92 to 59 at 32, 736 to 683 at 512. Sampling makes the copy (50 ms, the weights' bytes once more)
+and drops it when it ends; training does without.
 
-Layers that read the same x are one product: q, k and v; gate and up. So are their adapters (LoRA), which would else be
-five small calls a layer, for 7 layers half as dear as all the rest:
+Layers that read the same x become one matmul: q, k and v; gate and up. So do their adapters (LoRA), which would be five
+small calls a layer, half as expensive as all the rest:
 
     u = x [A_1; A_2].T          [y_1, y_2] = [x, u] [W, s B].T          s B block by block beside W
 
@@ -19,9 +19,9 @@ of y that rounding y costs anyway. Sampled log-probs are a measurement (nanogspo
 The layout is oneDNN's ("blocked format"), through the calls that torch.compile uses for frozen weights. Sums are fp32,
 rounded once to x's dtype, as in F.linear; only their order differs.
 
-Left out: a GPU (cuBLAS reads rows at full speed), layers in fp32, weights that are packed in 4 or 8 bits, gradients.
+Left out: a GPU (cuBLAS reads rows at full speed), weights that are packed in 4 or 8 bits, gradients.
 
-Tests: tests/test_blocked.py
+Tests: tests/test_prepacked.py
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,9 @@ from torch import Tensor
 
 # oneDNN fits the layout to the number of rows it is told; 1, 16 and 32 give the same speed at 1 to 128 rows
 ROWS = 16
+# Narrower fp32 layers are faster in MKL, which reads rows as they are: at 128 channels and 512 rows by a third, at 8
+# rows equally fast. From 256 channels on prepacked ones take 1 / 1.2 to 1 / 2.4 of the time at 1 to 64 rows (AVX2, 2 cores)
+FP32_FROM = 256
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Layer:
     scale: float = 1.0
 
 
-class Blocked:
-    """Layers that read the same x as one product, laid out in blocks. A copy: later updates do not reach it."""
+class PrepackedLinear:
+    """Layers that read the same x as one prepacked matmul. A copy: later updates do not reach it."""
 
     @torch.no_grad()
     def __init__(self, layers: list[Layer]):
@@ -67,8 +70,8 @@ class Blocked:
                     B[start : start + out, column : column + r] = layer.B * layer.scale
                     column += r
                 start += out
-            self._A, weight = _blocks(A), torch.cat((weight, B), dim=1)  # (out, in + sum of r)
-        self._weight = _blocks(weight)
+            self._A, weight = _prepack(A), torch.cat((weight, B), dim=1)  # (out, in + sum of r)
+        self._weight = _prepack(weight)
 
     def linear(self, x: Tensor) -> Sequence[Tensor]:
         """x (..., in) of the weights' dtype -> (..., out) of each layer. Carries no gradient."""
@@ -78,13 +81,13 @@ class Blocked:
 
 
 def nbytes(layers: list[Layer]) -> int:
-    """What Blocked(layers) takes."""
+    """Bytes of PrepackedLinear(layers)."""
     first, outs = layers[0].weight, sum(len(layer.weight) for layer in layers)
     ranks = sum(len(layer.A) for layer in layers if layer.A is not None)
     return first.element_size() * (outs * (first.shape[1] + ranks) + ranks * first.shape[1])
 
 
-def _blocks(weight: Tensor) -> Tensor:
+def _prepack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
 
@@ -92,16 +95,18 @@ def _linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
 
 
-def _has_layout(weight: Tensor) -> bool:  # a plan asks about shapes on the meta device
+def _has_layout(weight: Tensor) -> bool:  # the planner asks about shapes on the meta device
     return weight.device.type in ("cpu", "meta") and torch.backends.mkldnn.is_available()
 
 
-def can_block(weight: Tensor) -> bool:
-    """Whether products with this weight gain here: bf16, on a CPU that multiplies it. (fp32 of a small model loses: at
-    512 rows of 128 channels MKL, which takes rows as they are, is faster.)"""
-    return _has_layout(weight) and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def can_prepack(weight: Tensor) -> bool:
+    """Whether matmuls with this weight (out, in) gain here: on a CPU, in bf16 where its units multiply bf16, in fp32
+    from FP32_FROM channels on."""
+    if weight.dtype == torch.bfloat16:
+        return _has_layout(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _has_layout(weight) and weight.dtype == torch.float32 and weight.shape[1] >= FP32_FROM
 
 
-def can_block_head(weight: Tensor) -> bool:
-    """The same of a head, whose products are fp32: of 16 bits, because widening it takes longer than multiplying."""
-    return _has_layout(weight) and weight.dtype in (torch.bfloat16, torch.float16)
+def can_prepack_head(weight: Tensor) -> bool:
+    """The same of a head, whose matmul is fp32: always in 16 bits, because widening takes longer than multiplying."""
+    return can_prepack(weight) or (_has_layout(weight) and weight.dtype in (torch.bfloat16, torch.float16))

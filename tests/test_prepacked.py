@@ -1,6 +1,6 @@
-"""kernels/blocked.py against the layers it stands for.
+"""kernels/prepacked.py against the layers it stands for.
 
-Run: python -m pytest tests/test_blocked.py
+Run: python -m pytest tests/test_prepacked.py
 """
 
 from types import SimpleNamespace
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.blocked import Blocked, Layer, can_block, can_block_head
+from kernels.prepacked import FP32_FROM, Layer, PrepackedLinear, can_prepack, can_prepack_head
 from tests.strategies import SEEDS
 
 BF16 = torch.ones(1, 1, dtype=torch.bfloat16)
-pytestmark = pytest.mark.skipif(not can_block(BF16), reason="no oneDNN, or no bf16 in it, on this machine")
-DTYPES = [torch.float32, torch.bfloat16]  # of the layers, and of the head
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN on this machine")
+DTYPES = [torch.float32] + [torch.bfloat16] * can_prepack(BF16)  # oneDNN multiplies bf16 where the CPU has units for it
 
 
 @st.composite
@@ -51,7 +51,7 @@ def test_the_same_as_the_layers(group, rows, seed):
     """fp32: the order of sums. bf16: the result is rounded; and A, B and x A.T, by half an eps each."""
     wide, layers = group
     x = torch.randn(*rows, wide, generator=torch.Generator().manual_seed(seed)).to(layers[0].weight.dtype)
-    outs = Blocked(layers).linear(x)
+    outs = PrepackedLinear(layers).linear(x)
     assert len(outs) == len(layers)
     for layer, got in zip(layers, outs, strict=True):
         want, size = truth(x, layer)
@@ -65,17 +65,28 @@ def test_a_copy_that_carries_no_gradient(group):
     wide, layers = group
     x = torch.randn(3, wide)
     layers[0].weight.requires_grad_(True)
-    blocked = Blocked(layers)
-    before = [y.clone() for y in blocked.linear(x)]
+    layer_group = PrepackedLinear(layers)
+    before = [y.clone() for y in layer_group.linear(x)]
     with torch.no_grad():
         layers[0].weight.add_(1)
-        after = blocked.linear(x)
+        after = layer_group.linear(x)
     assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int8])
-def test_other_dtypes_are_not_blocked(dtype):
-    assert not can_block(torch.ones(2, 2, dtype=dtype))
-    elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert not can_block(elsewhere) and not can_block_head(elsewhere)
-    assert can_block(BF16.to("meta")) == can_block(BF16)  # a plan asks about weights that are not there yet
+@pytest.mark.parametrize(
+    ("dtype", "wide", "layer", "head"),
+    [
+        (torch.float64, 512, False, False),
+        (torch.float32, FP32_FROM - 1, False, False),
+        (torch.float32, FP32_FROM, True, True),
+        (torch.float16, 512, False, True),
+        (torch.bfloat16, 2, can_prepack(BF16), True),
+        (torch.int8, 512, False, False),
+    ],
+)
+def test_what_is_prepacked(dtype, wide, layer, head):
+    weight = torch.ones(2, wide, dtype=dtype)
+    assert (can_prepack(weight), can_prepack_head(weight)) == (layer, head)
+    assert can_prepack(weight.to("meta")) == layer  # the planner asks about weights that are not there yet
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=weight.shape)
+    assert not can_prepack(elsewhere) and not can_prepack_head(elsewhere)

@@ -1,13 +1,14 @@
-"""A decode step as a CUDA graph (nanogspo/rollout.py::Batch), without a GPU: tools/recorder.py plays the graph.
+"""nanogspo/fast/cuda_graph.py: a decode step as a CUDA graph, without a GPU: tools/recorder.py plays the graph.
 
-Recorded and replayed, with the Triton kernels in the interpreter, against the same kernels launched step by step: the
+Captured and replayed, with the Triton kernels in the interpreter, against the same kernels launched step by step: the
 same bits, because they are the same calls. That those are right is tests/test_rollout.py's business.
 
-Run: python -m pytest tests/test_recorded.py
+Run: python -m pytest tests/test_cuda_graph.py
 """
 
 import contextlib
 import itertools
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +23,7 @@ import kernels.rms_norm
 import kernels.rope
 from kernels.backend import INTERPRETED
 from nanogspo import quant, rollout
+from nanogspo.fast import cuda_graph, fused_linear
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
 from nanogspo.quant import pack_model
@@ -38,7 +40,7 @@ LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 6
 
 @contextlib.contextmanager
 def like_a_gpu(recorder=record):
-    """Triton for everything that a step launches, and steps that can be recorded. Gives the recordings made."""
+    """Triton for everything that a step launches, and fused layers as on a GPU, steps that can be captured. Gives the captures made."""
     replays, launched = [], [kernels.decode_attention, kernels.glu, kernels.rms_norm, kernels.rope]
     launched += [kernels.nf4, kernels.int8, quant]
 
@@ -56,9 +58,11 @@ def like_a_gpu(recorder=record):
     with contextlib.ExitStack() as stack:
         for module in launched:
             stack.enter_context(patch.object(module, "choose", lambda backend, x: backend or "triton"))
-        stack.enter_context(patch.object(rollout, "can_record", lambda cache: recorder is not None))
-        stack.enter_context(patch.object(rollout, "record", kept))
-        stack.enter_context(patch.object(rollout.Batch, "graphs_work", True))
+        stack.enter_context(patch.object(rollout, "can_capture", lambda cache: recorder is not None))
+        stack.enter_context(patch.object(cuda_graph, "capture", kept))
+        stack.enter_context(patch.object(fused_linear, "can_prepack", lambda weight: False))
+        stack.enter_context(patch.object(fused_linear, "can_prepack_head", lambda weight: False))
+        stack.enter_context(patch.object(fused_linear, "can_concatenate", lambda weight: True))
         yield replays
 
 
@@ -66,19 +70,22 @@ def tiny(family="qwen3", layers=2):
     return test_rollout.tiny(family, num_hidden_layers=layers, sliding_window_pattern=2)
 
 
-def eager_and_recorded(model, prompts=PROMPTS[1:2], record_from=1, **settings):
+def eager_and_captured(model, prompts=PROMPTS[1:2], capture_from=1, **settings):
     settings = SETTINGS | settings
-    with like_a_gpu(None), patch.object(rollout, "KEEP", rollout.KEEP_RECORDED):  # batches of equal sizes
+    with (
+        like_a_gpu(None),
+        patch.object(rollout, "COMPACT_BELOW", rollout.COMPACT_CAPTURED_BELOW),
+    ):  # batches of equal sizes
         eager = generate(model, prompts, **settings)
-    with like_a_gpu() as replays, patch.object(rollout, "RECORD_FROM", record_from):
-        recorded = generate(model, prompts, **settings)
-    assert recorded == eager  # tokens, log-probs and ends
+    with like_a_gpu() as replays, patch.object(cuda_graph, "CAPTURE_FROM", capture_from):
+        captured = generate(model, prompts, **settings)
+    assert captured == eager  # tokens, log-probs and ends
     return eager, replays
 
 
 @needs_interpreter
-def test_rows_that_leave_mean_a_new_recording():
-    answers, replays = eager_and_recorded(tiny(), PROMPTS[2:3], **LEAVING)
+def test_rows_that_leave_mean_a_new_capture():
+    answers, replays = eager_and_captured(tiny(), PROMPTS[2:3], **LEAVING)
     assert [len(a.tokens) for a in answers] == [6, 3, 8, 2]  # so half of the batch has left after 3 and 6
     assert [replay.calls for replay in replays] == [1, 2, 1]  # of 2, 3 and 2 steps: the first of each runs by itself
 
@@ -90,7 +97,7 @@ def test_rows_that_leave_mean_a_new_recording():
 )
 def test_a_replayed_step_is_the_step(family, settings):
     """Every family, and every way to sample."""
-    _, [replay] = eager_and_recorded(tiny(family), **settings)
+    _, [replay] = eager_and_captured(tiny(family), **settings)
     assert replay.calls == 3
 
 
@@ -113,7 +120,7 @@ def test_with_adapters_on_packed_weights(packed, small, monkeypatch):
         return run(executor, *args, **kwargs)
 
     with patch.object(GridExecutor, "__call__", spy):
-        eager_and_recorded(model)
+        eager_and_captured(model)
     assert [name for name in launched if packed in name or "dequantize" in name or "matmul" in name], launched
 
 
@@ -126,7 +133,7 @@ def test_finished_rows_read_nothing_while_they_wait_to_be_dropped():
         told.extend([self.lengths.tolist()] if layer == 0 else [])
         return attend(self, layer, *tensors, **settings)
 
-    with like_a_gpu(), patch.object(rollout, "RECORD_FROM", 99), patch.object(rollout.KVCache, "attend", spy):
+    with like_a_gpu(), patch.object(cuda_graph, "CAPTURE_FROM", 99), patch.object(rollout.KVCache, "attend", spy):
         generate(tiny(), PROMPTS[2:3], **LEAVING)
     assert told == [[1] * 4, [2, 2, 2, 0], [3] * 2, [4] * 2, [5] * 2, [6], [7]]
 
@@ -139,32 +146,32 @@ def test_how_many_launches_a_layer_is():
         model = tiny(layers=layers)
         if r:
             add_lora(model, r=r, alpha=6.0)
-        _, [replay] = eager_and_recorded(model, PROMPTS[:1], max_new_tokens=3)
+        _, [replay] = eager_and_captured(model, PROMPTS[:1], max_new_tokens=3)
         launches[layers, r] = replay.launches
-    assert launches[2, 0] - launches[1, 0] == 17
-    assert launches[2, 3] - launches[1, 3] == 17 + 7 + 4  # a product for each adapter, and one for each x
+    assert launches[2, 0] - launches[1, 0] == 14
+    assert launches[2, 3] - launches[1, 3] == 14 + 4 + 4  # of each x: the first and the second half of all its adapters
 
 
 @needs_interpreter
 def test_updated_weights_are_seen():
     model = tiny()
-    before, _ = eager_and_recorded(model, PROMPTS[:1], max_new_tokens=3)
+    before, _ = eager_and_captured(model, PROMPTS[:1], max_new_tokens=3)
     for p in model.parameters():
         p.data.mul_(1.1)
-    after, _ = eager_and_recorded(model, PROMPTS[:1], max_new_tokens=3)
+    after, _ = eager_and_captured(model, PROMPTS[:1], max_new_tokens=3)
     assert before != after
 
 
 @needs_interpreter
-def test_short_answers_are_not_recorded():
+def test_short_answers_are_not_captured():
     """Of 4 steps, 3 are left once the first has run."""
     for least, recordings in ((3, 1), (4, 0)):
-        assert len(eager_and_recorded(tiny(), PROMPTS[:1], record_from=least)[1]) == recordings
-    assert rollout.RECORD_FROM > 3  # recording takes longer than a step that runs by itself
+        assert len(eager_and_captured(tiny(), PROMPTS[:1], capture_from=least)[1]) == recordings
+    assert cuda_graph.CAPTURE_FROM > 3  # recording takes longer than a step that runs by itself
 
 
 @needs_interpreter
-def test_what_cannot_be_recorded_runs_as_it_is_and_says_so(capsys):
+def test_what_cannot_be_captured_runs_as_it_is_and_says_so(capsys):
     """A step that waits for the GPU; the refusal comes in the middle of it, after lengths and slot have moved."""
     logits = Transformer.logits
 
@@ -173,70 +180,126 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so(capsys):
         return logits(self, hidden)
 
     with patch.object(Transformer, "logits", waiting):
-        _, replays = eager_and_recorded(tiny(), PROMPTS[:1])
+        _, replays = eager_and_captured(tiny(), PROMPTS[:1])
     assert replays == []
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(
-        "decoding without a CUDA graph, which could not be recorded: Runtime"
+        "decoding without a CUDA graph, which could not be captured: Runtime"
     )
 
 
-class Refusing:
-    """torch.cuda.CUDAGraph, when something in the middle has broken the recording."""
+class FakeGPU:
+    """torch.cuda as `capture` uses it; `fails` says at which captures something breaks, and how: "step" (a launch that
+    a capture refuses) or "end" (the driver has invalidated it, which capture_end reports)."""
 
-    ended = 0
+    def __init__(self, fails=()):
+        self.fails, self.captures, self.depth, self.said = dict(fails), 0, 0, []
 
-    def capture_begin(self):
-        pass
+    def patched(self, stack):
+        gpu = self
 
-    def capture_end(self):
-        Refusing.ended += 1
-        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        class Pool:
+            id = (0, 7)
+
+            def __init__(self):
+                gpu.said.append("pool")
+
+        class Graph:
+            def capture_begin(self, pool):
+                gpu.captures += 1
+                gpu.said.append(f"begin {pool}")
+
+            def capture_end(self):
+                gpu.said.append("end")
+                if gpu.captures in gpu.fails:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+            def replay(self):
+                raise AssertionError("nothing to replay: a fake")
+
+        @contextlib.contextmanager
+        def entered(stream):
+            gpu.depth += 1
+            try:
+                yield
+            finally:
+                gpu.depth -= 1
+
+        fakes = {"CUDAGraph": Graph, "Stream": Stream, "MemPool": Pool, "stream": entered, "current_stream": Stream}
+        fakes |= {"empty_cache": lambda: gpu.said.append("empty"), "current_device": lambda: 3}
+        for name, value in fakes.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        left = lambda device, pool: gpu.said.append(f"left {device} {pool}")  # noqa: E731
+        stack.enter_context(patch.object(torch._C, "_cuda_endAllocateToPool", left, create=True))
+        for cached in (cuda_graph._capture_stream, cuda_graph._memory_pool):
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
 
 
-def test_a_failed_recording_says_what_failed_leaves_its_stream_and_is_the_last(capsys):
-    depth = [0]  # how often the stream has been entered and not left
+FAILED = ["begin (0, 7)", "end", "left 3 (0, 7)", "empty"]
 
-    @contextlib.contextmanager
-    def entered(stream):
-        depth[0] += 1
-        try:
-            yield
-        finally:
-            depth[0] -= 1
 
-    class Stream:
-        def wait_stream(self, other):
-            pass
+def test_captures_share_a_pool_and_a_failed_one_leaves_the_allocator_as_it_was():
+    """An allocator that is left in its capture mode never releases cached memory again."""
+    gpu = FakeGPU(fails={2: "end"})
+    with contextlib.ExitStack() as stack:
+        gpu.patched(stack)
+        cuda_graph.capture(lambda: None)
+        with pytest.raises(RuntimeError, match="previous error during capture"):
+            cuda_graph.capture(lambda: None)
+        cuda_graph.capture(lambda: None)
+    assert gpu.said == ["pool", "begin (0, 7)", "end", *FAILED[:3], "begin (0, 7)", "end"] and gpu.depth == 0
 
-    step, calls = rollout.Batch._step, []
 
-    def breaks_while_recorded(self):
-        calls.append(depth[0])
-        if depth[0]:
+@pytest.mark.parametrize("failures", [1, 2])
+def test_out_of_memory_is_tried_again_once_with_the_cache_emptied(failures, capsys):
+    """The second failure is final for this rollout alone, and says in one line what was the first thing to go wrong."""
+    gpu, calls = FakeGPU(fails=dict.fromkeys(range(1, failures + 1), "step")), []
+    cache = SimpleNamespace(extent=5, advance_host=lambda: None)
+
+    def step():
+        calls.append(gpu.depth)
+        cache.extent += 1
+        if gpu.depth and gpu.captures in gpu.fails:
             raise RuntimeError("a library that waits for the GPU\nwith a second line")
-        step(self)
 
     with contextlib.ExitStack() as stack:
-        for name, value in {"CUDAGraph": Refusing, "Stream": Stream, "stream": entered}.items():
-            stack.enter_context(patch.object(torch.cuda, name, value))
-        stack.enter_context(patch.object(torch.cuda, "current_stream", Stream))
-        stack.enter_context(patch.object(rollout, "can_record", lambda cache: True))
-        stack.enter_context(patch.object(rollout, "RECORD_FROM", 1))
-        stack.enter_context(patch.object(rollout.KVCache, "finish", lambda self, ends: None))
-        stack.enter_context(patch.object(rollout.Batch, "_step", breaks_while_recorded))
-        stack.enter_context(patch.object(rollout.Batch, "graphs_work", True))
-        rollout._recording_stream.cache_clear()
+        gpu.patched(stack)
+        stack.enter_context(patch.object(cuda_graph, "CAPTURE_FROM", 1))
+        captured = cuda_graph.CapturedStep(step, cache, enabled=True)
+        captured(4)  # by itself
+        assert cache.extent == 6
+        if failures == 1:
+            with pytest.raises(AssertionError, match="nothing to replay"):
+                captured(3)
+            assert cache.extent == 6 and captured.enabled
+        else:
+            captured(3)
+            captured(2)
+            assert cache.extent == 8 and not captured.enabled
+    assert calls == ([0, 1, 1] if failures == 1 else [0, 1, 1, 0, 0]) and gpu.depth == 0
+    assert gpu.said == ["pool", *FAILED, *(["begin (0, 7)", "end"] if failures == 1 else FAILED[:3])]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == failures - 1 and all("a library that waits for the GPU" in line for line in lines)
+
+
+def test_a_failed_capture_changes_no_answer():
+    with contextlib.ExitStack() as stack:
+        FakeGPU(fails=dict.fromkeys(range(1, 99), "end")).patched(stack)
+        stack.enter_context(patch.object(rollout, "can_capture", lambda cache: True))
+        stack.enter_context(patch.object(cuda_graph, "CAPTURE_FROM", 1))
+        stack.enter_context(patch.object(rollout.KVCache, "mark_finished", lambda self, ends: None))
         answers = [generate(tiny(), PROMPTS, **SETTINGS) for _ in range(2)]
-        rollout._recording_stream.cache_clear()
-    assert answers[0] == answers[1] == generate(tiny(), PROMPTS, **SETTINGS)
-    assert depth == [0] and Refusing.ended == sum(calls) == 1  # one attempt in two rollouts
-    [line] = capsys.readouterr().err.splitlines()
-    assert "a library that waits for the GPU" in line
+    assert answers[0] == answers[1]
+    assert [a.tokens for a in answers[0]] == [a.tokens for a in generate(tiny(), PROMPTS, **SETTINGS)]
 
 
-def test_a_cpu_records_nothing():
-    with patch.object(rollout, "record", side_effect=AssertionError):
+def test_a_cpu_captures_nothing():
+    with patch.object(cuda_graph, "capture", side_effect=AssertionError):
         generate(tiny(), PROMPTS, **SETTINGS)
 
 

@@ -1,0 +1,113 @@
+"""How the tokens of one forward pass attend to each other. The model asks its layout and knows nothing else about it.
+
+    Dense     B rows of T tokens, each row causal by itself            plain torch; what lessons and tests compare with
+    Packed    one row of many sequences, each for itself               training and scoring (kernels/attention.py)
+    Prefill   Packed, and keys and values go into the cache            the prompts of a rollout
+    Decode    one new token for each row of a cache                    sampling (kernels/decode_attention.py)
+
+Each has `positions` (B or 1, T), the RoPE position of every token, and
+
+    attend(layer, q, k, v, *, scale, softcap, window) -> (B, T, H, D)
+        layer    number of the layer that asks
+        q        (B, T, H, D);  k, v (B, T, K, D), all turned by RoPE already
+        softcap  None for none;  window  keys a query sees, itself included; 0 for all
+
+Lessons: lessons/02_gqa_rope_softcap.md, 11_packing.md       Tests: tests/test_layouts.py
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention import Segments, attention
+from nanogspo.cache import KVCache
+
+
+class Dense:
+    def __init__(self, tokens: Tensor):
+        self.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        self._masks: dict[int, Tensor | None] = {}  # by window: layers share them
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int
+    ) -> Tensor:
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return attend(q, k, v, self._masks[window], scale, softcap)  # (B, T, H, D)
+
+    def _mask(self, window: int) -> Tensor | None:
+        """(1, 1, T, T) bool: keys at or before the query, at most window - 1 back. None where that is plain causal
+        attention, so that the fused kernel needs no mask."""
+        query, key = self.positions[..., None], self.positions[:, None]  # (1, T, 1), (1, 1, T)
+        if not window or query.shape[1] <= window:
+            return None
+        return ((key <= query) & (key > query - window))[:, None]
+
+
+class Packed:
+    def __init__(self, segments: Segments):
+        self.segments, self.positions = segments, segments.positions[None]  # (1, T)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
+        q, k, v = (x.squeeze(0) for x in (q, k, v))  # (T, heads, D); x[0] would copy its whole gradient in backward
+        return attention(q, k, v, self.segments, **settings)[None]  # (1, T, H, D)
+
+
+class Prefill(Packed):
+    def __init__(self, segments: Segments, cache: KVCache):
+        super().__init__(segments)
+        self.cache = cache
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
+        self.cache.prefill(layer, k[0], v[0])
+        return super().attend(layer, q, k, v, **settings)  # (1, T, H, D)
+
+
+class Decode:
+    def __init__(self, cache: KVCache):
+        self.cache, self.positions = cache, cache.advance()[None]  # (1, N)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
+        return self.cache.attend(layer, q[0], k[0], v[0], **settings)[None]  # (1, N, H, D)
+
+
+def choose(tokens: Tensor, segments: Segments | None, cache: KVCache | None) -> Dense | Packed | Prefill | Decode:
+    """The layout that the arguments of Transformer.forward ask for.
+
+    Raises ValueError for segments or a cache with several rows, and for a cache that is full or meets gradients.
+    """
+    if segments is None and cache is None:
+        return Dense(tokens)
+    if len(tokens) != 1:
+        raise ValueError(f"got {len(tokens)} rows with segments or a cache, want one packed row")
+    if cache is None:
+        return Packed(segments)
+    if torch.is_grad_enabled():
+        raise ValueError("got a cache and gradients, want one of them: it keeps no graph; use torch.no_grad()")
+    return Decode(cache) if segments is None else Prefill(segments, cache)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Softmax attention, grouped queries: query head h reads key/value head h // (H // K).
+
+        scores = cap(q . k * scale), masked;   out = softmax(scores) v
+
+    q     (B, T, H, D);  k, v  (B, S, K, D)
+    mask  (B or 1, 1, T, S) bool, True where a query may look; None means causal with T == S
+    returns (B, T, H, D)
+
+    With a soft-cap (Gemma 2) the scores have to be written out, because no fused attention applies tanh to them:
+    order scale, / cap, tanh, * cap, mask, softmax in fp32, round to q's dtype, times v.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, D)
+    if not softcap:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)  # (B, T, H, D)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+    scores = q @ k.transpose(2, 3) * scale  # (B, H, T, S)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite, so that a row of nothing is not NaN
+    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
