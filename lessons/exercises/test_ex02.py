@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lessons.exercises import load
-from nanogspo.model import attend
+from nanogspo.layouts import attend
 
 ex02 = load("ex02")
 

@@ -4,15 +4,11 @@
 FILE = "nanogspo/cache.py"
 MUTANTS = {
     "tests/test_cache.py": [
-        (
-            "if self.extent == self.capacity:",
-            "if self.extent + 1 == self.capacity:",
-            "the last slot cannot be used",
-        ),
+        ("if self.extent == self.capacity:", "if self.extent + 1 == self.capacity:", "the last slot cannot be used"),
         ("self.prefix_lengths[self.prompt] + self.lengths", "self.lengths", "answers begin at position 0"),
         (
-            "self.prompt, self.lengths, self.running = self.prompt[rows]",
-            "self.prompt, self.lengths, self.running = self.prompt[: len(rows)]",
+            "self.prompt, self.lengths, self.active = self.prompt[rows]",
+            "self.prompt, self.lengths, self.active = self.prompt[: len(rows)]",
             "rows that stay read another prompt",
         ),
         (
@@ -20,25 +16,25 @@ MUTANTS = {
             "self.extent += 1",
             "every step sees what the first one saw",
         ),
-        ("self.k[layer][:, :, self.extent - 1] = k", "self.k[layer][:, :, 0] = k", "each key replaces the first"),
-    ],
-    "tests/test_recorded.py": [
         (
-            "        self.lengths += self.running\n",
-            "        self.lengths = self.lengths + self.running\n",
+            "                storage[:, :, slot] = x\n",
+            "                storage[:, :, 0] = x\n",
+            "each key replaces the first",
+        ),
+    ],
+    "tests/test_cuda_graph.py": [
+        (
+            "        self.lengths += self.active\n",
+            "        self.lengths = self.lengths + self.active\n",
             "a graph in which no row grows",
         ),
-        ("        self.lengths *= self.running\n", "", "finished rows are read to the end"),
-        (
-            "self.running.masked_fill_(ends, 0)",
-            "self.running.masked_fill_(~ends, 0)",
-            "only finished rows are read",
-        ),
-        (", self.running[rows]\n", ", self.running[: len(rows)]\n", "rows that go on read nothing"),
+        ("        self.lengths *= self.active\n", "", "finished rows are read to the end"),
+        ("self.active.masked_fill_(ends, 0)", "self.active.masked_fill_(~ends, 0)", "only finished rows are read"),
+        (", self.active[rows]\n", ", self.active[: len(rows)]\n", "rows that go on read nothing"),
         ("        self.slot += 1\n", "        self.slot.fill_(self.extent - 1)\n", "a slot that Python counts"),
         (
-            "self.v[layer].index_copy_(2, self.slot, v.unsqueeze(2))",
-            "self.v[layer][:, :, self.extent - 1] = v",
+            "                storage.index_copy_(2, slot, x.unsqueeze(2))",
+            "                storage[:, :, int(slot)] = x",
             "a value's slot that Python counts",
         ),
     ],

@@ -3,7 +3,7 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/model.py"
 MUTANTS = {
-    "tests/test_recorded.py": [
+    "tests/test_cuda_graph.py": [
         (
             "x.new_full((), config.hidden_size**0.5)",
             "torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)",
@@ -11,25 +11,11 @@ MUTANTS = {
         ),
     ],
     "tests/test_model.py": [
-        (
-            "        if not self.config.qk_norm:\n",
-            "        if True:\n",
-            "heads are not normalised",
-        ),
+        ("        if not self.qk_norm:\n", "        if True:\n", "heads are not normalised"),
         (
             "h, x = self.post_attention_layernorm.add(x, mixed)",
             "h, _ = self.post_attention_layernorm.add(x, mixed)",
             "the attention's output never reaches the residual stream",
-        ),
-        (
-            "(key > query - window))[:, None]",
-            "(key >= query - window))[:, None]",
-            "a sliding window one key too wide",
-        ),
-        (
-            "if not window or order.shape[1] <= window:",
-            "if not window or order.shape[1] <= window + 1:",
-            "the shortcut skips a window that already bites",
         ),
         (
             "x = x * x.new_full((), config.hidden_size**0.5)",
@@ -37,33 +23,13 @@ MUTANTS = {
             "embedding scale not rounded to the weight dtype",
         ),
         (
-            "scores = torch.tanh(scores / softcap) * softcap",
-            "scores = torch.tanh(scores / softcap)",
-            "soft-cap does not scale back",
-        ),
-        (
-            "k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)",
-            "k, v = k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)",
-            "query heads paired with the wrong kv heads",
-        ),
-        (
-            "keep = ((turns - low) / (high - low)).clamp(0, 1)",
-            "keep = ((turns - low) / (high - low)).clamp(0, 1).round()",
-            "llama3 RoPE without its ramp",
-        ),
-        (
-            "first, last = math.floor(first), math.ceil(last)",
-            "first, last = math.ceil(first), math.floor(last)",
-            "yarn ramp rounded inwards",
-        ),
-        (
             "if self.gradient_checkpointing and torch.is_grad_enabled():",
             "if False:",
             "gradient checkpointing does nothing",
         ),
         (
-            "return x + self.post_feedforward_layernorm(self.mlp(h))",
-            "return x + self.mlp(h)",
+            "return x + self.post_feedforward_layernorm(self.mlp(h, linear))",
+            "return x + self.mlp(h, linear)",
             "the last sandwich norm left out",
         ),
         (
@@ -72,29 +38,9 @@ MUTANTS = {
             "fp16 heads and fp32 hidden states rounded to bf16",
         ),
         (
-            "                module.part()\n",
-            "                pass\n",
-            "sampling goes on with the weights of the last rollout",
-        ),
-        (
-            "            self._blocked_head = None\n\n",
-            "\n",
-            "sampling goes on with the head of the last rollout",
-        ),
-        (
-            "if names in self._together and not torch.is_grad_enabled():",
-            "if names in self._together:",
-            "training reads the copies that carry no gradient",
-        ),
-        (
-            "order = segments.positions[None]  # (1, T)",
-            "order = torch.arange(T, device=tokens.device)[None]  # (1, T)",
-            "an answer stands behind the answers before it, not behind its prompt",
-        ),
-        (
-            '"softcap": config.attn_softcap or None, "window": self.window}',
+            '"softcap": config.attn_softcap or None, "window": window}',
             '"softcap": config.attn_softcap or None, "window": 0}',
-            "no window in a packed row",
+            "no window anywhere",
         ),
     ],
 }

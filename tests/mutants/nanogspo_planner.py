@@ -44,9 +44,9 @@ MUTANTS = {
         ),
         ("element if on_gpu else max", "element if False else max", "a GPU's cache counted in fp32"),
         (
-            "0 if on_gpu else blocked_bytes(model)\n        copies",
-            "blocked_bytes(model)\n        copies",
-            "a GPU lays nothing out in blocks",
+            "0 if on_gpu else prepacked_bytes(model)\n        copies",
+            "prepacked_bytes(model)\n        copies",
+            "a GPU prepacks nothing",
         ),
         ("element * (2 * queries + 2 * keys", "element * (3 * queries + 2 * keys", "a second copy of out"),
     ],

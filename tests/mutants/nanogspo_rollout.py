@@ -3,7 +3,7 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/rollout.py"
 MUTANTS = {
-    "tests/test_recorded.py": [
+    "tests/test_cuda_graph.py": [
         (
             "        self.number += 1\n",
             "        self.number = self.number + 1\n",
@@ -14,55 +14,36 @@ MUTANTS = {
             "        self.tokens = tokens\n",
             "a graph that goes on from a token of its own past",
         ),
-        ("            self.cache.count()\n", "", "a cache that leaves no trace of replayed steps to copy"),
-        (
-            "            self.cache.extent = extent  # recording ran nothing but Python\n",
-            "",
-            "a slot counted and never filled",
-        ),
-        (
-            "self._warm, self._replay = False, None  # first",
-            "self._warm = False  # first",
-            "the graph of rows that left",
-        ),
         (
             "(tokens[:, None] == self.stop).any(1)",
             "torch.tensor([t in self.stop.tolist() for t in tokens.tolist()])",
             "a step that waits for the GPU",
         ),
-        ("self.graphs and self._warm and left", "self.graphs and left", "recorded before its kernels are compiled"),
-        ("left >= RECORD_FROM", "left > RECORD_FROM", "recorded one step too late"),
-        ("self.graphs = Batch.graphs_work = False", "self.graphs = False", "a refusal at every rollout"),
         (
-            "                while error.__context__ is not None:",
-            "                while False:",
-            "what the last call says in place of what went wrong",
-        ),
-        (
-            "        try:\n            step()\n        finally:\n            graph.capture_end()\n",
-            "        step()\n        graph.capture_end()\n",
-            "a recording that failed and never ends",
+            "                next_step.forget()  # first of all: a graph holds memory\n",
+            "",
+            "the graph of rows that left",
         ),
     ],
     "tests/test_rollout.py": [
         ("right=True)", "right=False)", "a token of probability 0 is drawn at uniform 0"),
         (
-            "model.logits(hidden[segments.cu_seqlens[1:].long() - 1])",
-            "model.logits(hidden[segments.cu_seqlens[:-1].long()])",
+            "fused.logits(hidden[segments.cu_seqlens[1:].long() - 1])",
+            "fused.logits(hidden[segments.cu_seqlens[:-1].long()])",
             "the first token is drawn after the prompt's first",
         ),
         (
-            "                rows = [rows[n] for n in running]\n",
-            "                rows = rows[: len(running)]\n",
+            "                rows = [rows[n] for n in active]\n",
+            "                rows = rows[: len(active)]\n",
             "answers mixed up once the batch shrinks",
         ),
         (
-            "        self.cache.keep(kept)\n",
-            "        self.cache.keep(kept - kept[0])\n",
+            "        self.cache.compact(kept)\n",
+            "        self.cache.compact(kept - kept[0])\n",
             "rows go on in others' caches",
         ),
         ("self.uniforms[:, kept]", "self.uniforms[:, : len(rows)]", "draws that depend on who has finished"),
-        ("if not running or not left:", "if not running or left == 1:", "an answer one token short"),
+        ("if not active or not left:", "if not active or left == 1:", "an answer one token short"),
         (
             "inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)",
             "inside.cumsum_(-1)",
@@ -77,7 +58,7 @@ MUTANTS = {
         ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
         ("end or len(answer.tokens) == max_new_tokens", "end", "answers that are cut off are never counted"),
         (
-            "                    return answers\n    return",
+            "                return answers\n    return",
             "                    break\n    return",
             "stopped, and the next slice of prompts begins",
         ),
@@ -88,8 +69,8 @@ MUTANTS = {
         ),
         ("first_prompt=first_prompt + first,", "first_prompt=first_prompt,", "equal draws in every slice"),
         (
-            "seed=seed,\n                first_prompt",
-            "seed=seed + first,\n                first_prompt",
+            "seed=seed,\n            first_prompt",
+            "seed=seed + first,\n            first_prompt",
             "an answer that depends on rollout_rows",
         ),
         ("[seed % 2**64, prompt_number % 2**64]", "[prompt_number % 2**64, 0]", "the same answers for every seed"),
