@@ -6,11 +6,16 @@ importance_sampling_level="sequence", loss_type="grpo", clip 3e-4 / 4e-4 and bet
 processes of its own: one cycle to warm up, then the measured ones. The ratio is of medians over all cycles; peak memory
 is the process's, imports included.
 
+The floor is what the cycle's matrix products alone would take: for every linear layer, adapter and head, and every
+number of rows a phase multiplies them with, the time of that very product on this machine, in the faster of two
+layouts (rows, and on a CPU prepacked ones). Attention, norms, sampling, the optimiser and Python are not in it.
+
 Run: python benchmarks/gspo_step.py DIR [--prompts 4 --group 8 --tokens 64 --updates 4 --cycles 3 --rounds 2]
 needs requirements-test.txt
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -194,8 +199,73 @@ def trl(args) -> list[dict]:
     return rows[1:]
 
 
+def floor(args) -> list[dict]:
+    """Seconds of the cycle's matrix products, by phase."""
+    import torch
+    import torch.nn.functional as F
+
+    from kernels.prepacked import Layer, PrepackedLinear, can_prepack, can_prepack_head
+    from nanogspo import checkpoint
+    from nanogspo.device import DTYPES, choose_dtype
+    from nanogspo.experience import split_minibatches
+    from nanogspo.packing import Example
+    from nanogspo.tokenizer import load_tokenizer
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = checkpoint.load(args.checkpoint, device=device, dtype=DTYPES[choose_dtype("auto", device)])
+    tokenizer = load_tokenizer(args.checkpoint)
+    prompts = [tokenizer.chat(prompt(i)) for i in range(args.prompts)]
+    examples = [Example.answered(tokens, [1] * args.tokens) for tokens in prompts for _ in range(args.group)]
+    minibatches = split_minibatches(examples, torch.ones(len(examples)), args.updates, args.micro_batch_tokens)
+    kept = {}
+
+    def timed(call) -> float:
+        best = float("inf")
+        for _ in range(6):
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    @torch.no_grad()
+    def product(n: int, weight, *, widened: bool = False) -> float:
+        """x (n, in) times weight (out, in); widened: in fp32, as the head is while answers are sampled."""
+        key = (n, *weight.shape, widened)
+        if key not in kept:
+            weight = weight.detach().float() if widened else weight.detach()
+            x, fits = torch.ones(n, weight.shape[1], dtype=weight.dtype, device=device), can_prepack(weight)
+            calls = [lambda: F.linear(x, weight)]
+            if fits or (widened and can_prepack_head(weight)):
+                calls.append(functools.partial(PrepackedLinear([Layer(weight)]).linear, x))
+            kept[key] = min(map(timed, calls))
+        return kept[key]
+
+    def layers(n: int, *, backward: bool = False) -> float:
+        """All linear layers with their adapters: forward, or the gradients of x, A and B."""
+        total = 0.0
+        for m in model.layers.modules():
+            if isinstance(m, torch.nn.Linear):
+                out, width = m.weight.shape
+                A, B = m.weight.new_empty(16, width), m.weight.new_empty(out, 16)
+                total += product(n, m.weight.T.contiguous() if backward else m.weight)
+                total += (2 if backward else 1) * (product(n, A) + product(n, B))
+        return total
+
+    head, answers = model.head_weight, args.prompts * args.group
+    batches = [[(len(b.tokens), len(b.targets)) for b in batches] for batches in minibatches]
+    step = layers(answers) + product(answers, head, widened=True)
+    forward = [sum(layers(n) + product(scored, head) for n, scored in update) for update in batches]
+    train = sum(2 * product(scored, head) + layers(n) + layers(n, backward=True) for u in batches for n, scored in u)
+    return [
+        {"sample": layers(sum(map(len, prompts))) + (args.tokens - 1) * step, "score": sum(forward[1:]), "train": train}
+    ]
+
+
 def worker(args) -> None:
-    rows = {"ours": ours, "trl": trl}[args.worker](args)
+    rows = {"ours": ours, "trl": trl, "floor": floor}[args.worker](args)
     import torch
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -216,14 +286,14 @@ def main() -> None:
         prompts=4, group=8, tokens=64, updates=4, cycles=3, rounds=2, threads=os.cpu_count(), micro_batch_tokens=8192
     ).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--only", choices=["ours", "trl"], help="one side, without a ratio")
-    parser.add_argument("--worker", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=["ours", "trl"], help="one side and the floor")
+    parser.add_argument("--worker", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     args = parser.parse_args()
     if args.worker:
         return worker(args)
-    results = {"ours": [], "trl": []}
-    sides = [args.only] if args.only else ["ours", "trl"]
+    results = {"ours": [], "trl": [], "floor": []}
+    sides = [args.only, "floor"] if args.only else ["ours", "trl", "floor"]
     for _ in range(args.rounds):
         for side in sides:
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", side]
@@ -239,9 +309,12 @@ def main() -> None:
         mid = {n: statistics.median(row.get(n, 0.0) for row in rows) for n in ("sample", "score", "train")}
         total, peak = statistics.median(map(seconds, rows)), max(r["peak_bytes"] for r in results[side])
         summary[side] = {"seconds": total, **mid, "peak_bytes": peak, "rows": rows}
-        tokens = statistics.median(row["tokens"] for row in rows)
+        tokens = statistics.median(row.get("tokens", 0) for row in rows)
         print(f"| {side} | {total:.2f} | " + " | ".join(f"{v:.2f}" for v in mid.values()), end=" ")
         print(f"| {peak / 1e9:.2f} | {tokens:.0f} |")
+    if args.only != "trl":
+        summary["over_floor"] = summary["ours"]["seconds"] / summary["floor"]["seconds"]
+        print(f"{summary['over_floor']:.2f} x the time of its matrix products alone")
     if not args.only:
         summary["speedup"] = summary["trl"]["seconds"] / summary["ours"]["seconds"]
         summary["memory_ratio"] = summary["ours"]["peak_bytes"] / summary["trl"]["peak_bytes"]
