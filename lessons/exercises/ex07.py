@@ -11,8 +11,8 @@ is known *before* forward. Then one weighted sum over weight holds both gradient
 Make this pass:  python -m pytest lessons/exercises/test_ex07.py        (about 8 lines)
 
 The tests have confident tokens, 1 - p[y] = 1e-12, and want three digits of each row, where log_softmax in fp32 gives a
-logp of 0. Yours to decide: how logp is computed, how 1 - p[y] and the p[v] of the others follow from it, and how the
-entropy, of which all terms but one are tiny.
+logp of 0. Yours to decide: how logp is computed, how 1 - p[y] and the p[v] of the others follow from it, and of which
+parts the entropy is summed.
 
 Hint: lesson 06, equation (3).
 """
