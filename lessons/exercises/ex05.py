@@ -8,9 +8,10 @@ With m the maximum, s = sum exp(x - m) as in the lesson, and one more running su
 
     log p[v] = (x[v] - m) - log s           so          entropy = log s - a / s
 
-Hints: lessons/kernels/token_logp_v3.py::_forward_kernel is the walk; when the maximum rises from m to m_new, s becomes
-s exp(m - m_new) and a becomes (a + s (m - m_new)) exp(m - m_new), so a comes first. Sums start as 0.0, not as 0.
-Behind the row's end exp(-inf) is 0, and 0 * -inf is nan: give a its term with tl.where(v < V, ..., 0.0).
+Yours to decide: what becomes of a when the maximum rises from m to m_new (write x - m_new as (x - m) + (m - m_new)), in
+which order a and s are updated, what the sums start from, and what a tile's masked lanes add to a.
+
+Hint: lessons/kernels/token_logp_v3.py::_forward_kernel is the walk. 0 * -inf is nan.
 """
 
 import torch

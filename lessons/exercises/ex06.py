@@ -4,14 +4,13 @@ Every tile i of a row has looked at its own share of the other tokens (the targe
 
     m[i] = max z        s[i] = sum exp(z - m[i])                    a tile without any token leaves m = -inf, s = 0
 
-Join them in any order to M = max_i m[i] and S = sum_i s[i] exp(m[i] - M), and with the target's logit z_y
-
-    logp = log_sigmoid(z_y - M - log S)
+Tiles were finished in any order, and no maximum was known before. Join them to the log-prob of the target, whose logit
+is z_y, with all the digits it has: equation (3) of the lesson. Yours to decide: relative to which maximum the sums are
+added, and what becomes of a row that has tiles without tokens, or (V = 1) no other token at all. Its logp is then 0.
 
 Make this pass:  python -m pytest lessons/exercises/test_ex06.py        (about 5 lines)
 
-Beware of -inf - -inf = nan: a row may have tiles without tokens, and even none with one (then logp is 0: the target is
-certain). A finite floor for M, like -1e30, is enough; and log 0 = -inf is just what log_sigmoid wants there.
+Hint: look up what torch makes of -inf - -inf, exp(-inf), log(0) and logsigmoid(inf) before you write a case for each.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Exercise 7. A differentiable entropy bonus at the price of two products, when its weight is known in advance.
+"""Exercise 7. A differentiable entropy bonus at the price of two matmuls, when its weight is known in advance.
 
 At the first update of a rollout the ratio is 1, so what each token's logp and entropy will be multiplied with, c and e,
 is known *before* forward. Then one weighted sum over weight holds both gradients:
@@ -10,9 +10,11 @@ is known *before* forward. Then one weighted sum over weight holds both gradient
 
 Make this pass:  python -m pytest lessons/exercises/test_ex07.py        (about 8 lines)
 
-The tests have confident tokens, p[y] = 1 - 1e-12, and want three digits of each row: 1 - p[y] must be -expm1(logp), and
-logp must come from the others, without the target: log_sigmoid(z[y] - logsumexp of the others). log_softmax in fp32
-gives 0 there. And p[v] = exp(z[v] - z[y] + logp) for the others.
+The tests have confident tokens, 1 - p[y] = 1e-12, and want three digits of each row, where log_softmax in fp32 gives a
+logp of 0. Yours to decide: how logp is computed, how 1 - p[y] and the p[v] of the others follow from it, and of which
+parts the entropy is summed.
+
+Hint: lesson 06, equation (3).
 """
 
 from torch import Tensor

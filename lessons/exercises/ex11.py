@@ -11,9 +11,11 @@ are then sums over its answers without a line of yours.
 
 Make this pass:  python -m pytest lessons/exercises/test_ex11.py        (about 10 lines)
 
-Hints: x.split(lengths) cuts a row into its segments, and torch.cat joins what became of them. All answers together are
-one piece against the prompt. torch.logaddexp(a, b) is log(exp a + exp b) for scores of any size; exp by itself is inf
-from 89 on in fp32, and 710 in float64.
+Yours to decide: which pieces there are, and what a row without answers needs. x.split(lengths) cuts a row into its
+segments, and torch.cat joins what became of them.
+
+Hint: torch.logaddexp(a, b) is log(exp a + exp b) for scores of any size; exp by itself is inf from 89 on in fp32, and
+710 in float64.
 
 Source: lessons/11_packing.md, equation (3); Hydragen, arXiv:2402.05099.
 """

@@ -8,9 +8,10 @@ to be read and a row of y written: 6 bytes a number, and the test counts them.
 
 Make this pass:  python -m pytest lessons/exercises/test_ex15.py        (about 10 lines, all in the kernel)
 
-Hints: lessons/kernels/rms_norm_v3.py is the frame: one program per row, the row in registers. Widen everything that you
-load with .to(tl.float32), give every masked load an other=0.0, and store with the same mask. y_ptr.dtype.element_ty is
-the dtype to round to.
+Yours to decide: what is loaded and when it is widened, what a masked lane must hold so that the mean is right, where
+the one rounding is, and what must not be loaded twice.
+
+Hint: lessons/kernels/rms_norm_v3.py is the frame, one program a row. y_ptr.dtype.element_ty is the dtype to round to.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
     logits = hidden @ weight.T            logp[n] = logits[n, y] - logsumexp_v logits[n, v]                     (1)
 
-Autograd does the rest. What is alive at once for N = 8192, V = 151,936: logits, their log-softmax and the gradient of
-both, 5 GB each in fp32. The model itself is 1.2 GB.
+Autograd does the rest. For N = 8192, V = 151,936 each matrix is 5 GB in fp32, and backward holds three of them: the
+log-softmax, its gradient and the logits' gradient. The model itself is 1.2 GB.
 
 Lesson: lessons/06_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
 Shapes: N rows, C model width, V vocabulary.
