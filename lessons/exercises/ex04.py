@@ -7,9 +7,9 @@
 Make this pass:  python -m pytest lessons/exercises/test_ex04.py        (about 6 lines)
 
 Where the model is sure, few tokens are kept; where it is not, many. Top-k keeps k of them in both cases.
-Hints: nanogspo.rollout.sample samples one token a row from any logits, and returns its log-prob: what has to be in them
-so that it can return nothing else than what is kept? Does the condition need p itself? Try both ends, min_p 0 and 1, and
-mind in which order temperature and condition come.
+Hints: nanogspo.rollout.sample samples one token a row from any logits, and returns its log-prob: what has to be in
+them so that it can return nothing else than what is kept? Does the condition need p itself? Try both ends, min_p 0 and
+1, and mind in which order temperature and condition come.
 """
 
 from torch import Tensor

@@ -8,9 +8,9 @@ The model is a table: table[t] (V,) are the scores of what follows token t. Ever
 
 Make this pass:  python -m pytest lessons/exercises/test_ex16.py        (about 6 lines)
 
-Hints: a replay repeats what Python did during capture, on the same memory. Which of your numbers would stay as they were?
-An `if` on a tensor, .item() and answers[:, int(slot)] are refused; torch has an operation in place of each. Tensors that
-you compute on the way may live anywhere, those of State may not.
+Hints: a replay repeats what Python did during capture, on the same memory. Which of your numbers would stay as they
+were? An `if` on a tensor, .item() and answers[:, int(slot)] are refused; torch has an operation in place of each.
+Tensors that you compute on the way may live anywhere, those of State may not.
 
 Source: lessons/16_a_decode_step.md
 """
