@@ -7,8 +7,8 @@ Make this pass:  python -m pytest lessons/exercises/test_ex00.py        (about 1
     an update   {"step": 95, "algo": "gspo", "phase": "gspo", "reward": 0.41, ...}     SFT rows have no "reward"
     evaluation  {"step": 90, "phase": "sft", "eval_exact": 0.2, "eval_low": 0.17, "eval_high": 0.24, ...}
 
-Hints: a number that was not finite stands in the file as null, so it is None here. A phase may be
-evaluated many times; its last evaluation counts.
+Hints: a number that was not finite is null in the file, so it is None here. A phase may be evaluated many times; its
+last evaluation counts.
 """
 
 

@@ -5,7 +5,7 @@
 Make this pass:  python -m pytest lessons/exercises/test_ex09.py        (about 4 lines)
 
 The ranks may differ. Do not form the (out, in) products: for Qwen3-0.6B they are 48 times as large as the adapters.
-Hint: a matrix product is a sum over the inner index, and nothing says that all of its terms come from one adapter.
+Hint: write B1 A1 and B2 A2 as sums over their inner index. What does that index have to run over in B A?
 """
 
 from torch import Tensor

@@ -8,9 +8,8 @@ sg is "stop gradient", detach() in torch. With one advantage for a whole answer,
 
 Make this pass:  python -m pytest lessons/exercises/test_ex10.py        (about 6 lines)
 
-Hints: sequence_sums(values, cu_seqlens) adds up each answer, tensor.repeat_interleave(lengths) hands an answer's number
-to each of its tokens, and cu_seqlens.diff() are the lengths. Clip s[i, t], not s[i]: the gradient
-comes from the exp alone, and clipping sg[s[i]] before it is multiplied would leave that gradient on outside the range.
+Hints: sequence_sums(values, cu_seqlens) adds up each answer; torch.repeat_interleave is its opposite. Value and
+gradient come from different factors of s[i, t]: clipping sg[s[i]] instead gives the same loss. And the same gradient?
 
 Source: GSPO, arXiv:2507.18071, section 4.3; verl core_algos.py compute_policy_loss_gspo.
 """
