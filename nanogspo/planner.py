@@ -5,7 +5,7 @@ Weights, adapter, gradients, optimiser and KV cache are counted exactly: a run i
 refused. Activations, vocabulary tiles and the scores of a decode step are estimates from the shapes (activations: what
 autograd keeps on a CPU, within a tenth; the backward pass has a few temporaries besides), and only warn.
 
-Reading order: outline, memory_parts, most, too_large, plan.      Tests: tests/test_planner.py
+Reading order: outline, memory_parts, most, too_large, memory_report, approve.      Tests: tests/test_planner.py
 """
 
 import dataclasses
@@ -199,7 +199,7 @@ def layer_bytes(config: TrainConfig, c: ModelConfig, element: int) -> int:
     return total
 
 
-def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
+def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
     """The first thing a run prints: what is trained, with what, and what it will take."""
     c = model.config
     total = weight_count(model)
@@ -226,6 +226,19 @@ def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
         + f"; together {human(sum(parts.values()))}"
     )
     return "\n".join(lines)
+
+
+def approve(config: TrainConfig, model: Transformer, longest_prompt: int, available: float) -> TrainConfig:
+    """Print what the run will take, and refuse one that cannot fit. Returns the config with checkpointing decided."""
+    config = decide_checkpointing(config, model, longest_prompt, available)
+    print(memory_report(config, model, longest_prompt))
+    parts = memory_parts(config, model, longest_prompt)
+    refused = too_large(parts, available, ESTIMATES)
+    if refused and not config.plan_only and not config.ignore_memory_plan:
+        raise ValueError(f"{refused}; or --ignore-memory-plan")
+    if note := refused or too_large(parts, available):
+        print(f"  {note}")
+    return config
 
 
 def human(size: float) -> str:

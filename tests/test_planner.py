@@ -23,7 +23,7 @@ from kernels.nf4 import quantize_nf4
 from nanogspo import checkpoint
 from nanogspo.cache import KVCache
 from nanogspo.config import TrainConfig
-from nanogspo.experience import plan as minibatches
+from nanogspo.experience import split_minibatches
 from nanogspo.families import model_config
 from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
@@ -40,9 +40,9 @@ from nanogspo.planner import (
     decide_checkpointing,
     human,
     memory_parts,
+    memory_report,
     most,
     outline,
-    plan,
     too_large,
 )
 from nanogspo.process import available_memory
@@ -246,7 +246,9 @@ def test_a_micro_batch_has_the_tokens_that_are_announced(P, G, updates, prompt, 
     the budget does not cut, and never more."""
     updates = next(n for n in range(updates, 0, -1) if P * G % n == 0)
     examples = [Example.answered([p] * prompt, [a] * answer) for p in range(P) for a in range(G)]
-    batches = [batch for batches in minibatches(examples, torch.ones(P * G), updates, budget) for batch in batches]
+    batches = [
+        batch for batches in split_minibatches(examples, torch.ones(P * G), updates, budget) for batch in batches
+    ]
     sizes = {"prompts_per_rollout": P, "group_size": G, "updates_per_rollout": updates, "max_new_tokens": answer}
     announced = batch_tokens(TrainConfig(**sizes, micro_batch_tokens=budget), prompt)
     largest = max(len(batch.tokens) for batch in batches)
@@ -266,7 +268,7 @@ def test_rollout_rows_bound_the_cache_by_whole_groups():
 def test_the_plan_says_what_is_trained_and_adds_up():
     config = TrainConfig(lora_r=4, lr=1e-5, clip_low=3e-4, clip_high=4e-4, dtype="fp32", device="cpu", seed=7)
     model = tiny(lora_r=4)
-    text = plan(config, model, 10)
+    text = memory_report(config, model, 10)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for words in (
         "qwen3, 3 layers, width 64",
@@ -281,7 +283,7 @@ def test_the_plan_says_what_is_trained_and_adds_up():
     parts = memory_parts(config, model, 10)
     assert all(f"{name} {human(size)}" in text for name, size in parts.items())
     assert text.endswith(f"together {human(sum(parts.values()))}")
-    full = plan(dataclasses.replace(config, algo="sft", lora_r=0), tiny(), 10)
+    full = memory_report(dataclasses.replace(config, algo="sft", lora_r=0), tiny(), 10)
     assert f"all {sum(p.numel() for p in tiny().parameters()):,} parameters are trained" in full
     assert "200 updates of 16 examples" in full
 
@@ -314,7 +316,7 @@ def test_an_outline_has_the_bytes_of_the_model_that_is_loaded(tmp_path, family, 
     parts = memory_parts(config, shape, 7)
     assert parts == memory_parts(config, model, 7)
     assert ("nf4 weights" in parts) == ("nf4" in str(quant)) and ("int8 weights" in parts) == (quant == "int8")
-    assert plan(config, shape, 7) == plan(config, model, 7)
+    assert memory_report(config, shape, 7) == memory_report(config, model, 7)
     raw = {**checkpoint.read_config(tmp_path / "model"), "quantization_config": {"load_in_4bit": False}}
     assert ("nf4 weights" in memory_parts(config, outline(raw, dtype, asked), 7)) == (asked == "nf4")
     gpu = memory_parts(dataclasses.replace(config, device="cuda"), shape, 7)

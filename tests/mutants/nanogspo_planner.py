@@ -49,6 +49,13 @@ MUTANTS = {
             "a GPU lays nothing out in blocks",
         ),
         ("element * (2 * queries + 2 * keys", "element * (3 * queries + 2 * keys", "a second copy of out"),
+        ("and not config.ignore_memory_plan", "", "--ignore-memory-plan does not"),
+        ("if refused and not config.plan_only and", "if refused and", "who asks for the plan is refused"),
+        (
+            "refused = too_large(parts, available, ESTIMATES)",
+            'refused = ""',
+            "a run that cannot fit is started at once",
+        ),
     ],
     "tests/test_quant.py": [
         (
