@@ -12,7 +12,7 @@ from nanogspo.config import TrainConfig
 from nanogspo.evaluation import split
 from nanogspo.families import ModelConfig
 from nanogspo.packing import Example
-from nanogspo.tasks import Problem, Task, shuffled
+from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.jsonl import load_jsonl
 
 # seeds apart from the rollouts' own: three different orders of the training problems

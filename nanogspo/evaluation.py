@@ -19,7 +19,7 @@ from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
 from nanogspo.packing import pack, score
 from nanogspo.rollout import generate
-from nanogspo.tasks import Problem
+from nanogspo.tasks.base import Problem
 from nanogspo.tasks.jsonl import Example
 
 

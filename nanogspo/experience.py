@@ -26,7 +26,7 @@ from nanogspo.model import Transformer
 from nanogspo.objectives import group_advantages
 from nanogspo.packing import Example, MicroBatch, pack, score
 from nanogspo.rollout import generate
-from nanogspo.tasks import Task
+from nanogspo.tasks.base import Task
 
 
 @dataclasses.dataclass

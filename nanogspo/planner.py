@@ -18,7 +18,7 @@ from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig, model_config
 from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Projections, Transformer
-from nanogspo.packing import SHARE_FROM
+from nanogspo.packing import SHARE_PROMPT_FROM
 from nanogspo.quant import NF4Linear, pack_as_stored, pack_model, packed_layers, weight_count
 
 # Parts of the memory that only a rollout holds, and those that only an update does
@@ -176,7 +176,7 @@ def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
     N, G = config.prompts_per_rollout * config.group_size, config.group_size
     size = config.batch_size if config.algo == "sft" else N // config.updates_per_rollout
     whole = size * alone
-    if config.algo != "sft" and prompt >= SHARE_FROM:
+    if config.algo != "sft" and prompt >= SHARE_PROMPT_FROM:
         # groups of which an update has a part, at most
         groups = max((min(first + size, N) - 1) // G - first // G + 1 for first in range(0, N, size))
         whole = groups * prompt + size * answer

@@ -15,7 +15,7 @@ from nanogspo.config import TrainConfig, resolve
 from nanogspo.device import DTYPES
 from nanogspo.model import Transformer
 from nanogspo.quant import pack_model, packed_layers, weight_count
-from nanogspo.tasks import Task
+from nanogspo.tasks.base import Task
 from nanogspo.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.seq_logprob import token_logprob
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
-from nanogspo.packing import SHARE_FROM, Example, pack, score
+from nanogspo.packing import SHARE_PROMPT_FROM, Example, pack, score
 from tests.strategies import SEEDS
 
 V = 19
@@ -62,7 +62,7 @@ SHARED_FROM = st.sampled_from([1, 3, 4, 5, NEVER])  # beginnings have 0, 1, 3, 4
 
 def packed(rows, budget, share_from):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanogspo.packing.SHARE_FROM", share_from)
+        patch.setattr("nanogspo.packing.SHARE_PROMPT_FROM", share_from)
         return pack(rows, max_tokens=budget)
 
 
@@ -163,9 +163,9 @@ def test_a_group_costs_its_prompt_once():
     assert len(batch.tokens) == 39 + 8 * 64 == 551
     assert sum(len(b.tokens) for b in packed(group, 10**6, NEVER)) == 8 * (39 + 64)
     assert [len(b.tokens) for b in pack(group, max_tokens=550)] == [39 + 7 * 64, 39 + 64]
-    for n in (SHARE_FROM, SHARE_FROM + 1):  # tokens of the prompt, of which the last is not shared
+    for n in (SHARE_PROMPT_FROM, SHARE_PROMPT_FROM + 1):  # tokens of the prompt, of which the last is not shared
         [batch] = pack([Example.answered(prompt[:n], [a]) for a in (1, 2, 3)], max_tokens=10**6)
-        assert batch.segments.parents == ((-1, 0, 0, 0) if n > SHARE_FROM else (-1, -1, -1))
+        assert batch.segments.parents == ((-1, 0, 0, 0) if n > SHARE_PROMPT_FROM else (-1, -1, -1))
     late = [Example.answered([*prompt, n, 0], [1]) for n in (5, 6)]  # the same for longer than sharing needs, then not
     assert [b.segments.parents for b in pack(late, max_tokens=10**6)] == [(-1, -1)]
 
@@ -214,7 +214,7 @@ def test_an_answer_is_scored_to_its_last_token(prompt, answer):
     example = Example.answered(prompt, answer)
     assert example.tokens == prompt + answer
     assert example.loss_mask == [False] * len(prompt) + [True] * len(answer)
-    assert example.prompt == prompt[:-1]  # its last token predicts, and for each answer another token
+    assert example.prefix == prompt[:-1]  # its last token predicts, and for each answer another token
 
 
 # ----------------------------------------------------------------------------

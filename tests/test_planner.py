@@ -28,7 +28,7 @@ from nanogspo.families import model_config
 from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
-from nanogspo.packing import SHARE_FROM, Example, pack, score
+from nanogspo.packing import SHARE_PROMPT_FROM, Example, pack, score
 from nanogspo.planner import (
     ACTIVATIONS,
     CACHE,
@@ -236,7 +236,7 @@ def test_a_micro_batch_is_as_large_as_its_budget_its_minibatch_or_its_longest_ex
     P=st.integers(1, 6),
     G=st.integers(2, 5),
     updates=st.integers(1, 5),
-    prompt=st.sampled_from([1, 5, SHARE_FROM, SHARE_FROM + 1, 40]),
+    prompt=st.sampled_from([1, 5, SHARE_PROMPT_FROM, SHARE_PROMPT_FROM + 1, 40]),
     answer=st.sampled_from([1, 9]),
     budget=st.sampled_from([1, 50, 130, 10**6]),
 )
