@@ -30,17 +30,19 @@ import sys
 import time
 
 from nanogspo.config import TrainConfig, check, dump, resolve
-from nanogspo.program import main
+from nanogspo.run import program
 
 if __name__ == "__main__":  # flags are read before torch is imported: --help and a wrong flag answer at once
     hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing on"
-    main(__file__, TrainConfig, check, memory=hint)  # runs this file again as a module, calls its `run`, and exits
+    program.main(
+        __file__, TrainConfig, check, memory=hint
+    )  # runs this file again as a module, calls its `run`, and exits
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
-from nanogspo import checkpoint, planner, policy, runstate  # noqa: E402
+from nanogspo import checkpoint, policy, runstate  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.data import Data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
@@ -49,9 +51,10 @@ from nanogspo.experience import Experience, sample_rollout  # noqa: E402
 from nanogspo.objectives import combine, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
-from nanogspo.process import StopRequest, available_memory, peak_memory, run_folder, summary  # noqa: E402
 from nanogspo.quant import packed_layers  # noqa: E402
-from nanogspo.runlog import RunLog, read_rows  # noqa: E402
+from nanogspo.run import curves, planner  # noqa: E402
+from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
+from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
 from nanogspo.runstate import Progress  # noqa: E402
 from nanogspo.tasks import get_task  # noqa: E402
 
@@ -103,10 +106,10 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
     if config.resume:
         state = folder / "state" / "state.safetensors"
         progress, rollout, changed = runstate.resume(state, config, inputs, model, optimizer, len(phases))
+        program.state = state
         print(f"resumed {folder} after update {progress.step}")
-    steps, clip_range = sum(p.steps for p in phases if p.name != "control"), (config.clip_low, config.clip_high)
-    resume_step = progress.step if config.resume else None
-    log = held.enter_context(RunLog(folder, steps=steps, resume_step=resume_step, clip_range=clip_range))
+    steps = sum(phase.steps for phase in phases if phase.name != "control")
+    log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     trainer = Trainer(config, data, model, optimizer, phases, progress, rollout, inputs, folder, log, started)
     if changed:
@@ -327,6 +330,7 @@ class Trainer:
         rollout = self.rollout.state() if self.progress.update else None
         progress = dataclasses.asdict(self.progress)
         runstate.save_state(path, self.model, self.optimizer, progress, rollout, self.inputs)
+        program.state = path
 
     def save_weights(self) -> None:
         """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
@@ -344,8 +348,8 @@ class Trainer:
             if self.stop:
                 self.save_state()
             self.save_weights()
-        picture = self.log.draw()
         self.log.close()
+        picture = curves.draw_curves(self.folder, clip_range=(self.config.clip_low, self.config.clip_high))
         if self.stop:
             again = f"python train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")

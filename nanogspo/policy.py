@@ -10,11 +10,12 @@ import dataclasses
 
 import torch
 
-from nanogspo import checkpoint, lora, planner, tiny
+from nanogspo import checkpoint, lora, tiny
 from nanogspo.config import TrainConfig, resolve
 from nanogspo.device import DTYPES
 from nanogspo.model import Transformer
 from nanogspo.quant import pack_model, packed_layers, weight_count
+from nanogspo.run import planner
 from nanogspo.tasks.base import Task
 from nanogspo.tokenizer import Tokenizer, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""nanogspo/planner.py: the bytes it announces against the bytes that are really there.
+"""nanogspo/run/planner.py: the bytes it announces against the bytes that are really there.
 
 Run: python -m pytest tests/test_planner.py
 """
@@ -29,7 +29,9 @@ from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import SHARE_PROMPT_FROM, Example, pack, score
-from nanogspo.planner import (
+from nanogspo.quant import NF4Linear, put, weight_count
+from nanogspo.rollout import sample
+from nanogspo.run.planner import (
     ACTIVATIONS,
     CACHE,
     ESTIMATES,
@@ -45,9 +47,7 @@ from nanogspo.planner import (
     outline,
     too_large,
 )
-from nanogspo.process import available_memory
-from nanogspo.quant import NF4Linear, put, weight_count
-from nanogspo.rollout import sample
+from nanogspo.run.process import available_memory
 from tests.test_train import script, write_checkpoint
 
 SHAPE = {
@@ -395,7 +395,7 @@ def test_plan_only_reads_no_weights_and_makes_no_folder(without_weights, tmp_pat
     done = script("train.py", *flags, "--plan-only", "--quant", "nf4", "--device", "cpu")
     assert (done.code, done.err) == (0, "") and "  memory: weights " in done.out and "nf4 weights" in done.out
     assert "got a run" not in done.out
-    with patch("nanogspo.process.available_memory", lambda device: 1000):
+    with patch("nanogspo.run.process.available_memory", lambda device: 1000):
         done = script("train.py", *flags, "--plan-only")  # nobody is refused who only asks
         assert done.code == 0 and "got a run of at least" in done.out
         done = script("train.py", *flags)

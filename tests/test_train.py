@@ -31,15 +31,16 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanogspo import checkpoint, objectives, runlog, tiny
+from nanogspo import checkpoint, objectives, tiny
 from nanogspo.cache import KVCache
 from nanogspo.config import PER_CALL, ROOT, TrainConfig
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
 from nanogspo.packing import pack, score
-from nanogspo.process import available_memory, hold
 from nanogspo.rollout import generate
-from nanogspo.runlog import RunLog, read_rows
+from nanogspo.run import log
+from nanogspo.run.log import RunLog, read_rows
+from nanogspo.run.process import available_memory, hold
 from nanogspo.tasks import get_task
 from nanogspo.tokenizer import load_tokenizer
 from tests import oracles
@@ -60,7 +61,7 @@ TINY += "--prompts-per-rollout 4 --group-size 4 --updates-per-rollout 4 --batch-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
     """No picture: matplotlib would take longer than the training. And signal handlers are put back."""
-    monkeypatch.setattr("nanogspo.runlog.draw_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr("nanogspo.run.curves.draw_curves", lambda *args, **kwargs: None)
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on Windows
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -194,7 +195,7 @@ def base(tmp_path_factory):
     """A checkpoint that has seen some sums: its answers are mostly digits. Made by train.py itself."""
     root = tmp_path_factory.mktemp("checkpoint")
     random = write_checkpoint(root / "random")
-    with patch("nanogspo.runlog.draw_curves"):
+    with patch("nanogspo.run.curves.draw_curves"):
         done = train(
             root / "run", "--model", random, *CHECKPOINT, *"--algo sft --lora-r 0 --steps 40 --lr 1e-2".split()
         )
@@ -603,7 +604,7 @@ def test_killed_between_any_two_writes_and_resumed_leaves_what_the_whole_run_lea
     these is what a kill between two of them leaves. Each copy is resumed: no row may be missing, or there twice."""
     flags = [*TINY, *"--warm-steps 2 --warm-until 2 --steps 4 --eval-size 5 --eval-every 2 --save-every 2".split()]
     folder, left = tmp_path / "whole", {}
-    write, replace = runlog._write, os.replace
+    write, replace = log._write, os.replace
 
     def copy(cut=0):
         files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -624,7 +625,7 @@ def test_killed_between_any_two_writes_and_resumed_leaves_what_the_whole_run_lea
         replace(source, target)
         copy()
 
-    with patch("nanogspo.runlog._write", write_and_copy), patch("os.replace", copy_and_replace):
+    with patch("nanogspo.run.log._write", write_and_copy), patch("os.replace", copy_and_replace):
         train(folder, *flags, "--lr", 1e-3)
     rows = logged(folder)
     evals = [(row["step"], row["phase"]) for row in rows if "eval_exact" in row]
@@ -693,7 +694,7 @@ def test_a_signal_at_any_moment_costs_at_most_what_was_not_saved(tmp_path, numbe
 
 
 def test_too_little_memory_switches_recomputing_on_and_says_so(tmp_path, whole):
-    with patch("nanogspo.process.available_memory", lambda device: 1000):
+    with patch("nanogspo.run.process.available_memory", lambda device: 1000):
         done = train(tmp_path / "gspo", *RUNS["gspo"], "--ignore-memory-plan")
     assert "gradient checkpointing is on: training would take " in done.out and "1 kB are free" in done.out
     assert "gradient_checkpointing: 'on'" in (tmp_path / "gspo" / "config.yaml").read_text()
@@ -1098,7 +1099,7 @@ def test_a_system_without_memory_figures_runs_and_says_so(tmp_path, monkeypatch,
     monkeypatch.delattr(os, "sysconf")
     assert available_memory("cpu", str(tmp_path)) == math.inf
     assert capsys.readouterr().out.count("does not say how much memory is free") == 1
-    with patch("nanogspo.process.available_memory", lambda device: math.inf):
+    with patch("nanogspo.run.process.available_memory", lambda device: math.inf):
         done = train(tmp_path / "run", *TINY, "--steps", 2)
     assert "gradient checkpointing" not in done.out and "inf" not in done.out
     assert [row["peak_mem_bytes"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [None, None]

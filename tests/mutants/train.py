@@ -94,6 +94,8 @@ MUTANTS = {
             "                pass  # nothing has changed",
             "a rollout that was thrown away is trained on",
         ),
+        ("        program.state = path\n", "", "a saved state is not told"),
+        ("        program.state = state\n", "", "a resumed state is not told"),
     ],
     "tests/test_planner.py": [
         ("    if config.plan_only:", "    if False:", "--plan-only starts the run"),

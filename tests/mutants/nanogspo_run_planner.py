@@ -1,7 +1,7 @@
-"""Wrong edits of nanogspo/planner.py, one at a time: see tools/mutate.py."""
+"""Wrong edits of nanogspo/run/planner.py, one at a time: see tools/mutate.py."""
 
 # ruff: noqa: E501      an edit is quoted as it stands in the code
-FILE = "nanogspo/planner.py"
+FILE = "nanogspo/run/planner.py"
 MUTANTS = {
     "tests/test_planner.py": [
         ("max(element, 4)", "element", "a CPU's cache counted in bf16"),
