@@ -133,8 +133,7 @@ def test_evaluation_row(tmp_path):
 
 def test_a_killed_run_keeps_its_rows(tmp_path):
     program = (
-        "import os, signal; from nanogspo.config import TrainConfig
-from nanogspo.run.log import RunLog\n"
+        "import os, signal; from nanogspo.run.log import RunLog\n"
         f"log = RunLog({str(tmp_path)!r}, steps=9, quiet=True)\n"
         "for step in range(3): log.step({'step': step, 'algo': 'sft'})\n"
         "log.samples([{'step': 2}]); os.kill(os.getpid(), signal.SIGKILL)"
