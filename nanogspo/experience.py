@@ -36,14 +36,16 @@ class Experience:
     examples: list[Example]  # prompt + answer, loss on the answer
     advantages: Tensor  # (N,)
     minibatches: list[list[MicroBatch]]  # one entry per update
-    old_logp: list[list[Tensor | None]]  # like minibatches: (S,) log-probs before any update; None: not scored apart
+    old_logp: list[
+        list[Tensor | None]
+    ]  # like minibatches: (S,) log-probs before any update, on any device; None: not scored apart
     facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
 
     def state(self) -> dict:
         """What runstate.save_state stores."""
         later = [logp for batches in self.old_logp[1:] for logp in batches]  # the first update has been made
-        old_logp = torch.cat([torch.zeros(0), *later])  # (scored tokens of these,)
+        old_logp = torch.cat([torch.zeros(0), *(logp.cpu() for logp in later)])  # (scored tokens of these,)
         tensors = {"advantages": self.advantages, "old_logp": old_logp}
         return {"examples": self.examples, "facts": self.facts, "tensors": tensors}
 
@@ -133,7 +135,7 @@ def experience(
     minibatches = split_minibatches(examples, advantages, updates, max_tokens)
     with torch.no_grad():
         old_logp = [
-            [score(model, batch.to(device), temperature=temperature)[0].cpu() for batch in batches]
+            [score(model, batch.to(device), temperature=temperature)[0] for batch in batches]
             if update or score_first
             else [None] * len(batches)
             for update, batches in enumerate(minibatches)
@@ -180,7 +182,7 @@ def sampler_gap(experience: Experience, sampled: list[list[float]]) -> float:
     gap = 0.0
     for batches, old in zip(experience.minibatches[1:], experience.old_logp[1:], strict=True):
         for batch, logp in zip(batches, old, strict=True):
-            means = sequence_sums(logp, batch.cu_seqlens) / batch.lengths  # (N,)
+            means = sequence_sums(logp.cpu(), batch.cu_seqlens) / batch.lengths  # (N,)
             drawn = torch.tensor([sum(sampled[i]) / len(sampled[i]) for i in batch.index.tolist()])  # (N,)
             gap = max(gap, (means - drawn).abs().max().item())
     return gap

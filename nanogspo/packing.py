@@ -67,8 +67,17 @@ class MicroBatch:
         return self.cu_seqlens.diff()  # (N,) scored tokens of each example
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        names = ("tokens", "segments", "scored", "targets", "cu_seqlens")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        """All numbers in one copy, which the CPU does not wait for: from pinned memory, to a GPU."""
+        if torch.device(device).type == self.tokens.device.type:
+            return self
+        names, s = ("tokens", "scored", "targets", "cu_seqlens"), self.segments
+        parts = [getattr(self, name) for name in names] + [s.cu_seqlens, s.prefix, s.positions]
+        numbers = torch.cat([part.long() for part in parts])
+        if torch.device(device).type == "cuda":
+            numbers = numbers.pin_memory()
+        *moved, cu_seqlens, prefix, positions = numbers.to(device, non_blocking=True).split([len(x) for x in parts])
+        segments = Segments(cu_seqlens.int(), prefix.int(), positions, s.lengths, s.parents)
+        return replace(self, segments=segments, **dict(zip(names, moved, strict=True)))
 
 
 def pack(examples: list[Example], *, max_tokens: int) -> list[MicroBatch]:

@@ -4,11 +4,13 @@ Run: python -m pytest tests/test_packing.py
 """
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.seq_logprob import token_logprob
 from nanogspo.families import model_config
@@ -96,6 +98,46 @@ def pieces(batch):
 
 # ----------------------------------------------------------------------------
 # the plan
+
+
+class Moves(TorchDispatchMode):
+    """Copies from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            self.seen.append((len(out), kwargs["non_blocking"]))
+        return out
+
+
+def test_a_micro_batch_moves_in_one_copy_that_nobody_waits_for():
+    """To the meta device, which has no numbers to wait for either; shapes and dtypes are those of the CPU's."""
+    [batch] = packed([Example.answered([1, 2, 3, 4], [5] * n) for n in (1, 2, 3)], NEVER, 1)
+    with Moves() as moves:
+        moved = batch.to("meta")
+    names = ["tokens", "scored", "targets", "cu_seqlens"]
+    pairs = [(getattr(batch, name), getattr(moved, name)) for name in names]
+    names = ["cu_seqlens", "prefix", "positions"]
+    pairs += [(getattr(batch.segments, name), getattr(moved.segments, name)) for name in names]
+    assert moves.seen == [(sum(len(here) for here, _ in pairs), True)]
+    assert all(there.is_meta and (here.shape, here.dtype) == (there.shape, there.dtype) for here, there in pairs)
+    assert (moved.segments.lengths, moved.segments.parents) == (batch.segments.lengths, batch.segments.parents)
+    assert moved.index is batch.index and batch.to("cpu") is batch
+    with patch.object(
+        torch.Tensor, "to", lambda t, *device, **how: t.clone()
+    ):  # as if there: every number in its place
+        again = batch.to("meta")
+    assert all(
+        torch.equal(getattr(again, name), here)
+        for name, (here, _) in zip(["tokens", "scored", "targets", "cu_seqlens"], pairs[:4], strict=True)
+    )
+    assert all(
+        torch.equal(getattr(again.segments, name), here) for name, (here, _) in zip(names, pairs[4:], strict=True)
+    )
 
 
 @given(rows=examples(), budget=BUDGETS, share_from=SHARED_FROM)

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_planner.py
 """
 
+import contextlib
 import dataclasses
 import os
 import weakref
@@ -16,8 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels.attention
+import kernels.glu
+import kernels.rms_norm
+import kernels.rope
 from kernels import blocked
 from kernels.attention import Segments
+from kernels.backend import INTERPRETED
 from kernels.blocked import can_block, can_block_head
 from kernels.nf4 import quantize_nf4
 from nanogspo import checkpoint
@@ -41,6 +47,7 @@ from nanogspo.run.planner import (
     batch_tokens,
     decide_checkpointing,
     human,
+    layer_bytes,
     memory_parts,
     memory_report,
     most,
@@ -135,6 +142,37 @@ def test_activations_are_what_autograd_keeps_within_a_tenth(family, dtype, lora_
     [batch] = pack([Example([n] * 65, [False] * 64 + [True]) for n in range(4)], max_tokens=4 * 64)
     config = TrainConfig(algo="sft", batch_size=4, max_new_tokens=1, lora_r=lora_r, lora_dropout=dropout)
     assert 0.9 < memory_parts(config, model, 64)["activations (estimate)"] / kept(model, batch) < 1.1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="wants Triton's interpreter, which plays the GPU here")
+@pytest.mark.parametrize("family, lora_r", [("qwen3", 0), ("qwen3", 4), ("gemma2", 4)])
+def test_activations_of_a_gpu_are_what_its_kernels_keep(family, lora_r):
+    """The Triton kernels save their inputs, in the dtype they have, where torch's operations save fp32 copies."""
+    model = tiny(family, torch.bfloat16, lora_r)
+    [batch] = pack([Example([n] * 17, [False] * 16 + [True]) for n in range(2)], max_tokens=2 * 16)
+    config = TrainConfig(algo="sft", batch_size=2, max_new_tokens=1, lora_r=lora_r, device="cuda")
+    with contextlib.ExitStack() as stack:
+        for module in (kernels.attention, kernels.glu, kernels.rms_norm, kernels.rope):
+            stack.enter_context(patch.object(module, "choose", lambda backend, x: backend or "triton"))
+        saved = kept(model, batch)
+    assert 0.9 < memory_parts(config, model, 16)["activations (estimate)"] / saved < 1.1
+
+
+def test_a_layer_of_qwen3_0_6b_on_a_gpu():
+    """Without checkpointing 45 kB a token; and what sampling and libraries hold there is counted."""
+    raw = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    raw |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
+    raw |= {"tie_word_embeddings": True}
+    config = TrainConfig(lora_r=16, device="cuda", prompts_per_rollout=8, group_size=16)
+    assert 44_000 < layer_bytes(config, model_config(raw), 2) < 46_000
+    parts = memory_parts(config, outline(raw, torch.bfloat16, None), 512)
+    step = 8 * 16 * 151_936 * 4  # one copy of the scores
+    assert parts[SCORES] + parts["CUDA graph of a decode step (estimate)"] == 4 * step
+    assert parts["library workspaces"] == 64 * 2**20
+    on_cpu = memory_parts(dataclasses.replace(config, device="cpu"), outline(raw, torch.bfloat16, None), 512)
+    assert on_cpu[SCORES] == 2 * step and not {"CUDA graph of a decode step (estimate)", "library workspaces"} & {
+        *on_cpu
+    }
 
 
 @FAMILIES

@@ -73,11 +73,6 @@ MUTANTS = {
             "segments=None)[0, batch.scored]",
             "a packed row is read as one sequence",
         ),
-        (
-            'names = ("tokens", "segments", "scored", "targets", "cu_seqlens")',
-            'names = ("tokens", "segments", "scored", "targets")',
-            "offsets stay behind on the CPU",
-        ),
         ("temperature=temperature, softcap=cap,", "softcap=cap,", "sampled at one temperature, scored at another"),
         (
             "not any(e.loss_mask[1:])",
@@ -88,6 +83,17 @@ MUTANTS = {
             "[False] * len(prompt) + [True] * len(answer)",
             "[False] * len(prompt) + [True] * (len(answer) - 1) + [False]",
             "the stop token is not scored",
+        ),
+        (
+            "+ [s.cu_seqlens, s.prefix, s.positions]",
+            "+ [s.prefix, s.cu_seqlens, s.positions]",
+            "segments and their prompts exchanged",
+        ),
+        ("non_blocking=True", "non_blocking=False", "the CPU waits for every micro-batch"),
+        (
+            "Segments(cu_seqlens.int(), prefix.int(),",
+            "Segments(cu_seqlens, prefix,",
+            "other dtypes on a GPU, where kernels want int32",
         ),
     ],
 }
