@@ -14,18 +14,19 @@ import re
 from collections.abc import Iterator
 
 from nanogspo.config import SampleConfig, check_fields
-from nanogspo.program import main
+from nanogspo.run.program import main
 
 if __name__ == "__main__":  # flags before torch: a wrong one answers at once
     hint = "lower --max-new-tokens, or take --dtype bf16 or --quant int8"
     main(__file__, SampleConfig, check_fields, memory=hint, needs_stdout=True)
 
-from nanogspo import checkpoint, planner  # noqa: E402
+from nanogspo import checkpoint  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
 from nanogspo.inputs import read_text  # noqa: E402
 from nanogspo.model import Transformer  # noqa: E402
-from nanogspo.process import available_memory  # noqa: E402
 from nanogspo.rollout import decode, generate  # noqa: E402
+from nanogspo.run import planner  # noqa: E402
+from nanogspo.run.process import available_memory  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 

@@ -18,47 +18,104 @@ The printed loss is about 0 by construction (the advantages of a group sum to 0)
 Exit codes: 0 done, or saved after Ctrl-C, SIGTERM or SIGHUP · 2 one line on stderr says what is wrong and what to do ·
 130 a second Ctrl-C, or one before the model is loaded · 1 with a traceback: a bug.
 
-Sections: 1 configuration · 2 device, seeds · 3 tokenizer, outline · 4 data · 5 plan, folder, model · 6 optimiser ·
-7 resume · 8 the loop · 9 log, evaluate, save.      Lessons: lessons/00_setup.md, lessons/10_gspo.md
+Reading order: run, set_up, phases_of, Trainer: loop, run_phase, update, sft_update, rl_update, and what they call.
+Lessons: lessons/00_setup.md, lessons/10_gspo.md
 """
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import shlex
 import sys
 import time
 
 from nanogspo.config import TrainConfig, check, dump, resolve
-from nanogspo.program import main
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. configuration
+from nanogspo.run import program
 
 if __name__ == "__main__":  # flags are read before torch is imported: --help and a wrong flag answer at once
     hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing on"
-    main(__file__, TrainConfig, check, memory=hint)  # runs this file again as a module, calls its `run`, and exits
+    program.main(
+        __file__, TrainConfig, check, memory=hint
+    )  # runs this file again as a module, calls its `run`, and exits
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
-from nanogspo import checkpoint, lora, planner, runstate, tiny  # noqa: E402
+from nanogspo import checkpoint, policy, runstate  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
-from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
-from nanogspo.evaluation import count_exact, held_out_loss, sample_answers, split  # noqa: E402
-from nanogspo.experience import Experience, experience, sampler_gap  # noqa: E402
-from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
+from nanogspo.data import Data  # noqa: E402
+from nanogspo.device import choose_device, choose_dtype  # noqa: E402
+from nanogspo.evaluation import count_exact, held_out_loss, sample_answers  # noqa: E402
+from nanogspo.experience import Experience, sample_rollout  # noqa: E402
+from nanogspo.objectives import combine, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
-from nanogspo.packing import Example, pack, score  # noqa: E402
-from nanogspo.process import StopRequest, available_memory, peak_memory, run_folder, summary  # noqa: E402
-from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
-from nanogspo.rollout import generate  # noqa: E402
-from nanogspo.runlog import RunLog, read_rows  # noqa: E402
+from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
+from nanogspo.quant import packed_layers  # noqa: E402
+from nanogspo.run import curves, planner  # noqa: E402
+from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
+from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
 from nanogspo.runstate import Progress  # noqa: E402
-from nanogspo.tasks import get_task, shuffled  # noqa: E402
-from nanogspo.tasks.jsonl import load_jsonl  # noqa: E402
-from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from nanogspo.tasks import get_task  # noqa: E402
+
+PROBE_EVERY = 5  # updates; the fraction of right answers climbs by about 1 % an update once it moves, so look often
+
+
+def run(config: TrainConfig) -> None:
+    """One run, from a checked configuration to saved weights. Bad input raises ValueError."""
+    with contextlib.ExitStack() as held:  # the run's folder and its log are closed however the run ends
+        trainer = set_up(config, held)
+        if trainer:
+            trainer.loop()
+            trainer.finish()
+
+
+def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
+    """Everything before the first update. What is cheap to check comes first: no weights are read and no folder is made
+    for a run that is refused. None with --plan-only."""
+    started = time.perf_counter()
+    # device, seeds
+    check(config)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, torch.float32 if config.model == "tiny" else torch.bfloat16)
+    config = resolve(dataclasses.replace(config, device=device, dtype=dtype))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    # tokenizer, the model's outline (shapes without numbers), data, memory
+    task = None if config.data else get_task(config.task, config.task_size or None)
+    config, tokenizer, outline = policy.describe(config, task)
+    chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
+    if task:
+        data = Data.from_task(config, task, chat, outline.config)
+    else:
+        config, data = Data.from_rows(config, chat, outline.config)
+    config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
+    if config.plan_only:
+        return None
+    # folder, model, optimiser
+    folder = held.enter_context(run_folder(config))
+    model = policy.build(config, task)
+    phases = phases_of(config)
+    if config.control and config.algo != "sft" and not config.warm_steps:
+        print("  no control: it continues the SFT of a warm-up, and this run has none (--warm-steps 0)")
+    optimizer = Optimizer(model, weight_decay=config.weight_decay)
+    # resume, log
+    progress, rollout, changed = Progress(), None, []
+    inputs = runstate.inputs(config)
+    if config.resume:
+        state = folder / "state" / "state.safetensors"
+        progress, rollout, changed = runstate.resume(state, config, inputs, model, optimizer, len(phases))
+        program.state = state
+        print(f"resumed {folder} after update {progress.step}")
+    steps = sum(phase.steps for phase in phases if phase.name != "control")
+    log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
+    checkpoint.atomic_write(folder / "config.yaml", dump(config))
+    trainer = Trainer(config, data, model, optimizer, phases, progress, rollout, inputs, folder, log, started)
+    if changed:
+        log.changed(progress.step, changed)
+        trainer.save_state()  # from now on the run is made of these
+    return trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,419 +127,245 @@ class Phase:
     steps: int
     lr: float
     seconds: float = float("inf")  # the control stops by the clock
-    until: float = 1.1  # the warm-up stops at this share of right answers
+    until: float = 1.1  # the warm-up stops at this fraction of right answers
 
 
-def run(config: TrainConfig) -> None:
-    # -----------------------------------------------------------------------------------------------------------------
-    # 2. device, seeds
-
-    check(config)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device, torch.float32 if config.model == "tiny" else torch.bfloat16)
-    config = resolve(dataclasses.replace(config, device=device, dtype=dtype))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    task = None if config.data else get_task(config.task, config.task_size or None)
-    with contextlib.ExitStack() as held:
-        train(config, task, held)
+def phases_of(config: TrainConfig) -> list[Phase]:
+    """What the run consists of. Warm-up and control belong to RL; a control continues a warm-up, so it needs one."""
+    main = Phase(config.algo, config.algo, config.steps, config.lr)
+    if config.algo == "sft" or not config.warm_steps:
+        return [main]
+    warm_up = Phase("sft", "sft", config.warm_steps, config.warm_lr, until=config.warm_until)
+    # SFT instead of RL, for as long as RL took, which is known when RL has ended
+    control = Phase("control", "sft", sys.maxsize, config.warm_lr)
+    return [warm_up, main, control] if config.control else [warm_up, main]
 
 
-def train(config: TrainConfig, task, held: contextlib.ExitStack) -> None:
-    """Sections 3 to 9. held: what to close at the end, however that comes: the run's folder and its log."""
-    started = time.perf_counter()
+@dataclasses.dataclass
+class Trainer:
+    """A run between set_up and finish: what it trains, where it stands, and the loop."""
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 3. tokenizer, and the model's outline: shapes without numbers
+    config: TrainConfig
+    data: Data
+    model: torch.nn.Module
+    optimizer: Optimizer
+    phases: list[Phase]
+    progress: Progress
+    rollout: Experience | None  # the one at hand, while progress.update > 0
+    inputs: dict  # what the run is made of: runstate.inputs
+    folder: pathlib.Path
+    log: RunLog
+    started: float
+    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    proved: bool = False  # a first update's ratios were exactly 1 when its old log-probs were scored apart
 
-    dtype, quant = DTYPES[config.dtype], None if config.quant == "none" else config.quant
-    if config.adapter:  # named wrongly, it is said before a model is fetched
-        checkpoint.resolve(config.adapter, want="adapter")
-    if config.model == "tiny":
-        if task is None:
-            raise ValueError("got --model tiny with --data: its vocabulary is one task's alphabet; want a real --model")
-        tokenizer, raw = tiny.describe(task.characters)
-    else:
-        files = checkpoint.resolve(config.model, want="config")
-        tokenizer, raw = load_tokenizer(files), checkpoint.read_config(files)
-    outline = planner.outline(raw, dtype, quant)
-    if packed_layers(outline) and not config.lora_r:
-        raise ValueError(f"got --lora-r 0 with {config.model}, whose weights are packed in 4 bits; want --lora-r 16")
-    config = resolve(config, weight_count(outline))
-    adapt(outline, config)
-    ranks = sorted({layer.r for layer in lora.lora_layers(outline).values()})
-    if config.adapter and ranks != [config.lora_r]:
-        rank = ", ".join(map(str, ranks))
-        print(f"{config.adapter}: an adapter of rank {rank}, so --lora-r {config.lora_r} is not used")
-        config = dataclasses.replace(config, lora_r=ranks[-1])
-    chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
+    def loop(self) -> None:
+        """Phase after phase, from where the run stands; ends early when asked to stop."""
+        if self.progress.step == 0:
+            self.evaluate("start")
+        while not self.stop:
+            phase, last = self.phases[self.progress.phase], self.progress.phase == len(self.phases) - 1
+            self.run_phase(phase)
+            if self.stop:
+                return
+            if phase.name != "control":  # which a resumed run makes anew
+                self.save_state()  # first, because an evaluation may take longer than a cluster waits after SIGTERM
+            self.evaluate(phase.name, last)
+            if self.stop or last:
+                return
+            self.next_phase()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 4. data
-
-    if config.data:
-        limit, name = min(
-            (config.max_length, "--max-length"), (outline.config.max_positions, "max_position_embeddings")
-        )
-        rows, too_long = load_jsonl(config.data, tokenizer, max_length=limit, template_kwargs=chat.template_kwargs)
-        if too_long:
-            lines = ", ".join(map(str, too_long[:20])) + (", ..." if len(too_long) > 20 else "")
-            print(f"left out {len(too_long)} rows longer than {limit} tokens ({name}): lines {lines}")
-
-        beyond = [row.line for row in rows if max(row.tokens) >= outline.config.vocab_size]
-        if beyond:
-            V = outline.config.vocab_size
-            raise ValueError(f"{config.data}:{beyond[0]}: got token ids beyond the model's {V}; want its own tokenizer")
-
-        config, rows, held_out = split(config, rows)
-
-        def sft_example(n: int) -> Example:
-            epoch, i = divmod(n, len(rows))
-            return rows[shuffled(len(rows), f"{config.seed}-{epoch}")[i]]
-
-        longest_prompt = max(len(row.tokens) for row in rows)
-    else:
-
-        def sft_example(n: int) -> Example:
-            return chat.demonstration(task.train_problem(n, config.seed + SFT_STREAM))
-
-        longest_prompt = max(len(chat.prompt(task.train_problem(n, config.seed))) for n in range(50))
-        if longest_prompt + config.max_new_tokens > outline.config.max_positions:
-            raise ValueError(
-                f"got prompts of {longest_prompt} tokens + --max-new-tokens {config.max_new_tokens}, "
-                f"want at most {outline.config.max_positions} together (max_position_embeddings)"
-            )
-        longest_answer = max(sum(sft_example(n).loss_mask) for n in range(50))
-        if longest_answer > config.max_new_tokens:
-            raise ValueError(
-                f"got --max-new-tokens {config.max_new_tokens} for answers of up to {longest_answer} tokens; "
-                f"want at least {longest_answer}"
-            )
-        held_out = []
-    problems = task.held_out(config.eval_size) if task and config.eval_size else []
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # 5. the plan; then folder, model, adapter
-
-    free = available_memory(config.device)
-    config = planner.decide_checkpointing(config, outline, longest_prompt, free)
-    print(planner.plan(config, outline, longest_prompt))
-    parts = planner.memory_parts(config, outline, longest_prompt)
-    refused = planner.too_large(parts, free, planner.ESTIMATES)
-    if refused and not config.plan_only and not config.ignore_memory_plan:
-        raise ValueError(f"{refused}; or --ignore-memory-plan")
-    if note := refused or planner.too_large(parts, free):
-        print(f"  {note}")
-    if config.plan_only:
-        return
-    folder = held.enter_context(run_folder(config))
-    if config.model == "tiny":
-        _, model = tiny.build(task.characters, seed=config.seed)
-        model.to(config.device, dtype)
-        if quant:
-            pack_model(model, quant)
-    else:
-        model = checkpoint.load(config.model, device=config.device, dtype=dtype, quant=quant)
-    adapt(model, config)
-    model.train()
-    model.gradient_checkpointing = config.gradient_checkpointing == "on"
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # 6. optimiser and schedule
-
-    warm_steps = 0 if config.algo == "sft" else config.warm_steps
-    phases = [Phase("sft", "sft", warm_steps, config.warm_lr, until=config.warm_until)] if warm_steps else []
-    phases.append(Phase(config.algo, config.algo, config.steps, config.lr))
-    if config.control and warm_steps:  # SFT instead of RL, for as long as RL took (known when RL has ended)
-        phases.append(Phase("control", "sft", sys.maxsize, config.warm_lr))
-    elif config.control and config.algo != "sft":
-        print("  no control: it continues the SFT of a warm-up, and this run has none (--warm-steps 0)")
-    optimizer = Optimizer(model, weight_decay=config.weight_decay)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # 7. resume
-
-    progress, rollout, changed = Progress(), None, []
-    state, warm = folder / "state" / "state.safetensors", folder / "state" / "warm.safetensors"
-    made_of = runstate.inputs(config)
-    if config.resume:
-        progress, rollout, changed = runstate.resume(state, config, made_of, model, optimizer, len(phases))
-        print(f"resumed {folder} after update {progress.step}")
-    log = held.enter_context(
-        RunLog(
-            folder,
-            steps=warm_steps + config.steps,
-            resume_step=progress.step if config.resume else None,
-            clip_range=(config.clip_low, config.clip_high),
-        )
-    )
-    checkpoint.atomic_write(folder / "config.yaml", dump(config))
-
-    def save_state() -> None:
-        at_hand = rollout.state() if progress.update else None
-        runstate.save_state(state, model, optimizer, dataclasses.asdict(progress), at_hand, made_of)
-
-    def evaluate(name: str, last: bool = False) -> None:
-        """Stopped in the middle it logs nothing, and the resumed run makes it anew."""
-        where = {"step": progress.step, "phase": name}
-        if log.has(**where, eval_count=config.eval_size):  # killed after this row
-            return
-        if held_out:
-            loss, accuracy = held_out_loss(model, held_out, config, stop)
-            answers = sample_answers(model, chat, held_out, config, log.sampling(3, stop)) if last else []
-            if not stop:
-                log.answers(progress.step, answers)
-                log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
-        if problems:
-            right = count_exact(model, chat, task, problems, config, log.sampling(len(problems), stop))
-            if not stop:
-                log.evaluation(**where, successes=right, count=config.eval_size)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # 8. the loop
-
-    stop, proved = StopRequest(), False
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    if changed:
-        log.changed(progress.step, changed)
-        save_state()  # from now on the run is made of these
-    if progress.step == 0:
-        evaluate("start")
-    while progress.phase < len(phases) and not stop:
-        phase, phase_started = phases[progress.phase], time.perf_counter()
-        while progress.phase_step < phase.steps and not progress.phase_done and not stop:
-            if time.perf_counter() - phase_started >= phase.seconds:
-                break
+    def run_phase(self, phase: Phase) -> None:
+        """Updates until the phase is over: its steps are done, its time is up, or enough answers are right."""
+        progress, config, started = self.progress, self.config, time.perf_counter()
+        while progress.phase_step < phase.steps and not progress.phase_done and not self.stop:
+            if time.perf_counter() - started >= phase.seconds:
+                return
             done = progress.phase_step
             if phase.until <= 1 and done and done % PROBE_EVERY == 0:
-                probe = [task.train_problem(n, config.seed + PROBE_STREAM) for n in range(config.warm_probe)]
-                right = count_exact(model, chat, task, probe, config, log.sampling(len(probe), stop))
-                progress.phase_done = not stop and right >= phase.until * len(probe)  # groups are mixed enough for RL
+                probe = self.data.probe(config.warm_probe)
+                right = self.count_exact(probe)
+                progress.phase_done = not self.stop and right >= phase.until * len(probe)  # groups are mixed enough
             if config.eval_every and done and done % config.eval_every == 0 and not progress.phase_done:
-                evaluate(phase.name)
-            if stop or progress.phase_done:
-                break
-            began = time.perf_counter()
-            lr = learning_rate(
-                progress.phase_step,
-                peak=phase.lr,
-                warmup=config.warmup_updates,
-                total=phase.steps,
-                schedule=config.lr_schedule,
-            )
-            # (weight, facts) of each micro-batch; the weights of an update sum to 1. GRPO's ratios are tokens'
-            metrics, ratios, log_ratios = [], [], []
+                self.evaluate(phase.name)
+            if self.stop or progress.phase_done:
+                return
+            self.update(phase)
 
-            if phase.algo == "sft":
-                draws = range(progress.sft_cursor, progress.sft_cursor + config.batch_size)
-                batches = pack([sft_example(n) for n in draws], max_tokens=config.micro_batch_tokens)
-                total = sum(len(batch.targets) for batch in batches)
-                for batch in batches:
-                    batch = batch.to(config.device)
-                    logp, entropy, right = score(model, batch)  # (S,), (S,), (S,)
-                    loss, facts = sft_loss(logp)
-                    weight = len(logp) / total  # SFT averages over tokens
-                    (loss * weight).backward()
-                    optimizer.accumulate()
-                    facts |= {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()}
-                    metrics.append((weight, facts))
-                progress.sft_cursor += config.batch_size
+    def update(self, phase: Phase) -> None:
+        """One update: losses and gradients, AdamW, a row for the log. Nothing when stopped while it samples."""
+        began, progress, config = time.perf_counter(), self.progress, self.config
+        lr = learning_rate(
+            progress.phase_step,
+            peak=phase.lr,
+            warmup=config.warmup_updates,
+            total=phase.steps,
+            schedule=config.lr_schedule,
+        )
+        if phase.algo == "sft":
+            facts, batches = self.sft_update()
+        else:
+            if progress.update == 0 and not self.new_rollout():
+                return  # nothing has changed since the last update, and that is what is saved
+            facts, batches = self.rl_update(phase.algo)
+        norm = self.optimizer.step(lr, config.grad_clip)
+        progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
+        seconds = time.perf_counter() - began
+        row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **facts}
+        row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
+        self.log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
+        if phase.name != "control" and progress.step % config.save_every == 0:
+            self.save_state()
 
-            else:
-                if progress.update == 0:
-                    on_step = log.sampling(config.prompts_per_rollout * config.group_size, stop)
-                    rollout = sample_rollout(model, chat, task, config, progress, on_step, score_first=not proved)
-                    if rollout is None:  # stopped: nothing has changed since the last update, and that is what is saved
-                        break
-                    log.samples(rollout.samples)
-                    progress.rl_cursor += config.prompts_per_rollout
-                batches, old = rollout.minibatches[progress.update], rollout.old_logp[progress.update]
-                trained = sum(len(batch.index) for batch in batches)
-                items = trained if phase.algo == "gspo" else sum(len(batch.targets) for batch in batches)
-                share = trained / (len(rollout.examples) // config.updates_per_rollout)  # the others' gradient is 0
-                for batch, old_logp in zip(batches, old, strict=True):
-                    A = rollout.advantages[batch.index].to(config.device)  # (N,)
-                    batch = batch.to(config.device)
-                    logp, entropy, _ = score(model, batch, temperature=config.temperature)  # (S,), (S,), (S,)
-                    old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (S,)
-                    if phase.algo == "gspo":  # one ratio per answer
-                        seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
-                        old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
-                        loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, **clip)
-                        log_ratios.append((seq_logp.detach() - old_seq_logp) / batch.lengths)  # (N,)
-                    else:  # grpo: one ratio per token
-                        loss, facts = grpo_loss(logp, old_logp, batch.cu_seqlens, A, **clip)
-                        log_ratios.append(logp.detach() - old_logp)  # (S,)
-                    weight, loss = len(batch.index) / trained, loss * share  # both average over answers, of all
-                    (loss * weight).backward()
-                    optimizer.accumulate()
-                    entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()  # over answers, too
-                    metrics.append((weight, {"loss": loss, "entropy": entropy, "trained_frac": share}))
-                    ratios.append((len(log_ratios[-1]) / items, facts))
-                facts = combine(ratios)
-                if progress.update == 0:
-                    if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
-                        raise AssertionError(
-                            f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
-                            "want exactly 1.0; old and new log-probs were not scored the same way"
-                        )
-                    proved = True  # the two passes agree to the last bit: later rollouts need only one
-                progress.update = (progress.update + 1) % config.updates_per_rollout
+    def sft_update(self) -> tuple[dict[str, float], list[MicroBatch]]:
+        """The gradient of the mean loss over all scored tokens of a batch of examples."""
+        config, cursor = self.config, self.progress.sft_cursor
+        examples = [self.data.sft_example(n) for n in range(cursor, cursor + config.batch_size)]
+        batches = pack(examples, max_tokens=config.micro_batch_tokens)
+        total, metrics = sum(len(batch.targets) for batch in batches), []
+        for batch in batches:
+            batch = batch.to(config.device)
+            logp, entropy, right = score(self.model, batch)  # (S,), (S,), (S,)
+            loss, facts = sft_loss(logp)
+            weight = len(logp) / total  # the weights of an update sum to 1
+            (loss * weight).backward()
+            self.optimizer.accumulate()
+            facts |= {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()}
+            metrics.append((weight, facts))
+        self.progress.sft_cursor += config.batch_size
+        return combine(metrics), batches
 
-            norm = optimizer.step(lr, config.grad_clip)
-            progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
+    def new_rollout(self) -> bool:
+        """Sample answers and score them. False when stopped meanwhile: the answers are thrown away."""
+        config, progress = self.config, self.progress
+        self.rollout = sample_rollout(
+            self.model,
+            self.data.chat,
+            self.data.task,
+            config,
+            first_problem=progress.rl_cursor,
+            step=progress.step + 1,
+            score_first=not self.proved,
+            on_step=self.log.sampling(config.prompts_per_rollout * config.group_size, self.stop),
+        )
+        if self.rollout is None:
+            return False
+        self.log.samples(self.rollout.samples)
+        progress.rl_cursor += config.prompts_per_rollout
+        return True
 
-            # ---------------------------------------------------------------------------------------------------------
-            # 9. log, evaluate, save
+    def rl_update(self, algo: str) -> tuple[dict[str, float], list[MicroBatch]]:
+        """The gradient of the clipped objective over one minibatch of the rollout at hand."""
+        config, rollout, update = self.config, self.rollout, self.progress.update
+        batches, old = rollout.minibatches[update], rollout.old_logp[update]
+        trained = sum(len(batch.index) for batch in batches)
+        # answers without an advantage are not scored: their gradient is 0, and they count in the average
+        trained_fraction = trained / (len(rollout.examples) // config.updates_per_rollout)
+        ratios_total = trained if algo == "gspo" else sum(len(batch.targets) for batch in batches)
+        metrics, ratios, log_ratios = [], [], []
+        for batch, old_logp in zip(batches, old, strict=True):
+            A = rollout.advantages[batch.index].to(config.device, non_blocking=True)  # (N,)
+            batch = batch.to(config.device)
+            logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (S,), (S,), (S,)
+            old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (S,)
+            loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch, A, config)
+            weight, loss = len(batch.index) / trained, loss * trained_fraction  # both average over answers, of all
+            (loss * weight).backward()
+            self.optimizer.accumulate()
+            entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()  # over answers, too
+            metrics.append((weight, {"loss": loss, "entropy": entropy}))
+            ratios.append((len(log_ratio) / ratios_total, facts))
+            log_ratios.append(log_ratio)
+        facts = combine(metrics, ratios, [(1.0, ratio_quantiles(log_ratios))])
+        if update == 0:
+            if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
+                raise AssertionError(
+                    f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
+                    "want exactly 1.0; old and new log-probs were not scored the same way"
+                )
+            self.proved = True  # the two passes agree to the last bit: later rollouts need only one
+        self.progress.update = (update + 1) % config.updates_per_rollout
+        return facts | rollout.facts | {"trained_frac": trained_fraction}, batches
 
-            seconds = time.perf_counter() - began
-            row = {
-                "step": progress.step,
-                "algo": phase.algo,
-                "phase": phase.name,
-                **combine(metrics),
-                **combine(ratios),
-            }
-            row |= {} if phase.algo == "sft" else rollout.facts | ratio_quantiles(log_ratios)
-            row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
-            log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
-            if phase.name != "control" and progress.step % config.save_every == 0:
-                save_state()
+    def count_exact(self, problems: list) -> int:
+        on_step = self.log.sampling(len(problems), self.stop)
+        return count_exact(self.model, self.data.chat, self.data.task, problems, self.config, on_step)
 
-        if not stop:
-            if phase.name != "control":  # which a resumed run makes anew
-                save_state()  # first, because an evaluation may take longer than a cluster waits after SIGTERM
-            evaluate(phase.name, last=phase is phases[-1])
-        if stop or phase is phases[-1]:
-            break
-        if phases[progress.phase + 1].name != "control":
-            runstate.save_state(warm, model, optimizer, dataclasses.asdict(progress), None, made_of)
-            optimizer = Optimizer(model, weight_decay=config.weight_decay)
-        else:  # the RL result is kept; then back to the end of the warm-up, its optimiser included
-            save_weights(model, tokenizer, config, folder)
-            optimizer = Optimizer(model, weight_decay=config.weight_decay)
-            saved, _ = runstate.load_state(warm, model, optimizer)
+    def evaluate(self, name: str, last: bool = False) -> None:
+        """Held-out problems or rows. Stopped in the middle it logs nothing, and the resumed run makes it anew."""
+        config, data, log = self.config, self.data, self.log
+        where = {"step": self.progress.step, "phase": name}
+        if log.has(**where, eval_count=config.eval_size):  # killed after this row
+            return
+        if data.held_out:
+            loss, accuracy = held_out_loss(self.model, data.held_out, config, self.stop)
+            on_step = log.sampling(3, self.stop)
+            answers = sample_answers(self.model, data.chat, data.held_out, config, on_step) if last else []
+            if not self.stop:
+                log.answers(self.progress.step, answers)
+                log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
+        if data.problems:
+            right = self.count_exact(data.problems)
+            if not self.stop:
+                log.evaluation(**where, successes=right, count=config.eval_size)
+
+    def next_phase(self) -> None:
+        """A fresh optimiser; the control also goes back to the weights at the end of the warm-up."""
+        progress, config, warm = self.progress, self.config, self.folder / "state" / "warm.safetensors"
+        if self.phases[progress.phase + 1].name != "control":
+            self.save_state(warm)
+            self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
+        else:
+            self.save_weights()  # RL's result is kept
+            self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
+            saved, _ = runstate.load_state(warm, self.model, self.optimizer)
             progress.sft_cursor = saved["sft_cursor"]
-            spent = sum(row["step_s"] for row in read_rows(folder / "metrics.jsonl") if row.get("algo") == config.algo)
-            phases[-1] = dataclasses.replace(phases[-1], seconds=spent)
+            rows = read_rows(self.folder / "metrics.jsonl")
+            seconds = sum(row["step_s"] for row in rows if row.get("algo") == config.algo)
+            self.phases[-1] = dataclasses.replace(self.phases[-1], seconds=seconds)
         progress.phase, progress.phase_step, progress.phase_done = progress.phase + 1, 0, False
 
-    if phases[progress.phase].name != "control":
-        if stop:
-            save_state()
-        save_weights(model, tokenizer, config, folder)
-    picture = log.draw()
-    log.close()
-    if stop:
-        print(
-            f"stopped after update {progress.step}; continue with: python train.py --resume {shlex.quote(str(folder))}"
-        )
-    else:
-        example = task and (problems or [task.train_problem(0, config.seed)])[0]
-        if example:
-            example = example.messages[-1]["content"] if tokenizer.has_chat_template else example.text
-        print(summary(config, folder, picture, example, time.perf_counter() - started))
+    def save_state(self, path: pathlib.Path | None = None) -> None:
+        path = path or self.folder / "state" / "state.safetensors"
+        rollout = self.rollout.state() if self.progress.update else None
+        progress = dataclasses.asdict(self.progress)
+        runstate.save_state(path, self.model, self.optimizer, progress, rollout, self.inputs)
+        program.state = path
 
+    def save_weights(self) -> None:
+        """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
+        config, model, folder = self.config, self.model, self.folder
+        if config.lora_r:
+            checkpoint.save_adapter(model, folder / "adapter", base=config.model)
+        if config.save_merged and packed_layers(model):
+            print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
+        if config.save_merged or not config.lora_r or config.model == "tiny":  # whose base is saved nowhere else
+            checkpoint.save(model, folder / "model", tokenizer=self.data.chat.tokenizer)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the recipe calls, in the order it calls it
-
-# seeds apart from the rollouts' own: three different orders of the training problems
-SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
-PROBE_EVERY = 5  # updates; the share climbs by about 1 % an update once it moves, so look often
-
-
-def adapt(model, config: TrainConfig) -> None:
-    """Add the adapter to train: the one from --adapter, or a fresh one; with --lora-r 0, none."""
-    if config.adapter:
-        checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
-    elif config.lora_r:
-        lora.add_lora(
-            model,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            targets=[t.strip() for t in config.lora_targets.split(",") if t.strip()],
-            dropout=config.lora_dropout,
-            seed=config.seed,
-        )
-
-
-def sample_rollout(
-    model, chat: Chat, task, config: TrainConfig, progress: Progress, on_step, *, score_first: bool
-) -> Experience | None:
-    """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early."""
-    problems = [task.train_problem(progress.rl_cursor + i, config.seed) for i in range(config.prompts_per_rollout)]
-    prompts = [chat.prompt(p) for p in problems]
-    answers = generate(
-        model,
-        prompts,
-        group_size=config.group_size,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        eos_ids=chat.tokenizer.eos_ids,
-        seed=config.seed,
-        first_prompt=progress.rl_cursor,
-        max_rows=config.rollout_rows,
-        on_step=on_step,
-    )
-    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
-        return None
-    asked = [problems[a.prompt_index] for a in answers]
-    texts = [chat.text(a.tokens) for a in answers]
-    rewards = [task.reward(p, text) for p, text in zip(asked, texts, strict=True)]
-    table = torch.tensor(rewards).view(-1, config.group_size)  # (P, G)
-    advantages = group_advantages(table, divide_by_std=config.divide_by_std).flatten()  # (N,)
-    examples = [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers]
-    rollout = experience(
-        model,
-        examples,
-        advantages,
-        updates=config.updates_per_rollout,
-        max_tokens=config.micro_batch_tokens,
-        temperature=config.temperature,
-        device=config.device,
-        score_first=score_first,
-    )
-    N = len(answers)
-    rollout.facts = {
-        "reward": table.mean().item(),
-        "reward_std": table.std(dim=1).mean().item(),
-        "exact": sum(task.exact(p, text) for p, text in zip(asked, texts, strict=True)) / N,
-        "zero_spread_frac": (table.amax(1) == table.amin(1)).float().mean().item(),
-        "truncated_frac": sum(not a.finished for a in answers) / N,
-        "answer_len": sum(len(a.tokens) for a in answers) / N,
-        "sampler_gap_max": sampler_gap(rollout, [a.logp for a in answers]),
-    }
-    read = [chat.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
-    for a, text, reward, A in zip(answers, texts, rewards, advantages.tolist(), strict=True):
-        row = {"step": progress.step + 1, "prompt": read[a.prompt_index], "answer": text, "reward": reward}
-        rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens)})
-    return rollout
-
-
-def combine(metrics: list[tuple[float, dict]]) -> dict[str, float]:
-    """Metrics of an update from those of its micro-batches: minima, maxima, and weighted means of the rest."""
-    out = {}
-    for key in metrics[0][1] if metrics else ():
-        values = [(weight, float(torch.as_tensor(facts[key]).detach())) for weight, facts in metrics]
-        if key.endswith(("_min", "_max")):
-            out[key] = (min if key.endswith("_min") else max)(v for _, v in values)
+    def finish(self) -> None:
+        """Save, draw the curves, and say where things are."""
+        if self.phases[self.progress.phase].name != "control":
+            if self.stop:
+                self.save_state()
+            self.save_weights()
+        self.log.close()
+        picture = curves.draw_curves(self.folder, clip_range=(self.config.clip_low, self.config.clip_high))
+        if self.stop:
+            again = f"python train.py --resume {shlex.quote(str(self.folder))}"
+            print(f"stopped after update {self.progress.step}; continue with: {again}")
         else:
-            out[key] = sum(w * v for w, v in values)
-    if "ratio_std" in out:  # of the whole update: mean square minus squared mean
-        squares = (w * (float(facts["ratio_std"]) ** 2 + float(facts["ratio_mean"]) ** 2) for w, facts in metrics)
-        out["ratio_std"] = max(0.0, sum(squares) - out["ratio_mean"] ** 2) ** 0.5
-    if "perplexity" in out:
-        out["perplexity"] = math.exp(min(out["loss"], 700.0))
-    return out
+            seconds = time.perf_counter() - self.started
+            print(summary(self.config, self.folder, picture, self.data.example_prompt(), seconds))
 
 
-def save_weights(model, tokenizer: Tokenizer, config: TrainConfig, folder: pathlib.Path) -> None:
-    """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
-    if config.lora_r:
-        checkpoint.save_adapter(model, folder / "adapter", base=config.model)
-    if config.save_merged and packed_layers(model):
-        print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
-    if config.save_merged or not config.lora_r or config.model == "tiny":  # whose base is saved nowhere else
-        checkpoint.save(model, folder / "model", tokenizer=tokenizer)
+def policy_loss(
+    algo: str, logp: Tensor, old_logp: Tensor, batch: MicroBatch, advantages: Tensor, config: TrainConfig
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(loss, what its ratios look like, log-ratios of answers (N,) for GSPO or of tokens (S,) for GRPO)."""
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    if algo == "grpo":  # one ratio per token
+        return *grpo_loss(logp, old_logp, batch.cu_seqlens, advantages, **clip), logp.detach() - old_logp
+    seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
+    old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
+    log_ratio = (seq_logp.detach() - old_seq_logp) / batch.lengths  # (N,)
+    return *gspo_loss(seq_logp, old_seq_logp, batch.lengths, advantages, **clip), log_ratio

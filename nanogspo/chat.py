@@ -6,7 +6,7 @@ Tests: tests/test_train.py
 import dataclasses
 
 from nanogspo.packing import Example
-from nanogspo.tasks import Problem
+from nanogspo.tasks.base import Problem
 from nanogspo.tokenizer import Tokenizer, conversation_examples
 
 

@@ -72,7 +72,7 @@ class TrainConfig:
     warm_steps: int = flag(0, "at most this many SFT updates on the task's own answers before RL starts")
     warm_until: float = flag(
         0.3,
-        "end the warm-up once this share of warm_probe fresh training problems is answered right; 2: never",
+        "end the warm-up once this fraction of warm_probe fresh training problems is answered right; 2: never",
         high=2,
         exclude=0,
     )
@@ -389,11 +389,13 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
 
 
 def check_fields(config: TrainConfig | SampleConfig) -> None:
-    """Every field by itself. nan passes no comparison; infinity is beyond every bound."""
+    """Every field by itself, by what stands beside it. nan passes no comparison; infinity is beyond every bound."""
     for f in dataclasses.fields(config):
         name, value, (low, high, exclude) = flag_name(f.name), getattr(config, f.name), f.metadata["bounds"]
         if f.type is str and re.search("[\0\ud800-\udfff]", value):
             raise ValueError(f"got {name} {value!a}, want UTF-8 text")
+        if f.metadata["choices"] and value not in f.metadata["choices"]:
+            raise ValueError(f"got {name} {value!r:.40}, want one of {', '.join(f.metadata['choices'])}")
         if f.type in (int, float) and (not low <= value <= high or value == exclude):
             above, below = "more than " * (exclude == low), "less than " * (exclude == high)
             raise ValueError(f"got {name} {value!r:.40}, want {above}{low} to {below}{high}")

@@ -3,6 +3,8 @@
     device auto     cuda where torch sees a GPU, else cpu
     dtype auto      bf16, as published checkpoints are stored; fp32 on a CPU that cannot multiply bf16 numbers
 
+A GPU older than sm_80 (T4, V100) has no bf16 units either: there only --dtype fp32 is accepted.
+
 Tests: tests/test_device.py
 """
 
@@ -26,11 +28,15 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str, device: str, stored: torch.dtype = torch.bfloat16) -> str:
-    """ "auto", "bf16" or "fp32" -> "bf16" or "fp32". Where a CPU lacks bf16 units, stderr says so.
+    """ "auto", "bf16" or "fp32" -> "bf16" or "fp32". Where a CPU lacks bf16 units, stderr says so; where a GPU does, a
+    ValueError.
 
     stored  dtype of the checkpoint: on a CPU only bf16 weights stay bf16. (fp16 becomes fp32: no digit is lost, and few
             CPUs multiply it.) A GPU computes in bf16 whatever the file holds
     """
+    if device == "cuda" and dtype != "fp32" and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        raise ValueError(f"got --dtype {dtype} on a GPU of sm_{major}{minor}, without bf16 units; want --dtype fp32")
     if dtype != "auto":
         return dtype
     if device == "cuda":

@@ -13,13 +13,13 @@ import math
 
 import torch
 
-from nanogspo import planner
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
 from nanogspo.packing import pack, score
 from nanogspo.rollout import generate
-from nanogspo.tasks import Problem
+from nanogspo.run import planner
+from nanogspo.tasks.base import Problem
 from nanogspo.tasks.jsonl import Example
 
 

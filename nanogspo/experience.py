@@ -1,7 +1,10 @@
-"""A rollout that is ready to be trained on: examples, advantages, the plan of its micro-batches, old log-probs.
+"""A rollout that is ready to be trained on: examples, advantages, micro-batches, old log-probs.
 
-The plan is a pure function of examples and advantages, so a saved experience is these and its old log-probs; a resumed
-run cuts them the same way and goes on in the middle of the rollout.
+    sample_rollout     prompts -> answers -> rewards -> advantages -> experience
+    experience         examples and advantages -> micro-batches and their old log-probs
+
+Micro-batches are a pure function of examples and advantages, so a saved experience is these and its old log-probs; a
+resumed run cuts them the same way and goes on in the middle of the rollout.
 
 Two forward passes are skipped because they cannot change the update. An answer with advantage 0 (all of a group whose
 rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages. And the
@@ -11,12 +14,19 @@ Tests: tests/test_train.py, tests/test_runstate.py
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernels.seq_logprob import sequence_sums
+from nanogspo.chat import Chat
+from nanogspo.config import TrainConfig
+from nanogspo.model import Transformer
+from nanogspo.objectives import group_advantages
 from nanogspo.packing import Example, MicroBatch, pack, score
+from nanogspo.rollout import generate
+from nanogspo.tasks.base import Task
 
 
 @dataclasses.dataclass
@@ -26,20 +36,88 @@ class Experience:
     examples: list[Example]  # prompt + answer, loss on the answer
     advantages: Tensor  # (N,)
     minibatches: list[list[MicroBatch]]  # one entry per update
-    old_logp: list[list[Tensor | None]]  # like minibatches: (S,) log-probs before any update; None: not scored apart
+    old_logp: list[
+        list[Tensor | None]
+    ]  # like minibatches: (S,) log-probs before any update, on any device; None: not scored apart
     facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
 
     def state(self) -> dict:
         """What runstate.save_state stores."""
         later = [logp for batches in self.old_logp[1:] for logp in batches]  # the first update has been made
-        old_logp = torch.cat([torch.zeros(0), *later])  # (scored tokens of these,)
+        old_logp = torch.cat([torch.zeros(0), *(logp.cpu() for logp in later)])  # (scored tokens of these,)
         tensors = {"advantages": self.advantages, "old_logp": old_logp}
         return {"examples": self.examples, "facts": self.facts, "tensors": tensors}
 
 
+def sample_rollout(
+    model: Transformer,
+    chat: Chat,
+    task: Task,
+    config: TrainConfig,
+    *,
+    first_problem: int,
+    step: int,
+    score_first: bool,
+    on_step: Callable[[int, int], bool],
+) -> Experience | None:
+    """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early.
+
+    first_problem  number of the first of the task's training problems, which also seeds the sampling
+    step           the update that is the first to use the rollout: a row of samples.jsonl says so
+    score_first    see `experience`
+    """
+    problems = [task.train_problem(first_problem + i, config.seed) for i in range(config.prompts_per_rollout)]
+    prompts = [chat.prompt(p) for p in problems]
+    answers = generate(
+        model,
+        prompts,
+        group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        eos_ids=chat.tokenizer.eos_ids,
+        seed=config.seed,
+        first_prompt=first_problem,
+        max_rows=config.rollout_rows,
+        on_step=on_step,
+    )
+    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
+        return None
+    asked = [problems[a.prompt_index] for a in answers]
+    texts = [chat.text(a.tokens) for a in answers]
+    rewards = [task.reward(p, text) for p, text in zip(asked, texts, strict=True)]
+    table = torch.tensor(rewards).view(-1, config.group_size)  # (P, G)
+    advantages = group_advantages(table, divide_by_std=config.divide_by_std).flatten()  # (N,)
+    examples = [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers]
+    rollout = experience(
+        model,
+        examples,
+        advantages,
+        updates=config.updates_per_rollout,
+        max_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+        device=config.device,
+        score_first=score_first,
+    )
+    N = len(answers)
+    rollout.facts = {
+        "reward": table.mean().item(),
+        "reward_std": table.std(dim=1).mean().item(),
+        "exact": sum(task.exact(p, text) for p, text in zip(asked, texts, strict=True)) / N,
+        "zero_spread_frac": (table.amax(1) == table.amin(1)).float().mean().item(),
+        "truncated_frac": sum(not a.finished for a in answers) / N,
+        "answer_len": sum(len(a.tokens) for a in answers) / N,
+        "sampler_gap_max": sampler_gap(rollout, [a.logp for a in answers]),
+    }
+    read = [chat.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
+    for a, text, reward, A in zip(answers, texts, rewards, advantages.tolist(), strict=True):
+        row = {"step": step, "prompt": read[a.prompt_index], "answer": text, "reward": reward}
+        rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens)})
+    return rollout
+
+
 def experience(
-    model,
+    model: Transformer,
     examples: list[Example],
     advantages: Tensor,
     *,
@@ -49,12 +127,15 @@ def experience(
     device: str,
     score_first: bool = True,
 ) -> Experience:
-    """Plan the micro-batches and score them before any update: with the kernels, shapes and dtypes of the updates to
-    come, so that the first update's ratios are exactly 1. score_first=False trusts in that and leaves the first out."""
-    minibatches = plan(examples, advantages, updates, max_tokens)
+    """Cut the rollout into micro-batches and score them before any update.
+
+    With the kernels, shapes and dtypes of the updates to come, so that the first update's ratios are exactly 1.
+    score_first=False trusts in that and skips the first update's micro-batches.
+    """
+    minibatches = split_minibatches(examples, advantages, updates, max_tokens)
     with torch.no_grad():
         old_logp = [
-            [score(model, batch.to(device), temperature=temperature)[0].cpu() for batch in batches]
+            [score(model, batch.to(device), temperature=temperature)[0] for batch in batches]
             if update or score_first
             else [None] * len(batches)
             for update, batches in enumerate(minibatches)
@@ -65,7 +146,7 @@ def experience(
 def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
     """The inverse of Experience.state(), but for the first update's old log-probs. ValueError if it does not fit."""
     examples, tensors = saved["examples"], saved["tensors"]
-    first, *later = minibatches = plan(examples, tensors["advantages"], updates, max_tokens)
+    first, *later = minibatches = split_minibatches(examples, tensors["advantages"], updates, max_tokens)
     sizes = [len(b.targets) for batches in later for b in batches]
     if sum(sizes) != len(tensors["old_logp"]):
         raise ValueError(
@@ -77,7 +158,9 @@ def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
     return Experience(examples, tensors["advantages"], minibatches, old_logp, saved["facts"])
 
 
-def plan(examples: list[Example], advantages: Tensor, updates: int, max_tokens: int) -> list[list[MicroBatch]]:
+def split_minibatches(
+    examples: list[Example], advantages: Tensor, updates: int, max_tokens: int
+) -> list[list[MicroBatch]]:
     """The examples in `updates` equal minibatches, in order (so whole groups stay together where they can), each cut
     into micro-batches of those with an advantage. `index` counts over the whole rollout.
 
@@ -99,7 +182,7 @@ def sampler_gap(experience: Experience, sampled: list[list[float]]) -> float:
     gap = 0.0
     for batches, old in zip(experience.minibatches[1:], experience.old_logp[1:], strict=True):
         for batch, logp in zip(batches, old, strict=True):
-            means = sequence_sums(logp, batch.cu_seqlens) / batch.lengths  # (N,)
+            means = sequence_sums(logp.cpu(), batch.cu_seqlens) / batch.lengths  # (N,)
             drawn = torch.tensor([sum(sampled[i]) / len(sampled[i]) for i in batch.index.tolist()])  # (N,)
             gap = max(gap, (means - drawn).abs().max().item())
     return gap

@@ -19,6 +19,8 @@ Lesson: lessons/10_gspo.md       Tests: tests/test_objectives.py
 Shapes: P prompts, G answers to each; N sequences; S their tokens, packed end to end.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -110,15 +112,15 @@ def grpo_loss(
     """
     lengths = cu_seqlens.diff()  # (N,)
     _check("lengths", lengths, advantages=advantages)
-    _check_lengths(lengths)
-    per_token = advantages.repeat_interleave(lengths)  # (S,)
-    _check("logp", logp, old_logp=old_logp, tokens_of_cu_seqlens=per_token)
+    _check("logp", logp, old_logp=old_logp)
+    _check_lengths(lengths, len(logp))
+    per_token = advantages.repeat_interleave(lengths, output_size=len(logp))  # (S,)
     log_ratio = _at_least_float32(logp) - old_logp.detach()  # (S,)
     objective, metrics = _clipped(log_ratio, per_token, clip_low, clip_high)  # (S,)
     return -(sequence_sums(objective, cu_seqlens) / lengths).mean(), metrics
 
 
-def ratio_quantiles(log_ratios: list[Tensor]) -> dict[str, float]:
+def ratio_quantiles(log_ratios: list[Tensor]) -> dict[str, Tensor]:
     """Where the ratios of one update lie. Over all of its micro-batches: it cannot be had from each one's quantiles.
 
         ratio_p05, ratio_p50, ratio_p95 = the ratios at 5 %, 50 % and 95 % of the way from smallest to largest
@@ -129,7 +131,30 @@ def ratio_quantiles(log_ratios: list[Tensor]) -> dict[str, float]:
     if not log_ratios:
         return {}
     ordered = torch.cat(log_ratios).exp().sort().values  # (N,)
-    return {f"ratio_p{p:02}": ordered[round(p / 100 * (len(ordered) - 1))].item() for p in (5, 50, 95)}
+    return {f"ratio_p{p:02}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (5, 50, 95)}
+
+
+def combine(*parts: list[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:
+    """Metrics of an update from those of its micro-batches: minima, maxima, and weighted means of the rest.
+
+    parts    each [(weight, {name: scalar}), ...], an entry a micro-batch; the weights of a part sum to 1
+    returns  numbers, all read at once: a GPU is waited for once an update
+    """
+    scalars = [value.detach().float() for part in parts for _, facts in part for value in facts.values()]
+    numbers, out = iter(torch.stack(scalars).tolist() if scalars else ()), {}
+    for part in parts:
+        rows = [(weight, {key: next(numbers) for key in facts}) for weight, facts in part]
+        for key in rows[0][1] if rows else ():
+            if key.endswith(("_min", "_max")):
+                out[key] = (min if key.endswith("_min") else max)(facts[key] for _, facts in rows)
+            else:
+                out[key] = sum(weight * facts[key] for weight, facts in rows)
+        if rows and "ratio_std" in rows[0][1]:  # of the whole update: mean square minus squared mean
+            squares = sum(weight * (facts["ratio_std"] ** 2 + facts["ratio_mean"] ** 2) for weight, facts in rows)
+            out["ratio_std"] = max(0.0, squares - out["ratio_mean"] ** 2) ** 0.5
+    if "perplexity" in out:
+        out["perplexity"] = math.exp(min(out["loss"], 700.0))
+    return out
 
 
 def sft_loss(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -182,7 +207,12 @@ def _check(name: str, first: Tensor, **others: Tensor) -> None:
         raise ValueError(f"got {shapes}, want one dimension, the same and not 0; check what was packed")
 
 
-def _check_lengths(lengths: Tensor) -> None:
+def _check_lengths(lengths: Tensor, total: int | None = None) -> None:
+    """On a CPU. A GPU would have to be waited for, and gets its lengths from packing.pack, which has checked them."""
+    if not lengths.is_cpu:
+        return
     if (lengths < 1).any():
         empty = (lengths < 1).nonzero().flatten().tolist()
         raise ValueError(f"got empty answers at {empty[:8]}, want one token or more in each; drop them before the loss")
+    if total is not None and lengths.sum() != total:
+        raise ValueError(f"got {lengths.sum()} tokens in cu_seqlens, want {total}, as in logp; check what was packed")

@@ -30,7 +30,7 @@ from nanogspo.model import Transformer
 
 # Prompts shorter than this are repeated: a piece of attention more a prompt and layer costs a CPU about 0.1 ms, as much
 # as some 10 tokens of a small model
-SHARE_FROM = 16
+SHARE_PROMPT_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Example:
         return cls(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
     @property
-    def prompt(self) -> list[int]:
-        """What stands before the token that predicts the first scored one."""
+    def prefix(self) -> list[int]:
+        """The prompt without its last token: what stands before the token that predicts the first scored one."""
         return self.tokens[: self.loss_mask.index(True, 1) - 1]
 
 
@@ -67,8 +67,17 @@ class MicroBatch:
         return self.cu_seqlens.diff()  # (N,) scored tokens of each example
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        names = ("tokens", "segments", "scored", "targets", "cu_seqlens")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        """All numbers in one copy, which the CPU does not wait for: from pinned memory, to a GPU."""
+        if torch.device(device).type == self.tokens.device.type:
+            return self
+        names, s = ("tokens", "scored", "targets", "cu_seqlens"), self.segments
+        parts = [getattr(self, name) for name in names] + [s.cu_seqlens, s.prefix, s.positions]
+        numbers = torch.cat([part.long() for part in parts])
+        if torch.device(device).type == "cuda":
+            numbers = numbers.pin_memory()
+        *moved, cu_seqlens, prefix, positions = numbers.to(device, non_blocking=True).split([len(x) for x in parts])
+        segments = Segments(cu_seqlens.int(), prefix.int(), positions, s.lengths, s.parents)
+        return replace(self, segments=segments, **dict(zip(names, moved, strict=True)))
 
 
 def pack(examples: list[Example], *, max_tokens: int) -> list[MicroBatch]:
@@ -85,15 +94,15 @@ def pack(examples: list[Example], *, max_tokens: int) -> list[MicroBatch]:
     batches: list[list[list[int]]] = []  # batches of families of examples
     used = max_tokens
     for family in _families(examples):
-        prompt, begun = len(examples[family[0]].prompt) if len(family) > 1 else 0, False
+        prefix, begun = len(examples[family[0]].prefix) if len(family) > 1 else 0, False
         for i in family:
-            new = len(examples[i].tokens) - 1 - prompt
-            if used + new + prompt * (not begun) > max_tokens:
+            new = len(examples[i].tokens) - 1 - prefix
+            if used + new + prefix * (not begun) > max_tokens:
                 batches.append([])
                 used, begun = 0, False
             if not begun:
                 batches[-1].append([])
-                used, begun = used + prompt, True
+                used, begun = used + prefix, True
             batches[-1][-1].append(i)
             used += new
     return [_micro_batch(examples, batch) for batch in batches]
@@ -105,8 +114,8 @@ def _families(examples: list[Example]) -> Iterator[list[int]]:
     length = lambda i: (len(examples[i].tokens), i)  # noqa: E731
     alone, first = [], 0
     while first < len(examples):
-        prompt, last = examples[first].prompt, first + 1
-        while len(prompt) >= SHARE_FROM and last < len(examples) and examples[last].prompt == prompt:
+        prefix, last = examples[first].prefix, first + 1
+        while len(prefix) >= SHARE_PROMPT_FROM and last < len(examples) and examples[last].prefix == prefix:
             last += 1
         if last - first > 1:
             yield sorted(range(first, last), key=length)
@@ -120,14 +129,14 @@ def _families(examples: list[Example]) -> Iterator[list[int]]:
 def _micro_batch(examples: list[Example], families: list[list[int]]) -> MicroBatch:
     tokens, lengths, parents, scored, targets, counts = [], [], [], [], [], []
     for family in families:
-        prompt, parent = [], -1
+        prefix, parent = [], -1
         if len(family) > 1:  # one example of a family by itself shares with nobody
-            prompt, parent = examples[family[0]].prompt, len(lengths)
-            tokens += prompt
-            lengths.append(len(prompt))
+            prefix, parent = examples[family[0]].prefix, len(lengths)
+            tokens += prefix
+            lengths.append(len(prefix))
             parents.append(-1)
         for e in (examples[i] for i in family):
-            own, mask = e.tokens[len(prompt) :], e.loss_mask[len(prompt) :]
+            own, mask = e.tokens[len(prefix) :], e.loss_mask[len(prefix) :]
             hits = [t for t in range(len(own) - 1) if mask[t + 1]]  # the token at t + 1 is predicted at t
             scored += [len(tokens) + t for t in hits]
             targets += [own[t + 1] for t in hits]

@@ -20,7 +20,6 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from nanogspo import program
 from nanogspo.checkpoint import (
     ADAPTER,
     ADAPTER_WEIGHTS,
@@ -134,7 +133,6 @@ def save_state(
     entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
     text = json.dumps(facts)
     write_safetensors(path, entries, {"state": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
-    program.state = path
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -189,7 +187,6 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in random:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    program.state = path
     return facts["progress"], rollout
 
 

@@ -4,7 +4,7 @@ Run: python -m pytest tests/test_check_imports.py
 """
 
 import pytest
-from check_imports import KNOWN_CYCLES, cycles, main
+from check_imports import EXCEPTIONS, cycles, functions, main, row_of
 from code_lines import code_lines
 
 
@@ -73,6 +73,7 @@ def test_the_right_way_round(tree, capsys):
     assert main(tree()) == 0
     out = capsys.readouterr().out
     assert "     4  nanogspo/model.py" in out and "    13  lines of code, of at most 9500" in out and "cycle" not in out
+    assert "     1  functions: median 2 lines, longest 2" in out
 
 
 @pytest.mark.parametrize(
@@ -85,32 +86,43 @@ def test_the_right_way_round(tree, capsys):
         ),
         ("kernels/backend.py", "def f():\n    import nanogspo.model\n", "kernels/backend.py:2: imports nanogspo.model"),
         ("nanogspo/config.py", "import train\n", "nanogspo/config.py:1: imports train"),
+        ("nanogspo/config.py", "from nanogspo import model\n", "nanogspo/config.py:1: imports nanogspo.model"),
         ("sample.py", "import train\n", "sample.py:1: imports train"),
+        ("train.py", "import sample\n", "train.py:1: imports sample"),
         ("nanogspo/config.py", "from tests.oracles import x\n", "nanogspo/config.py:1: imports tests.oracles"),
     ],
 )
 def test_the_wrong_way_round(tree, capsys, file, text, line):
     assert main(tree(**{file: text})) == 1
-    assert f"FAIL {line}, want train, sample -> nanogspo -> kernels" in capsys.readouterr().out
+    assert f"FAIL {line}, want only what ORDER has above {file[:-3].replace('/', '.')}" in capsys.readouterr().out
 
 
-def test_a_new_cycle_and_a_hidden_one(tree, capsys):
-    root = tree(
-        **{
-            "nanogspo/config.py": "def f():\n    if f:\n        from nanogspo import chat\n",
-            "nanogspo/chat.py": "from . import model\n",
-        }
-    )
-    assert main(root) == 1
-    out = capsys.readouterr().out
-    assert "line 3 imports nanogspo.chat inside a function" in out
-    assert "FAIL a cycle of imports: nanogspo.chat nanogspo.config nanogspo.model; move" in out
+def test_a_package_has_one_row_and_its_files_may_have_their_own():
+    assert row_of("kernels.attention") == row_of("kernels") == 0
+    assert row_of("nanogspo.tasks.base") < row_of("nanogspo.model") < row_of("nanogspo.tasks.jsonl")
+    assert row_of("nanogspo") == row_of("torch") == -1
+
+
+def test_a_file_without_a_row(tree, capsys):
+    assert main(tree(**{"nanogspo/new.py": "x = 1\n"})) == 1
+    assert "FAIL nanogspo/new.py: has no row in ORDER" in capsys.readouterr().out
+
+
+def test_an_import_inside_a_function(tree, capsys):
+    assert main(tree(**{"nanogspo/model.py": "class A:\n    def f():\n        from nanogspo import config\n"})) == 1
+    want = "FAIL nanogspo/model.py:3: imports nanogspo.config inside a function, want it at the top of the file"
+    assert want in capsys.readouterr().out
+
+
+def test_a_cycle_among_the_files_of_one_row(tree, capsys):
+    assert main(tree(**{"kernels/backend.py": "import kernels.attention\n"})) == 1
+    assert "FAIL a cycle of imports: kernels.attention kernels.backend; move" in capsys.readouterr().out
 
 
 def test_a_known_cycle_passes(tree, capsys):
     known = {"nanogspo/checkpoint.py": "import nanogspo.tokenizer\n"}
     known["nanogspo/tokenizer.py"] = "def f():\n    import nanogspo.checkpoint\n"
-    assert {"nanogspo.checkpoint", "nanogspo.tokenizer"} in KNOWN_CYCLES and main(tree(**known)) == 0
+    assert "nanogspo.tokenizer imports nanogspo.checkpoint" in EXCEPTIONS and main(tree(**known)) == 0
     assert "cycle, known: nanogspo.checkpoint nanogspo.tokenizer" in capsys.readouterr().out
 
 
@@ -121,3 +133,30 @@ def test_two_cycles_are_two():
 
 def test_the_line_budget(tree, capsys):
     assert main(tree(), budget=12) == 1 and "FAIL 13 lines of code, want at most 12" in capsys.readouterr().out
+
+
+def test_a_file_and_a_function_have_limits_too(tree, capsys):
+    assert main(tree(), limits={"train.py": 3, "sample.py": 1}) == 0
+    assert main(tree(), limits={"train.py": 2}) == 1
+    assert "FAIL train.py: 3 lines of code, want at most 2" in capsys.readouterr().out
+    assert main(tree(), longest=1) == 1
+    want = "FAIL nanogspo/model.py: f has 2 lines of code, want at most 1; name its parts"
+    assert want in capsys.readouterr().out
+
+
+def test_the_lines_of_functions():
+    text = """
+class A:
+    @property
+    def f(self):
+        "A docstring."
+        # a comment
+        def g():
+            return 1
+
+        return g
+
+
+def f(): pass
+"""
+    assert functions(text) == {"f": 4, "g": 2}

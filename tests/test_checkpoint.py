@@ -34,7 +34,7 @@ from nanogspo.families import model_config
 from nanogspo.inputs import parse_json
 from nanogspo.lora import add_lora, lora_layers, merge_lora
 from nanogspo.model import Transformer
-from nanogspo.planner import outline
+from nanogspo.run.planner import outline
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

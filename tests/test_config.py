@@ -436,6 +436,7 @@ def test_what_cannot_work_is_refused_with_its_reason(values, message):
         ({"top_k": -1}, "--top-k -1, want 0 to"),
         ({"seed": 2**63}, "--seed 9223372036854775808, want 0 to 9223372036854775807"),
         ({"prompt": "\udcff"}, "--prompt '\\udcff', want UTF-8 text"),
+        ({"thinking": "maybe"}, "got --thinking 'maybe', want one of auto, on, off"),
     ],
     ids=str,
 )

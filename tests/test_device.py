@@ -13,7 +13,7 @@ from nanogspo.device import choose_device, choose_dtype, lacks_bf16
 def machine(monkeypatch):
     """A CPU with the units that a test names, on a machine without a GPU."""
 
-    def make(name="x86_64", onednn=True, avx512_bf16=False, amx=False, mkldnn=True, **variables):
+    def make(name="x86_64", onednn=True, avx512_bf16=False, amx=False, mkldnn=True, gpu=(9, 0), **variables):
         for variable in device.CAPS:
             monkeypatch.delenv(variable, raising=False)
         for variable, value in variables.items():
@@ -24,6 +24,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
 
     return make
 
@@ -66,6 +67,16 @@ def test_what_is_asked_for_is_given_and_what_is_stored_is_kept(machine, capsys):
     with pytest.raises(ValueError, match="got --device cuda, but torch sees no GPU; want --device cpu"):
         choose_device("cuda")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_gpu_without_bf16_units_computes_in_fp32_or_not_at_all(machine):
+    machine(gpu=(7, 5))
+    assert choose_dtype("fp32", "cuda") == "fp32"
+    for dtype in ("auto", "bf16"):
+        with pytest.raises(ValueError, match=f"got --dtype {dtype} on a GPU of sm_75, without .*; want --dtype fp32$"):
+            choose_dtype(dtype, "cuda")
+    machine(gpu=(8, 0))
+    assert choose_dtype("auto", "cuda") == choose_dtype("bf16", "cuda") == "bf16"
 
 
 @pytest.mark.isa

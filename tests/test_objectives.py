@@ -8,6 +8,7 @@ Run: python -m pytest tests/test_objectives.py
 import math
 from collections import defaultdict
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.seq_logprob import IGNORE, seq_logprob, token_logprob
-from nanogspo.objectives import group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss
+from nanogspo.objectives import combine, group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss
 from tests import oracles
 from tests.strategies import CLIPS, SEEDS, answers
 
@@ -175,6 +176,42 @@ def test_ratio_quantiles_are_of_the_whole_update(parts, dice):
     assert got == {f"ratio_p{name}": torch.tensor(flat[rank]).exp().item() for name, rank in ranks.items()}
     dice.shuffle(flat)
     assert ratio_quantiles([torch.tensor(flat)]) == got
+
+
+@given(st.lists(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_metrics_of_an_update_are_those_of_all_its_micro_batches(parts):
+    whole, n = torch.tensor(sum(parts, [])), sum(map(len, parts))
+    tensors = [(len(part) / n, torch.tensor(part)) for part in parts]
+    ratios = [
+        (w, {"ratio_mean": x.mean(), "ratio_min": x.min(), "ratio_max": x.max(), "ratio_std": x.std(correction=0)})
+        for w, x in tensors
+    ]
+    losses = [(w, {"loss": x.mean(), "perplexity": x.mean().exp()}) for w, x in tensors]
+    got = combine(losses, [], ratios)
+    assert list(got) == ["loss", "perplexity", "ratio_mean", "ratio_min", "ratio_max", "ratio_std"]
+    assert all(type(value) is float for value in got.values())
+    assert (got["ratio_min"], got["ratio_max"]) == (whole.min(), whole.max())
+    mean, std = whole.double().mean().item(), whole.double().std(correction=0).item()
+    assert got["loss"] == got["ratio_mean"] == pytest.approx(mean, abs=1e-5)
+    assert got["ratio_std"] == pytest.approx(std, abs=1e-2)  # a root of rounding: (9 * 2**-22) ** 0.5
+    assert got["perplexity"] == math.exp(got["loss"])
+    assert combine([]) == {}
+
+
+def test_an_update_reads_its_metrics_once():
+    """A tensor on the meta device has no numbers: to read one is an error, as it is a wait on a GPU. The losses read
+    nothing, quantiles neither, and `combine` all of it together."""
+    N, lengths = 4, torch.empty(4, dtype=torch.int64, device="meta")
+    x, A = torch.empty(N, device="meta"), torch.empty(N, device="meta")
+    logp = torch.empty(9, device="meta")
+    loss, facts = gspo_loss(x, x, lengths, A, clip_low=0.1, clip_high=0.1)
+    _, more = sft_loss(logp)
+    assert loss.is_meta and all(value.is_meta for value in [*facts.values(), *more.values()])
+    assert all(value.is_meta for value in ratio_quantiles([x, logp]).values())
+    reads = []
+    with patch.object(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or [0.0] * len(t)):
+        combine([(0.5, facts), (0.5, facts)], [(1.0, more | {"loss": loss})], [(1.0, ratio_quantiles([x]))])
+    assert reads == [(2 * len(facts) + len(more) + 1 + 3,)]
 
 
 @given(answers(), CLIPS)
@@ -449,7 +486,7 @@ def test_gspo_says_what_is_wrong(change, text):
     "change, text",
     [
         ({"cu_seqlens": torch.tensor([0, 3, 3])}, r"empty answers at \[1\]"),
-        ({"cu_seqlens": torch.tensor([0, 1, 2])}, r"logp \(3,\), old_logp \(3,\), tokens_of_cu_seqlens \(2,\)"),
+        ({"cu_seqlens": torch.tensor([0, 1, 2])}, "got 2 tokens in cu_seqlens, want 3"),
         ({"cu_seqlens": torch.tensor([1, 2, 4])}, r"got cu_seqlens \[1, 2, 4\], want it to rise from 0 to 3"),
         ({"advantages": torch.zeros(3)}, r"lengths \(2,\), advantages \(3,\)"),
         ({"old_logp": torch.zeros(1)}, r"old_logp \(1,\)"),

@@ -4,16 +4,18 @@ Run: python -m pytest tests/test_packing.py
 """
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.seq_logprob import token_logprob
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
-from nanogspo.packing import SHARE_FROM, Example, pack, score
+from nanogspo.packing import SHARE_PROMPT_FROM, Example, pack, score
 from tests.strategies import SEEDS
 
 V = 19
@@ -62,7 +64,7 @@ SHARED_FROM = st.sampled_from([1, 3, 4, 5, NEVER])  # beginnings have 0, 1, 3, 4
 
 def packed(rows, budget, share_from):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanogspo.packing.SHARE_FROM", share_from)
+        patch.setattr("nanogspo.packing.SHARE_PROMPT_FROM", share_from)
         return pack(rows, max_tokens=budget)
 
 
@@ -96,6 +98,46 @@ def pieces(batch):
 
 # ----------------------------------------------------------------------------
 # the plan
+
+
+class Moves(TorchDispatchMode):
+    """Copies from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            self.seen.append((len(out), kwargs["non_blocking"]))
+        return out
+
+
+def test_a_micro_batch_moves_in_one_copy_that_nobody_waits_for():
+    """To the meta device, which has no numbers to wait for either; shapes and dtypes are those of the CPU's."""
+    [batch] = packed([Example.answered([1, 2, 3, 4], [5] * n) for n in (1, 2, 3)], NEVER, 1)
+    with Moves() as moves:
+        moved = batch.to("meta")
+    names = ["tokens", "scored", "targets", "cu_seqlens"]
+    pairs = [(getattr(batch, name), getattr(moved, name)) for name in names]
+    names = ["cu_seqlens", "prefix", "positions"]
+    pairs += [(getattr(batch.segments, name), getattr(moved.segments, name)) for name in names]
+    assert moves.seen == [(sum(len(here) for here, _ in pairs), True)]
+    assert all(there.is_meta and (here.shape, here.dtype) == (there.shape, there.dtype) for here, there in pairs)
+    assert (moved.segments.lengths, moved.segments.parents) == (batch.segments.lengths, batch.segments.parents)
+    assert moved.index is batch.index and batch.to("cpu") is batch
+    with patch.object(
+        torch.Tensor, "to", lambda t, *device, **how: t.clone()
+    ):  # as if there: every number in its place
+        again = batch.to("meta")
+    assert all(
+        torch.equal(getattr(again, name), here)
+        for name, (here, _) in zip(["tokens", "scored", "targets", "cu_seqlens"], pairs[:4], strict=True)
+    )
+    assert all(
+        torch.equal(getattr(again.segments, name), here) for name, (here, _) in zip(names, pairs[4:], strict=True)
+    )
 
 
 @given(rows=examples(), budget=BUDGETS, share_from=SHARED_FROM)
@@ -163,9 +205,9 @@ def test_a_group_costs_its_prompt_once():
     assert len(batch.tokens) == 39 + 8 * 64 == 551
     assert sum(len(b.tokens) for b in packed(group, 10**6, NEVER)) == 8 * (39 + 64)
     assert [len(b.tokens) for b in pack(group, max_tokens=550)] == [39 + 7 * 64, 39 + 64]
-    for n in (SHARE_FROM, SHARE_FROM + 1):  # tokens of the prompt, of which the last is not shared
+    for n in (SHARE_PROMPT_FROM, SHARE_PROMPT_FROM + 1):  # tokens of the prompt, of which the last is not shared
         [batch] = pack([Example.answered(prompt[:n], [a]) for a in (1, 2, 3)], max_tokens=10**6)
-        assert batch.segments.parents == ((-1, 0, 0, 0) if n > SHARE_FROM else (-1, -1, -1))
+        assert batch.segments.parents == ((-1, 0, 0, 0) if n > SHARE_PROMPT_FROM else (-1, -1, -1))
     late = [Example.answered([*prompt, n, 0], [1]) for n in (5, 6)]  # the same for longer than sharing needs, then not
     assert [b.segments.parents for b in pack(late, max_tokens=10**6)] == [(-1, -1)]
 
@@ -214,7 +256,7 @@ def test_an_answer_is_scored_to_its_last_token(prompt, answer):
     example = Example.answered(prompt, answer)
     assert example.tokens == prompt + answer
     assert example.loss_mask == [False] * len(prompt) + [True] * len(answer)
-    assert example.prompt == prompt[:-1]  # its last token predicts, and for each answer another token
+    assert example.prefix == prompt[:-1]  # its last token predicts, and for each answer another token
 
 
 # ----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""nanogspo/planner.py: the bytes it announces against the bytes that are really there.
+"""nanogspo/run/planner.py: the bytes it announces against the bytes that are really there.
 
 Run: python -m pytest tests/test_planner.py
 """
 
+import contextlib
 import dataclasses
 import os
 import weakref
@@ -16,21 +17,28 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels.attention
+import kernels.glu
+import kernels.rms_norm
+import kernels.rope
 from kernels import prepacked
 from kernels.attention import Segments
+from kernels.backend import INTERPRETED
 from kernels.nf4 import quantize_nf4
 from kernels.prepacked import can_prepack, can_prepack_head
 from nanogspo import checkpoint
 from nanogspo.cache import KVCache
 from nanogspo.config import TrainConfig
-from nanogspo.experience import plan as minibatches
+from nanogspo.experience import split_minibatches
 from nanogspo.families import model_config
 from nanogspo.fast.fused_linear import FusedLinears
 from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
-from nanogspo.packing import SHARE_FROM, Example, pack, score
-from nanogspo.planner import (
+from nanogspo.packing import SHARE_PROMPT_FROM, Example, pack, score
+from nanogspo.quant import NF4Linear, put, weight_count
+from nanogspo.rollout import sample
+from nanogspo.run.planner import (
     ACTIVATIONS,
     CACHE,
     ESTIMATES,
@@ -40,15 +48,14 @@ from nanogspo.planner import (
     batch_tokens,
     decide_checkpointing,
     human,
+    layer_bytes,
     memory_parts,
+    memory_report,
     most,
     outline,
-    plan,
     too_large,
 )
-from nanogspo.process import available_memory
-from nanogspo.quant import NF4Linear, put, weight_count
-from nanogspo.rollout import sample
+from nanogspo.run.process import available_memory
 from tests.test_train import script, write_checkpoint
 
 SHAPE = {
@@ -138,6 +145,37 @@ def test_activations_are_what_autograd_keeps_within_a_tenth(family, dtype, lora_
     [batch] = pack([Example([n] * 65, [False] * 64 + [True]) for n in range(4)], max_tokens=4 * 64)
     config = TrainConfig(algo="sft", batch_size=4, max_new_tokens=1, lora_r=lora_r, lora_dropout=dropout)
     assert 0.9 < memory_parts(config, model, 64)["activations (estimate)"] / kept(model, batch) < 1.1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="wants Triton's interpreter, which plays the GPU here")
+@pytest.mark.parametrize("family, lora_r", [("qwen3", 0), ("qwen3", 4), ("gemma2", 4)])
+def test_activations_of_a_gpu_are_what_its_kernels_keep(family, lora_r):
+    """The Triton kernels save their inputs, in the dtype they have, where torch's operations save fp32 copies."""
+    model = tiny(family, torch.bfloat16, lora_r)
+    [batch] = pack([Example([n] * 17, [False] * 16 + [True]) for n in range(2)], max_tokens=2 * 16)
+    config = TrainConfig(algo="sft", batch_size=2, max_new_tokens=1, lora_r=lora_r, device="cuda")
+    with contextlib.ExitStack() as stack:
+        for module in (kernels.attention, kernels.glu, kernels.rms_norm, kernels.rope):
+            stack.enter_context(patch.object(module, "choose", lambda backend, x: backend or "triton"))
+        saved = kept(model, batch)
+    assert 0.9 < memory_parts(config, model, 16)["activations (estimate)"] / saved < 1.1
+
+
+def test_a_layer_of_qwen3_0_6b_on_a_gpu():
+    """Without checkpointing 45 kB a token; and what sampling and libraries hold there is counted."""
+    raw = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    raw |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
+    raw |= {"tie_word_embeddings": True}
+    config = TrainConfig(lora_r=16, device="cuda", prompts_per_rollout=8, group_size=16)
+    assert 44_000 < layer_bytes(config, model_config(raw), 2) < 46_000
+    parts = memory_parts(config, outline(raw, torch.bfloat16, None), 512)
+    step = 8 * 16 * 151_936 * 4  # one copy of the scores
+    assert parts[SCORES] + parts["CUDA graph of a decode step (estimate)"] == 4 * step
+    assert parts["library workspaces"] == 64 * 2**20
+    on_cpu = memory_parts(dataclasses.replace(config, device="cpu"), outline(raw, torch.bfloat16, None), 512)
+    assert on_cpu[SCORES] == 2 * step and not {"CUDA graph of a decode step (estimate)", "library workspaces"} & {
+        *on_cpu
+    }
 
 
 @FAMILIES
@@ -239,7 +277,7 @@ def test_a_micro_batch_is_as_large_as_its_budget_its_minibatch_or_its_longest_ex
     P=st.integers(1, 6),
     G=st.integers(2, 5),
     updates=st.integers(1, 5),
-    prompt=st.sampled_from([1, 5, SHARE_FROM, SHARE_FROM + 1, 40]),
+    prompt=st.sampled_from([1, 5, SHARE_PROMPT_FROM, SHARE_PROMPT_FROM + 1, 40]),
     answer=st.sampled_from([1, 9]),
     budget=st.sampled_from([1, 50, 130, 10**6]),
 )
@@ -249,7 +287,9 @@ def test_a_micro_batch_has_the_tokens_that_are_announced(P, G, updates, prompt, 
     the budget does not cut, and never more."""
     updates = next(n for n in range(updates, 0, -1) if P * G % n == 0)
     examples = [Example.answered([p] * prompt, [a] * answer) for p in range(P) for a in range(G)]
-    batches = [batch for batches in minibatches(examples, torch.ones(P * G), updates, budget) for batch in batches]
+    batches = [
+        batch for batches in split_minibatches(examples, torch.ones(P * G), updates, budget) for batch in batches
+    ]
     sizes = {"prompts_per_rollout": P, "group_size": G, "updates_per_rollout": updates, "max_new_tokens": answer}
     announced = batch_tokens(TrainConfig(**sizes, micro_batch_tokens=budget), prompt)
     largest = max(len(batch.tokens) for batch in batches)
@@ -269,7 +309,7 @@ def test_rollout_rows_bound_the_cache_by_whole_groups():
 def test_the_plan_says_what_is_trained_and_adds_up():
     config = TrainConfig(lora_r=4, lr=1e-5, clip_low=3e-4, clip_high=4e-4, dtype="fp32", device="cpu", seed=7)
     model = tiny(lora_r=4)
-    text = plan(config, model, 10)
+    text = memory_report(config, model, 10)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for words in (
         "qwen3, 3 layers, width 64",
@@ -284,7 +324,7 @@ def test_the_plan_says_what_is_trained_and_adds_up():
     parts = memory_parts(config, model, 10)
     assert all(f"{name} {human(size)}" in text for name, size in parts.items())
     assert text.endswith(f"together {human(sum(parts.values()))}")
-    full = plan(dataclasses.replace(config, algo="sft", lora_r=0), tiny(), 10)
+    full = memory_report(dataclasses.replace(config, algo="sft", lora_r=0), tiny(), 10)
     assert f"all {sum(p.numel() for p in tiny().parameters()):,} parameters are trained" in full
     assert "200 updates of 16 examples" in full
 
@@ -317,7 +357,7 @@ def test_an_outline_has_the_bytes_of_the_model_that_is_loaded(tmp_path, family, 
     parts = memory_parts(config, shape, 7)
     assert parts == memory_parts(config, model, 7)
     assert ("nf4 weights" in parts) == ("nf4" in str(quant)) and ("int8 weights" in parts) == (quant == "int8")
-    assert plan(config, shape, 7) == plan(config, model, 7)
+    assert memory_report(config, shape, 7) == memory_report(config, model, 7)
     raw = {**checkpoint.read_config(tmp_path / "model"), "quantization_config": {"load_in_4bit": False}}
     assert ("nf4 weights" in memory_parts(config, outline(raw, dtype, asked), 7)) == (asked == "nf4")
     gpu = memory_parts(dataclasses.replace(config, device="cuda"), shape, 7)
@@ -396,7 +436,7 @@ def test_plan_only_reads_no_weights_and_makes_no_folder(without_weights, tmp_pat
     done = script("train.py", *flags, "--plan-only", "--quant", "nf4", "--device", "cpu")
     assert (done.code, done.err) == (0, "") and "  memory: weights " in done.out and "nf4 weights" in done.out
     assert "got a run" not in done.out
-    with patch("nanogspo.process.available_memory", lambda device: 1000):
+    with patch("nanogspo.run.process.available_memory", lambda device: 1000):
         done = script("train.py", *flags, "--plan-only")  # nobody is refused who only asks
         assert done.code == 0 and "got a run of at least" in done.out
         done = script("train.py", *flags)

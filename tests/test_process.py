@@ -1,4 +1,4 @@
-"""nanogspo/process.py: one folder, one run, whoever starts when; and how a run is asked to stop.
+"""nanogspo/run/process.py: one folder, one run, whoever starts when; and how a run is asked to stop.
 
 Run: python -m pytest tests/test_process.py
 """
@@ -12,14 +12,14 @@ import sys
 
 import pytest
 
-from nanogspo import process
 from nanogspo.config import ROOT, TrainConfig
-from nanogspo.process import LOCK, hold, run_folder
+from nanogspo.run import process
+from nanogspo.run.process import LOCK, hold, run_folder
 
 HOLDER = """
 import sys
 from nanogspo.config import TrainConfig
-from nanogspo.process import run_folder
+from nanogspo.run.process import run_folder
 try:
     with run_folder(TrainConfig(out=sys.argv[1])) as folder:
         print(folder, flush=True)
@@ -76,20 +76,6 @@ def test_no_place_for_runs_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "runs").unlink()
     (tmp_path / "runs").touch()
     assert "cannot make the folder runs (" in refused()
-
-
-def test_what_a_run_prints_last_can_be_pasted(tmp_path):
-    """Quoted for a shell; and of the tiny model, which is saved nowhere else, the whole model is there."""
-    folder = tmp_path / "a run"
-    folder.mkdir()
-    (folder / "metrics.jsonl").touch()
-    for config, flags in [
-        (TrainConfig(lora_r=4), f"--model '{folder}/model'"),
-        (TrainConfig(model="my models/m", lora_r=4), f"--model 'my models/m' --adapter '{folder}/adapter'"),
-        (TrainConfig(model="my models/m", lora_r=0), f"--model '{folder}/model'"),
-    ]:
-        last = process.summary(config, folder, None, "1+1=", 1.0).splitlines()[-1]
-        assert last.startswith(f"try it: python sample.py {flags} ")
 
 
 def test_runs_started_at_once_get_a_folder_each_or_one_line(tmp_path, holders):

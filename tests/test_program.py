@@ -1,4 +1,4 @@
-"""nanogspo/program.py: what a user sees when a program cannot go on, and a console that cannot end one.
+"""nanogspo/run/program.py: what a user sees when a program cannot go on, and a console that cannot end one.
 
 Most programs here are a few lines in a file of their own, run in this process.
 
@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanogspo import program
 from nanogspo.config import ROOT, SampleConfig
+from nanogspo.run import program
 
 
 class Console(io.RawIOBase):
@@ -131,7 +131,8 @@ def test_an_interrupt_during_imports_is_one_line(tmp_path, name):
 def test_an_interrupt_during_imports_has_its_code(tmp_path, how, code):
     """Without anybody to read the line; and none where the shell keeps Ctrl-C from a command in the background."""
     (tmp_path / "prog.py").write_text(
-        "import os, signal, sys, time\nfrom nanogspo.config import SampleConfig\nfrom nanogspo.program import main\n"
+        "import os, signal, sys, time\n"
+        "from nanogspo.config import SampleConfig\nfrom nanogspo.run.program import main\n"
         "if __name__ == '__main__':\n    main(__file__, SampleConfig, lambda config: None, memory='')\n"
         "time.sleep(0.2)\nos.kill(os.getpid(), signal.SIGINT)\ndef run(config): pass\n"
     )

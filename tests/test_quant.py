@@ -35,8 +35,8 @@ from nanogspo.families import model_config
 from nanogspo.lora import add_lora, describe, lora_layers, merge_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
-from nanogspo.planner import memory_parts
 from nanogspo.quant import Int8Linear, NF4Linear, pack, pack_model, packed_layers
+from nanogspo.run.planner import memory_parts
 from tests.test_checkpoint import refused, sparse_checkpoint
 from tests.test_train import (  # noqa: F401 (quick and base are fixtures)
     CHECKPOINT,

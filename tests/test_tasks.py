@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from nanogspo.config import TrainConfig
 from nanogspo.evaluation import hold_out, split
-from nanogspo.tasks import Problem, get_task, is_held_out, shuffled
+from nanogspo.tasks import get_task
 from nanogspo.tasks.addition import Addition, last_number
+from nanogspo.tasks.base import Problem, is_held_out, shuffled
 from nanogspo.tasks.jsonl import Example, load_jsonl
 from nanogspo.tasks.reverse import Reverse, longest_common_subsequence
 from nanogspo.tokenizer import Tokenizer, character_tokenizer

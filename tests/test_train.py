@@ -31,20 +31,20 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanogspo import checkpoint, objectives, runlog, tiny
+from nanogspo import checkpoint, objectives, tiny
 from nanogspo.cache import KVCache
 from nanogspo.config import PER_CALL, ROOT, TrainConfig
-from nanogspo.experience import experience, from_state, plan
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
-from nanogspo.packing import Example, pack, score
-from nanogspo.process import available_memory, hold
+from nanogspo.packing import pack, score
 from nanogspo.rollout import generate
-from nanogspo.runlog import RunLog, read_rows
+from nanogspo.run import log
+from nanogspo.run.log import RunLog, read_rows
+from nanogspo.run.process import available_memory, hold
 from nanogspo.tasks import get_task
 from nanogspo.tokenizer import load_tokenizer
 from tests import oracles
-from train import run
+from train import Phase, phases_of, run
 
 TIMES = {"tokens_per_s", "step_s", "peak_mem_bytes"}  # all that two equal runs may differ in
 ROW_KEYS = TIMES | {"step", "algo", "loss", "entropy", "grad_norm", "lr"}
@@ -61,7 +61,7 @@ TINY += "--prompts-per-rollout 4 --group-size 4 --updates-per-rollout 4 --batch-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
     """No picture: matplotlib would take longer than the training. And signal handlers are put back."""
-    monkeypatch.setattr("nanogspo.runlog.draw_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr("nanogspo.run.curves.draw_curves", lambda *args, **kwargs: None)
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on Windows
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -195,7 +195,7 @@ def base(tmp_path_factory):
     """A checkpoint that has seen some sums: its answers are mostly digits. Made by train.py itself."""
     root = tmp_path_factory.mktemp("checkpoint")
     random = write_checkpoint(root / "random")
-    with patch("nanogspo.runlog.draw_curves"):
+    with patch("nanogspo.run.curves.draw_curves"):
         done = train(
             root / "run", "--model", random, *CHECKPOINT, *"--algo sft --lora-r 0 --steps 40 --lr 1e-2".split()
         )
@@ -356,49 +356,6 @@ def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
             assert row[f"ratio_p{p:02}"] == pytest.approx(want, rel=1e-3)
 
 
-def drawn_examples():
-    _, model = tiny.build("0123456789+=", seed=0)
-    g = torch.Generator().manual_seed(0)
-    drawn = [torch.randint(2, 14, (n,), generator=g).tolist() for n in (3, 1, 4, 2, 2, 5, 1, 3)]
-    return model, drawn, [Example.answered([5, 6, 7][: 1 + i % 3], answer) for i, answer in enumerate(drawn)]
-
-
-@pytest.mark.parametrize("score_first", [True, False])
-def test_a_saved_rollout_is_cut_and_scored_as_before(score_first):
-    """Every answer in one minibatch, in order; index counts over the rollout, which is how advantages are found. The
-    first update may take its own forward for the old one, and is over when a rollout is saved."""
-    model, drawn, examples = drawn_examples()
-    how = {"updates": 4, "max_tokens": 8}
-    more = {"temperature": 1.0, "device": "cpu", "score_first": score_first}
-    one = experience(model, examples, torch.arange(1.0, 9.0), **how, **more)
-    for update, batches in enumerate(one.minibatches):
-        assert sorted(i for b in batches for i in b.index.tolist()) == [2 * update, 2 * update + 1]
-        for batch, old_logp in zip(batches, one.old_logp[update], strict=True):
-            assert batch.targets.tolist() == [t for i in batch.index.tolist() for t in drawn[i]]
-            if update or score_first:
-                assert torch.equal(old_logp, score(model, batch)[0].detach())
-            else:
-                assert old_logp is None
-    again = from_state(one.state(), **how)
-    assert again.examples == one.examples and torch.equal(again.advantages, one.advantages)
-    assert again.old_logp[0] == [None] * len(one.minibatches[0])
-    for a, b in zip(one.old_logp[1:], again.old_logp[1:], strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def test_answers_without_an_advantage_are_not_trained_on():
-    """Left out one by one, whole micro-batches if need be; of a minibatch of them the shortest stays."""
-    _, drawn, examples = drawn_examples()
-    A = torch.tensor([0.0, 0.5, 1.0, -1.0, 0.0, 0.0, -0.1, 0.0])
-    batches = plan(examples, A, 2, 10**6)
-    assert [sorted(i for b in part for i in b.index.tolist()) for part in batches] == [[1, 2, 3], [6]]
-    for part in batches:
-        for batch in part:
-            assert batch.targets.tolist() == [t for i in batch.index.tolist() for t in drawn[i]]
-    nothing = plan(examples, torch.zeros(8), 4, 10**6)
-    assert [[b.index.tolist() for b in part] for part in nothing] == [[[1]], [[3]], [[4]], [[6]]]
-
-
 def test_what_is_left_out_counts_in_the_average(tmp_path):
     """The gradient's norm of an update is that of the mean over all its answers, whoever had nothing to teach."""
     flags = [*TINY, *"--steps 1 --updates-per-rollout 2 --lr 1e-3 --warmup-updates 0 --prompts-per-rollout 8".split()]
@@ -459,15 +416,15 @@ def test_an_exam_takes_no_more_memory_than_a_rollout(tmp_path, monkeypatch):
     assert max(slots for _, slots in caches[1]) <= max(slots for _, slots in caches[4])
 
 
-def test_another_versions_rollout_is_refused():
-    model, _, examples = drawn_examples()
-    how = {"updates": 4, "max_tokens": 8}
-    state = experience(model, examples, torch.arange(1.0, 9.0), **how, temperature=1.0, device="cpu").state()
-    state["tensors"]["old_logp"] = torch.zeros(99)
-    with pytest.raises(
-        ValueError, match="got a saved rollout with 99 old log-probs, want .*; finish the run with that"
-    ):
-        from_state(state, **how)
+def test_phases():
+    """Warm-up and control belong to RL, and a control continues a warm-up."""
+    config = TrainConfig(steps=7, lr=1e-3, warm_lr=2e-3, warm_until=0.4, warm_steps=5, control=True)
+    warm_up, main = Phase("sft", "sft", 5, 2e-3, until=0.4), Phase("gspo", "gspo", 7, 1e-3)
+    control = Phase("control", "sft", sys.maxsize, 2e-3)
+    assert phases_of(config) == [warm_up, main, control]
+    assert phases_of(dataclasses.replace(config, control=False)) == [warm_up, main]
+    assert phases_of(dataclasses.replace(config, warm_steps=0)) == [main]
+    assert phases_of(dataclasses.replace(config, algo="sft")) == [Phase("sft", "sft", 7, 1e-3)]
 
 
 # ----------------------------------------------------------------------------
@@ -647,7 +604,7 @@ def test_killed_between_any_two_writes_and_resumed_leaves_what_the_whole_run_lea
     these is what a kill between two of them leaves. Each copy is resumed: no row may be missing, or there twice."""
     flags = [*TINY, *"--warm-steps 2 --warm-until 2 --steps 4 --eval-size 5 --eval-every 2 --save-every 2".split()]
     folder, left = tmp_path / "whole", {}
-    write, replace = runlog._write, os.replace
+    write, replace = log._write, os.replace
 
     def copy(cut=0):
         files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -668,7 +625,7 @@ def test_killed_between_any_two_writes_and_resumed_leaves_what_the_whole_run_lea
         replace(source, target)
         copy()
 
-    with patch("nanogspo.runlog._write", write_and_copy), patch("os.replace", copy_and_replace):
+    with patch("nanogspo.run.log._write", write_and_copy), patch("os.replace", copy_and_replace):
         train(folder, *flags, "--lr", 1e-3)
     rows = logged(folder)
     evals = [(row["step"], row["phase"]) for row in rows if "eval_exact" in row]
@@ -737,7 +694,7 @@ def test_a_signal_at_any_moment_costs_at_most_what_was_not_saved(tmp_path, numbe
 
 
 def test_too_little_memory_switches_recomputing_on_and_says_so(tmp_path, whole):
-    with patch("nanogspo.process.available_memory", lambda device: 1000):
+    with patch("nanogspo.run.process.available_memory", lambda device: 1000):
         done = train(tmp_path / "gspo", *RUNS["gspo"], "--ignore-memory-plan")
     assert "gradient checkpointing is on: training would take " in done.out and "1 kB are free" in done.out
     assert "gradient_checkpointing: 'on'" in (tmp_path / "gspo" / "config.yaml").read_text()
@@ -1142,7 +1099,7 @@ def test_a_system_without_memory_figures_runs_and_says_so(tmp_path, monkeypatch,
     monkeypatch.delattr(os, "sysconf")
     assert available_memory("cpu", str(tmp_path)) == math.inf
     assert capsys.readouterr().out.count("does not say how much memory is free") == 1
-    with patch("nanogspo.process.available_memory", lambda device: math.inf):
+    with patch("nanogspo.run.process.available_memory", lambda device: math.inf):
         done = train(tmp_path / "run", *TINY, "--steps", 2)
     assert "gradient checkpointing" not in done.out and "inf" not in done.out
     assert [row["peak_mem_bytes"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [None, None]

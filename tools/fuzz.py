@@ -48,8 +48,9 @@ from odd_inputs import SFT, damage, make, odd_flags  # noqa: E402
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from nanogspo import checkpoint, program  # noqa: E402
+from nanogspo import checkpoint  # noqa: E402
 from nanogspo.config import SampleConfig, TrainConfig, check, check_fields, parse  # noqa: E402
+from nanogspo.run import program  # noqa: E402
 from nanogspo.tasks.jsonl import load_jsonl  # noqa: E402
 from nanogspo.tokenizer import load_tokenizer  # noqa: E402
 

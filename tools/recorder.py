@@ -13,9 +13,9 @@ recorded gives other results when replayed, and one that waits for the GPU is re
 What this cannot show: streams, the allocator's pools, what cuBLAS and the driver make of it, speed, and a copy from one
 device to another (x.to("cpu"), or the other way), because all tensors here are on one.
 
-    replay = record(step)           as nanogspo/rollout.py's
+    replay = record(step)           as nanogspo/fast/cuda_graph.py::capture
 
-Used by tests/test_recorded.py, lessons/16_a_decode_step.md and its exercise.
+Used by tests/test_cuda_graph.py, lessons/16_a_decode_step.md and its exercise.
 """
 
 import contextlib

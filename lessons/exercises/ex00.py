@@ -2,7 +2,7 @@
 
 Make this pass:  python -m pytest lessons/exercises/test_ex00.py        (about 10 lines for both functions)
 
-`rows` is what nanogspo.runlog.read_rows returns, in the order in which it was written. There are two kinds:
+`rows` is what nanogspo.run.log.read_rows returns, in the order in which it was written. There are two kinds:
 
     an update   {"step": 95, "algo": "gspo", "phase": "gspo", "reward": 0.41, ...}     SFT rows have no "reward"
     evaluation  {"step": 90, "phase": "sft", "eval_exact": 0.2, "eval_low": 0.17, "eval_high": 0.24, ...}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lessons.exercises import load
-from nanogspo.runlog import RunLog, read_rows
+from nanogspo.run.log import RunLog, read_rows
 
 ex00 = load("ex00")
 

@@ -24,7 +24,7 @@ import random
 import re
 from array import array
 
-from nanogspo.tasks import Problem, first_distinct, is_held_out, refuse_count, shuffled
+from nanogspo.tasks.base import Problem, first_distinct, is_held_out, refuse_count, shuffled
 
 LISTED_DIGITS = 3  # 10^6 pairs, about 1 s and 4 MB, and only once a problem is asked for
 

@@ -15,7 +15,7 @@ letters in matching blocks found greedily. Ours takes the true LCS and divides b
 import random
 import string
 
-from nanogspo.tasks import Problem, first_distinct, is_held_out, refuse_count
+from nanogspo.tasks.base import Problem, first_distinct, is_held_out, refuse_count
 
 SHORTEST = 3  # "a" reverses to itself and "ab" has two orders: nothing to learn there
 

@@ -12,16 +12,8 @@ MUTANTS = {
         ),
         ('"accept_changes", "plan_only"', '"plan_only"', "what was accepted once is accepted for ever"),
         ("{**base, **given}", "{**given, **base}", "the file wins over the flags"),
-        (
-            "if config.updates_per_rollout == 1:",
-            "if config.updates_per_rollout == 0:",
-            "REINFORCE under another name",
-        ),
-        (
-            "if config.top_k or config.top_p != 1:",
-            "if config.top_k and config.top_p != 1:",
-            "truncated sampling in RL",
-        ),
+        ("if config.updates_per_rollout == 1:", "if config.updates_per_rollout == 0:", "REINFORCE under another name"),
+        ("if config.top_k or config.top_p != 1:", "if config.top_k and config.top_p != 1:", "truncated sampling in RL"),
         ("not low <= value <= high", "value < low or high < value", "nan passes every comparison"),
         ("or value == exclude", "", "a bound that is itself excluded is let through"),
         ('tag in ("int", "float", "str")', 'tag in ("int", "float")', "3e-4 in YAML is a string"),
@@ -38,6 +30,11 @@ MUTANTS = {
         ("type=os.path.expanduser, help=help", "help=help", "--config=~/c.yaml is not found"),
         ("return reader(field)(text)", "return text", "a tilde in YAML is a folder of that name"),
         ("allow_abbrev=False", "allow_abbrev=True", "--step is taken for --steps"),
+        (
+            'if f.metadata["choices"] and value not in f.metadata["choices"]:',
+            "if False:",
+            "from Python, a word that no flag would take",
+        ),
     ],
     "tests/test_quant.py": [
         ('    if config.quant != "none" and not config.lora_r:', "    if False:", "full fine-tuning of nothing"),

@@ -18,5 +18,7 @@ MUTANTS = {
         ),
         ('    if device == "cuda":\n        return "bf16"\n', "", "a GPU held to what the file holds"),
         ('return "fp32" if reason else "bf16"', 'return "bf16"', "the line is printed and bf16 used all the same"),
+        ("torch.cuda.get_device_capability() < (8, 0)", "False", "bf16 emulated on a T4"),
+        ('device == "cuda" and dtype != "fp32" and', 'device == "cuda" and', "an old card has no dtype at all"),
     ],
 }

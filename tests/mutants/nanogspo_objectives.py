@@ -43,11 +43,7 @@ MUTANTS = {
             "return -(objective * lengths).sum() / lengths.sum(), metrics",
             "mean over tokens, not sequences",
         ),
-        (
-            "-(sequence_sums(objective, cu_seqlens) / lengths).mean()",
-            "-objective.mean()",
-            "long answers count more",
-        ),
+        ("-(sequence_sums(objective, cu_seqlens) / lengths).mean()", "-objective.mean()", "long answers count more"),
         ("((ratio < low) & (advantages < 0))", "(ratio < low)", "clip_low_frac counts answers that still learn"),
         (
             "((ratio > high) & (advantages > 0))",
@@ -59,5 +55,15 @@ MUTANTS = {
         ("(lengths < 1).any()", "(lengths < 0).any()", "an empty answer is let through"),
         ("or any(t.shape != first.shape for t in others.values())", "", "shapes broadcast in silence"),
         ("loss = -_at_least_float32(logp).mean()", "loss = -_at_least_float32(logp).sum()", "sum for mean in SFT"),
+        ('(min if key.endswith("_min") else max)(', "max(", "the smallest of a minimum's micro-batches is lost"),
+        (
+            "sum(weight * facts[key] for weight, facts in rows)",
+            "sum(facts[key] for weight, facts in rows) / len(rows)",
+            "micro-batches weigh alike",
+        ),
+        ('        if rows and "ratio_std" in rows[0][1]:', "        if False:", "a mean of standard deviations"),
+        ('out["perplexity"] = math.exp(min(out["loss"], 700.0))', "pass", "a mean of exponentials"),
+        ("lengths.sum() != total", "False", "a GPU's check is all that a CPU has"),
+        ("    if not lengths.is_cpu:\n        return\n", "", "every loss waits for the GPU"),
     ],
 }

@@ -6,8 +6,8 @@ MUTANTS = {
     "tests/test_packing.py": [
         ("targets += [own[t + 1] for t in hits]", "targets += [own[t] for t in hits]", "a token predicts itself"),
         (
-            "examples[last].prompt == prompt:",
-            "examples[last].prompt[:SHARE_FROM] == prompt[:SHARE_FROM]:",
+            "examples[last].prefix == prefix:",
+            "examples[last].prefix[:SHARE_PROMPT_FROM] == prefix[:SHARE_PROMPT_FROM]:",
             "prompts that part late are taken for one",
         ),
         (
@@ -26,7 +26,7 @@ MUTANTS = {
             "a first token marked as scored ends the prompt before it begins",
         ),
         (
-            "            if used + new + prompt * (not begun) > max_tokens:\n",
+            "            if used + new + prefix * (not begun) > max_tokens:\n",
             "            if used + new > max_tokens:\n",
             "a prompt more than the memory was planned for",
         ),
@@ -36,35 +36,31 @@ MUTANTS = {
             "a family split by the budget goes on without its prompt in another's",
         ),
         (
-            "                used, begun = used + prompt, True\n",
+            "                used, begun = used + prefix, True\n",
             "                begun = True\n",
             "prompts cost nothing",
         ),
         ("            used += new\n", "            used += new + 1\n", "a budget that is not used up"),
         (
-            " and examples[last].prompt == prompt:",
-            " and len(examples[last].prompt) == len(prompt):",
+            " and examples[last].prefix == prefix:",
+            " and len(examples[last].prefix) == len(prefix):",
             "another prompt of the same length is shared",
         ),
-        ("while len(prompt) >= SHARE_FROM and", "while", "a piece of attention for a prompt of two tokens"),
+        ("while len(prefix) >= SHARE_PROMPT_FROM and", "while", "a piece of attention for a prompt of two tokens"),
         (
-            "prompt, parent = examples[family[0]].prompt, len(lengths)",
-            "prompt, parent = examples[family[0]].prompt, 0",
+            "prefix, parent = examples[family[0]].prefix, len(lengths)",
+            "prefix, parent = examples[family[0]].prefix, 0",
             "every answer reads the first family's prompt",
         ),
-        (
-            "            parents.append(parent)\n",
-            "            parents.append(-1)\n",
-            "answers without their prompt",
-        ),
+        ("            parents.append(parent)\n", "            parents.append(-1)\n", "answers without their prompt"),
         (
             "            tokens += own[:-1]\n            lengths.append(len(own) - 1)\n",
             "            tokens += own\n            lengths.append(len(own))\n",
             "a token in each example that predicts nothing",
         ),
         (
-            "own, mask = e.tokens[len(prompt) :], e.loss_mask[len(prompt) :]",
-            "own, mask = e.tokens[len(prompt) :], e.loss_mask",
+            "own, mask = e.tokens[len(prefix) :], e.loss_mask[len(prefix) :]",
+            "own, mask = e.tokens[len(prefix) :], e.loss_mask",
             "the mask of the prompt over the answer",
         ),
         (
@@ -77,11 +73,6 @@ MUTANTS = {
             "segments=None)[0, batch.scored]",
             "a packed row is read as one sequence",
         ),
-        (
-            'names = ("tokens", "segments", "scored", "targets", "cu_seqlens")',
-            'names = ("tokens", "segments", "scored", "targets")',
-            "offsets stay behind on the CPU",
-        ),
         ("temperature=temperature, softcap=cap,", "softcap=cap,", "sampled at one temperature, scored at another"),
         (
             "not any(e.loss_mask[1:])",
@@ -92,6 +83,17 @@ MUTANTS = {
             "[False] * len(prompt) + [True] * len(answer)",
             "[False] * len(prompt) + [True] * (len(answer) - 1) + [False]",
             "the stop token is not scored",
+        ),
+        (
+            "+ [s.cu_seqlens, s.prefix, s.positions]",
+            "+ [s.prefix, s.cu_seqlens, s.positions]",
+            "segments and their prompts exchanged",
+        ),
+        ("non_blocking=True", "non_blocking=False", "the CPU waits for every micro-batch"),
+        (
+            "Segments(cu_seqlens.int(), prefix.int(),",
+            "Segments(cu_seqlens, prefix,",
+            "other dtypes on a GPU, where kernels want int32",
         ),
     ],
 }

@@ -48,8 +48,6 @@ MUTANTS = {
         ("    if not progress.update:\n", "    if not rollout:\n", "in the middle of a rollout that is not there"),
     ],
     "tests/test_train.py": [
-        (':08x}"})\n    program.state = path\n', ':08x}"})\n', "a saved state is not told"),
-        ("    program.state = path\n    return", "    return", "a resumed state is not told"),
         ("names = SMALL_FILES if", "names = () if", "the tokenizer and the configuration of a model may change"),
         ('("adapter", config.adapter)', '("adapter", "")', "the adapter a run began with may change"),
     ],

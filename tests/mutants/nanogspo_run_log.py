@@ -1,9 +1,9 @@
-"""Wrong edits of nanogspo/runlog.py, one at a time: see tools/mutate.py."""
+"""Wrong edits of nanogspo/run/log.py, one at a time: see tools/mutate.py."""
 
 # ruff: noqa: E501      an edit is quoted as it stands in the code
-FILE = "nanogspo/runlog.py"
+FILE = "nanogspo/run/log.py"
 MUTANTS = {
-    "tests/test_runlog.py": [
+    "tests/test_log.py": [
         ("centre = (share + z2 / 2) / (1 + z2)", "centre = share", "the textbook interval, which leaves [0, 1]"),
         (
             "None if isinstance(value, float) and not math.isfinite(value) else value",
@@ -13,36 +13,12 @@ MUTANTS = {
         ("number('truncated_frac')", "number('zero_spread_frac')", "one share shown twice, the other never"),
         ("LINE_EVERY if self._bar is None else BAR_EVERY", "BAR_EVERY", "a log with a line a second"),
         ("said, text = now, f", "_, text = now, f", "after half a minute, a line a token"),
-        (
-            'self._bar.set_postfix_str("", refresh=False)',
-            "pass",
-            "the bar speaks of a rollout that has ended",
-        ),
+        ('self._bar.set_postfix_str("", refresh=False)', "pass", "the bar speaks of a rollout that has ended"),
         ("return bool(stop)", "return False", "Ctrl-C waits for the end of the rollout"),
         ("math.inf if rewarded else", "0 if rewarded else", "a hint for the start of a run, given in its middle"),
         ("if self._unrewarded == 3:", "if self._unrewarded >= 3:", "the same hint at every rollout"),
-        ("if len(values) < FEW:", "if not values:", "six points smoothed away"),
-        ("max(mean[-1] - half, possible[0])", "mean[-1] - half", "a share below 0"),
-        ("min(mean[-1] + half, possible[1])", "mean[-1] + half", "a share above 1"),
-        ("(0, 1) if share else (-math.inf, math.inf)", "(0, 1)", "a reward of 5 under a band that ends at 1"),
-        (
-            "if i == 0 or facts[i] != facts[i - 1]",
-            "if facts",
-            "one rollout counted as four measurements",
-        ),
-        (
-            'row.get("ratio_max") == 1] or rows',
-            'row.get("ratio_max") == 2] or rows',
-            "a comb that touches 1 at every fourth update",
-        ),
-        ("new: row.get(new, row.get(old))", "new: row.get(old)", "minimum and maximum drawn as quantiles"),
-        ('_series(held_out, f"eval_{key}")', '_series(held_out, "eval_loss")', "a loss drawn as an accuracy"),
         ("    file.flush()", "    pass", "a killed run loses its last rows"),
-        (
-            'row.get("step", 0) <= step]',
-            'row.get("step", 0) < step]',
-            "a resumed run forgets the step it was saved at",
-        ),
+        ('row.get("step", 0) <= step]', 'row.get("step", 0) < step]', "a resumed run forgets the step it was saved at"),
         ('line.removesuffix(b"\\n") + b"\\n"', "line", "a row whose end was cut off and the next share a line"),
         (
             "math.nan if any(map(math.isnan, ends)) else max(ends)",
@@ -54,10 +30,7 @@ MUTANTS = {
             "number('clip_high_frac')",
             "half of the clipping is not shown",
         ),
-        (
-            'if row.get("phase") == "sft"][-1:] + control',
-            'if row.get("phase") == "sft"][-1:]',
-            "the control's line is not drawn",
-        ),
+        ('config.lora_r and config.model != "tiny"', "config.lora_r", "the last line names a model that is nowhere"),
+        ("path = shlex.quote(str(weights))", "path = str(weights)", "the last line breaks at a blank"),
     ],
 }

@@ -1,7 +1,7 @@
-"""Wrong edits of nanogspo/planner.py, one at a time: see tools/mutate.py."""
+"""Wrong edits of nanogspo/run/planner.py, one at a time: see tools/mutate.py."""
 
 # ruff: noqa: E501      an edit is quoted as it stands in the code
-FILE = "nanogspo/planner.py"
+FILE = "nanogspo/run/planner.py"
 MUTANTS = {
     "tests/test_planner.py": [
         ("max(element, 4)", "element", "a CPU's cache counted in bf16"),
@@ -48,7 +48,22 @@ MUTANTS = {
             "prepacked_bytes(model)\n        copies",
             "a GPU prepacks nothing",
         ),
-        ("element * (2 * queries + 2 * keys", "element * (3 * queries + 2 * keys", "a second copy of out"),
+        ("attended = 2 * queries + 2 * keys", "attended = 3 * queries + 2 * keys", "a second copy of out"),
+        ("and not config.ignore_memory_plan", "", "--ignore-memory-plan does not"),
+        ("if refused and not config.plan_only and", "if refused and", "who asks for the plan is refused"),
+        (
+            "refused = too_large(parts, available, ESTIMATES)",
+            'refused = ""',
+            "a run that cannot fit is started at once",
+        ),
+        (
+            '    if config.device == "cuda":  # each kernel',
+            "    if False:  # each kernel",
+            "a GPU's kernels keep fp32 copies",
+        ),
+        ("element * ((norms + 2) * C +", "element * (2 * norms * C +", "norms that feed a sum keep their result"),
+        ("parts[GRAPH] = parts[SCORES] if on_gpu else 0", "parts[GRAPH] = 0", "a graph's pool takes nothing"),
+        ("parts[WORKSPACES] = 2 * WORKSPACE if on_gpu else 0", "parts[WORKSPACES] = 0", "libraries take nothing"),
     ],
     "tests/test_quant.py": [
         (

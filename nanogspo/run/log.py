@@ -1,25 +1,27 @@
-"""What a run leaves behind for people: one console line and one metrics.jsonl row per step, samples.jsonl, curves.png.
+"""What a run leaves behind for people: one console line and one metrics.jsonl row per step, and samples.jsonl.
 
-    with RunLog("runs/tiny", steps=400, clip_range=(3e-4, 4e-4)) as log:
+    with RunLog("runs/tiny", steps=400) as log:
         log.step({"step": 1, "algo": "gspo", "loss": -0.002, "reward": 0.31, ...})
         log.evaluation(step=1, phase="gspo", successes=31, count=100)
         log.samples([{"step": 1, "prompt": "47+38=", "answer": "85", "reward": 1.0}])
-        log.draw()
 
 The files are the truth and the console is a view of them: every row is flushed as it is written, so a killed run keeps
-all but the row in flight, and curves.png is drawn from metrics.jsonl alone (`draw_curves`, on any folder, at any time).
-A run that resumes at step k first drops the rows after k, since it is about to write them again.
+all but the row in flight, and curves.png is drawn from metrics.jsonl alone (curves.py, on any folder, at any time). A
+run that resumes at step k first drops the rows after k, since it is about to write them again.
 
-Reading order: wilson_interval, RunLog, step_line, draw_curves.       Tests: tests/test_runlog.py
+Reading order: wilson_interval, RunLog, step_line, summary.       Tests: tests/test_log.py
 """
 
 import json
 import math
-import statistics
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from nanogspo.checkpoint import atomic_write
+from nanogspo.config import TrainConfig
 
 BAR_EVERY, LINE_EVERY = 1.0, 30.0  # seconds between two words about a rollout: on a terminal, and in a log
 NO_REWARD = (
@@ -52,7 +54,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 class RunLog:
-    """Owns metrics.jsonl, samples.jsonl and curves.png of one run folder, and the lines on the console."""
+    """Owns metrics.jsonl and samples.jsonl of one run folder, and the lines on the console."""
 
     def __init__(
         self,
@@ -60,16 +62,14 @@ class RunLog:
         *,
         steps: int,
         resume_step: int | None = None,
-        clip_range: tuple[float, float] | None = None,
         quiet: bool = False,
     ):
         """folder       made if missing
         steps        steps of the whole run, for the progress bar and the width of the step column
         resume_step  None starts new files; k keeps what is there up to step k and goes on after it
-        clip_range   (clip_low, clip_high), drawn into the ratio panel
         quiet        files only, nothing on the console
         """
-        self.folder, self.steps, self.clip_range, self.quiet = Path(folder), steps, clip_range, quiet
+        self.folder, self.steps, self.quiet = Path(folder), steps, quiet
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         kept = [] if resume_step is None else [_drop_rows_after(path, resume_step) for path in paths][0]
@@ -172,9 +172,6 @@ class RunLog:
         elif not self.quiet:
             print(text, flush=True)  # through a pipe Python would hold lines back until 8 KB are full
 
-    def draw(self) -> Path | None:
-        return draw_curves(self.folder, clip_range=self.clip_range)
-
     def close(self) -> None:
         self._metrics.close()
         self._samples.close()
@@ -224,6 +221,34 @@ def step_line(row: dict, width: int = 4) -> str:
     )
 
 
+def summary(config: TrainConfig, folder: Path, picture, example: str | None, seconds: float) -> str:
+    """What a run prints last: held-out exact match before and after each phase, and where things are."""
+    names = {"start": "before", "sft": "after SFT", "gspo": "after GSPO", "grpo": "after GRPO", "control": "control"}
+    lines = []
+    last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_exact" in row}
+    for phase, row in last.items():
+        note = "  (SFT continued instead of RL, for the same time)" if phase == "control" else ""
+        interval = f"95 % interval {row['eval_low']:.1%} to {row['eval_high']:.1%}"
+        lines.append(f"  {names[phase]:<10} {row['eval_exact']:6.1%}   {interval}{note}")
+    if lines:
+        lines.insert(0, f"held-out exact match, {config.eval_size} problems never trained on:")
+    last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row}
+    if last:  # SFT from a file
+        lines.append(f"held-out loss and token accuracy, {config.eval_size} rows never trained on:")
+    for phase, row in last.items():
+        lines.append(f"  {names[phase]:<10} {row['eval_loss']:7.4f}   {row['eval_token_accuracy']:.3f}")
+    adapter = config.lora_r and config.model != "tiny"  # whose base is saved nowhere
+    weights = folder / ("adapter" if adapter else "model")
+    lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
+    if example:
+        path = shlex.quote(str(weights))
+        tail = f"--model {shlex.quote(config.model)} --adapter {path}" if adapter else f"--model {path}"
+        tail += "" if config.quant == "none" else f" --quant {config.quant}"  # what the adapter was trained over
+        tail += "" if config.model == "tiny" else f" --thinking {config.thinking}"
+        lines.append(f'try it: python sample.py {tail} --temperature 0 "{example}"')
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------
 # files
 
@@ -268,207 +293,7 @@ def _rows_and_lines(path: Path) -> list[tuple[dict, bytes]]:
 
 def _drop_rows_after(path: Path, step: int) -> list[dict]:
     """Returns the rows that stay."""
-    from nanogspo.checkpoint import atomic_write
-
     kept = [(row, line) for row, line in _rows_and_lines(path) if row.get("step", 0) <= step]
     if path.exists():  # a kill here leaves the old file or the new one, never half of one
         atomic_write(path, b"".join(line.removesuffix(b"\n") + b"\n" for _, line in kept))
     return [row for row, _ in kept]
-
-
-# ----------------------------------------------------------------------------
-# curves.png
-
-# Okabe and Ito's colours, which colour-blind readers tell apart
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7A7A7A"
-PHASE_COLOURS = {"start": GREY, "sft": BLUE, "gspo": ORANGE, "grpo": ORANGE, "control": GREEN}
-
-
-def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = None) -> Path | None:
-    """Draws folder/metrics.jsonl into folder/curves.png, a panel for each thing the run measured. None without rows.
-
-    clip_range  (clip_low, clip_high) for the ratio panel
-    """
-    from matplotlib.figure import Figure  # 0.5 s to import, so only when drawing; Figure alone needs no display
-
-    rows = read_rows(Path(folder, "metrics.jsonl"))
-    policy = [row for row in rows if row.get("algo") in ("gspo", "grpo")]
-    sft = [row for row in rows if row.get("algo") == "sft"]
-    held_out = [row for row in rows if "eval_loss" in row]
-    panels = [
-        (_draw_exact, [row for row in rows if "eval_exact" in row]),
-        (_draw_reward, policy),
-        (_draw_ratio, policy),
-        (_draw_sft_loss, sft + held_out),
-        (_draw_sft_accuracy, held_out and sft + held_out),
-        (_draw_entropy, policy),
-        (_draw_length, policy),
-    ]
-    panels = [(draw, data) for draw, data in panels if data]
-    if not panels:
-        return None
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.6 * columns, 0.4 + 3.1 * lines), layout="constrained")
-    figure.suptitle(Path(folder).resolve().name, fontsize=13, fontweight="bold")
-    for index, (draw, data) in enumerate(panels, start=1):
-        axes = figure.add_subplot(lines, columns, index)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#E6E6E6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("update")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if draw is _draw_ratio:
-            draw(axes, data, clip_range)
-        else:
-            draw(axes, data)
-    path = Path(folder, "curves.png")
-    figure.savefig(path, dpi=130)
-    return path
-
-
-def _series(rows: list[dict], *keys: str) -> list[list[float]]:
-    """Steps, then the values of each key, over the rows in which all of them are numbers."""
-    whole = [row for row in rows if all(row.get(key) is not None for key in ("step", *keys))]
-    return [[row[key] for row in whole] for key in ("step", *keys)]
-
-
-def _by_phase(rows: list[dict]) -> dict[str, list[dict]]:
-    phases = {}
-    for row in rows:
-        phases.setdefault(row.get("phase") or row.get("algo") or "", []).append(row)
-    return phases
-
-
-def _titled(axes, title: str, rows: list[dict], key: str) -> None:
-    missing = sum(row.get(key) is None for row in rows)
-    axes.set_title(title + (f"  ({missing} not finite)" if missing else ""), fontsize=11, loc="left")
-
-
-def _smooth(axes, steps, values, colour: str, label: str | None = None, possible: tuple = (0.0, math.inf)) -> None:
-    """The values as points; from FEW of them on also the mean of the nearest w, with the 95 % interval of that mean
-    shaded as far as it is possible at all."""
-    if len(values) < FEW:
-        axes.plot(steps, values, "o-", color=colour, markersize=5, linewidth=1.2, label=label)
-        return
-    axes.plot(steps, values, ".", color=colour, alpha=0.4, markersize=5, markeredgewidth=0)
-    mean, low, high = [], [], []
-    for near in _windows(values):
-        mean.append(sum(near) / len(near))
-        variance = sum((v - mean[-1]) ** 2 for v in near) / (len(near) - 1)
-        half = Z95 * math.sqrt(variance / len(near))
-        low.append(max(mean[-1] - half, possible[0]))
-        high.append(min(mean[-1] + half, possible[1]))
-    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label)
-
-
-FEW = 20  # points; of fewer a reader sees each, and a mean of neighbours would hide most of what happened
-
-
-def _windows(values: list[float]) -> list[list[float]]:
-    """For each value the nearest w = 2 * reach + 1, about a twentieth of the run; fewer at both ends."""
-    reach = max(2, len(values) // 40)
-    return [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
-
-
-def _one_per_rollout(rows: list[dict]) -> list[dict]:
-    """All updates of a rollout carry its facts: repeated, they would look like a trend of four equal measurements."""
-    facts = [[row.get(key) for key in ("reward", "reward_std", "answer_len", "truncated_frac")] for row in rows]
-    return [row for i, row in enumerate(rows) if i == 0 or facts[i] != facts[i - 1]]
-
-
-def _draw_exact(axes, rows: list[dict]) -> None:
-    """The policy's own path (start, SFT, RL), and beside it the control's, which leaves where SFT ended."""
-    _titled(axes, "held-out exact match, 95 % interval", rows, "eval_exact")
-    control = [row for row in rows if row.get("phase") == "control"]
-    path = [row for row in rows if row.get("phase") != "control"]
-    if control:
-        control = [row for row in path if row.get("phase") == "sft"][-1:] + control
-    for line, colour, style in ((path, ORANGE, "-"), (control, GREEN, "--")):
-        steps, exact, low, high = _series(line, "eval_exact", "eval_low", "eval_high")
-        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(steps, exact, style, color=colour, linewidth=1.8)
-    for phase, group in _by_phase(rows).items():
-        steps, exact, low, high = _series(group, "eval_exact", "eval_low", "eval_high")
-        if not steps:
-            continue
-        colour = PHASE_COLOURS.get(phase, ORANGE)
-        last = f"{phase} {exact[-1]:.0%}".strip()  # a phase may be examined many times
-        axes.plot(steps, exact, "o", color=colour, markersize=5, label=last)
-        axes.vlines(steps, low, high, color=colour, linewidth=1.5)
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, loc="best")
-
-
-def _draw_reward(axes, rows: list[dict]) -> None:
-    _titled(axes, "reward of the sampled answers", rows, "reward")
-    steps, values = _series(_one_per_rollout(rows), "reward")
-    share = all(0 <= value <= 1 for value in values)  # what every task here gives; others' rewards know no bounds
-    _smooth(axes, steps, values, ORANGE, possible=(0, 1) if share else (-math.inf, math.inf))
-
-
-def _draw_sft_loss(axes, rows: list[dict]) -> None:
-    _titled(axes, "SFT loss, nats per token", [row for row in rows if "eval_loss" not in row], "loss")
-    _draw_sft(axes, rows, "loss", math.inf)
-
-
-def _draw_sft_accuracy(axes, rows: list[dict]) -> None:
-    _titled(axes, "SFT token accuracy", [row for row in rows if "eval_loss" not in row], "token_accuracy")
-    _draw_sft(axes, rows, "token_accuracy", 1.0)
-
-
-def _draw_sft(axes, rows: list[dict], key: str, most: float) -> None:
-    """Training rows phase by phase, over them the held-out rows."""
-    phases = _by_phase([row for row in rows if "eval_loss" not in row])
-    for phase, group in phases.items():
-        label = phase if len(phases) > 1 else "training"
-        _smooth(axes, *_series(group, key), PHASE_COLOURS.get(phase, BLUE), label, possible=(0.0, most))
-    held_out = [row for row in rows if "eval_loss" in row]
-    if held_out:
-        axes.plot(*_series(held_out, f"eval_{key}"), "o-", color=ORANGE, markersize=5, linewidth=1.5, label="held out")
-    if held_out or len(phases) > 1:
-        axes.legend(frameon=False, fontsize=9)
-
-
-def _draw_ratio(axes, rows: list[dict], clip_range: tuple[float, float] | None) -> None:
-    """Where nine of ten ratios lie, and the range outside of which the clip takes the gradient away. Few updates are
-    drawn one by one, from the smallest ratio to the largest; of many, medians of neighbours, without the first update
-    of every rollout, whose ratios are 1 by construction."""
-    _titled(axes, "ratio - 1: median, 5 % to 95 %", rows, "ratio_mean")
-    if len(rows) >= FEW:
-        rows = [row for row in rows if not row.get("ratio_min") == row.get("ratio_max") == 1] or rows
-    older = {"ratio_p05": "ratio_min", "ratio_p50": "ratio_mean", "ratio_p95": "ratio_max"}  # runs before quantiles
-    rows = [row | {new: row.get(new, row.get(old)) for new, old in older.items()} for row in rows]
-    steps, *columns = _series(rows, "ratio_p05", "ratio_p50", "ratio_p95", "ratio_min", "ratio_max")
-    low, median, high, least, most = ([ratio - 1 for ratio in column] for column in columns)
-    if len(steps) < FEW:
-        axes.vlines(steps, least, most, color=ORANGE, linewidth=1)
-        axes.vlines(steps, low, high, color=ORANGE, alpha=0.5, linewidth=5)
-        axes.plot(steps, median, "o", color=ORANGE, markersize=5)
-    else:
-        low, median, high = ([statistics.median(near) for near in _windows(line)] for line in (low, median, high))
-        axes.fill_between(steps, low, high, color=ORANGE, alpha=0.3, linewidth=0)
-        axes.plot(steps, median, color=ORANGE, linewidth=1.8)
-    if clip_range:
-        low_edge, high_edge = -clip_range[0], clip_range[1]
-        label = f"not clipped: {low_edge:+.0e} to {high_edge:+.0e}"
-        axes.axhspan(low_edge, high_edge, facecolor=BLUE, edgecolor=BLUE, alpha=0.3, label=label)
-        linear = max(clip_range)
-        if max(map(abs, [*axes.dataLim.intervaly])) > 20 * linear:  # else both edges would lie on the zero line
-            axes.set_yscale("symlog", linthresh=linear)
-            axes.set_yticks([tick for tick in axes.get_yticks() if tick == 0 or abs(tick) >= linear])
-        axes.legend(fontsize=9, edgecolor="none", framealpha=0.8, loc="lower right")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own would put 1e-3 over the title
-
-
-def _draw_entropy(axes, rows: list[dict]) -> None:
-    _titled(axes, "entropy, nats per token", rows, "entropy")
-    _smooth(axes, *_series(rows, "entropy"), GREY)
-
-
-def _draw_length(axes, rows: list[dict]) -> None:
-    _titled(axes, "answer length, tokens", rows, "answer_len")
-    _smooth(axes, *_series(_one_per_rollout(rows), "answer_len"), GREY)

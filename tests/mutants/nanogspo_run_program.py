@@ -1,7 +1,7 @@
-"""Wrong edits of nanogspo/program.py, one at a time: see tools/mutate.py."""
+"""Wrong edits of nanogspo/run/program.py, one at a time: see tools/mutate.py."""
 
 # ruff: noqa: E501      an edit is quoted as it stands in the code
-FILE = "nanogspo/program.py"
+FILE = "nanogspo/run/program.py"
 MUTANTS = {
     "tests/test_program.py": [
         (

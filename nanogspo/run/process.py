@@ -10,13 +10,11 @@ import math
 import mmap
 import os
 import pathlib
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
 
 from nanogspo.config import TrainConfig
-from nanogspo.runlog import read_rows
 
 try:
     import fcntl
@@ -233,31 +231,3 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.asked
-
-
-def summary(config: TrainConfig, folder: pathlib.Path, picture, example: str | None, seconds: float) -> str:
-    """What a run prints last: held-out exact match before and after each phase, and where things are."""
-    names = {"start": "before", "sft": "after SFT", "gspo": "after GSPO", "grpo": "after GRPO", "control": "control"}
-    lines = []
-    last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_exact" in row}
-    for phase, row in last.items():
-        note = "  (SFT continued instead of RL, for the same time)" if phase == "control" else ""
-        interval = f"95 % interval {row['eval_low']:.1%} to {row['eval_high']:.1%}"
-        lines.append(f"  {names[phase]:<10} {row['eval_exact']:6.1%}   {interval}{note}")
-    if lines:
-        lines.insert(0, f"held-out exact match, {config.eval_size} problems never trained on:")
-    last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row}
-    if last:  # SFT from a file
-        lines.append(f"held-out loss and token accuracy, {config.eval_size} rows never trained on:")
-    for phase, row in last.items():
-        lines.append(f"  {names[phase]:<10} {row['eval_loss']:7.4f}   {row['eval_token_accuracy']:.3f}")
-    adapter = config.lora_r and config.model != "tiny"  # whose base is saved nowhere
-    weights = folder / ("adapter" if adapter else "model")
-    lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
-    if example:
-        path = shlex.quote(str(weights))
-        tail = f"--model {shlex.quote(config.model)} --adapter {path}" if adapter else f"--model {path}"
-        tail += "" if config.quant == "none" else f" --quant {config.quant}"  # what the adapter was trained over
-        tail += "" if config.model == "tiny" else f" --thinking {config.thinking}"
-        lines.append(f'try it: python sample.py {tail} --temperature 0 "{example}"')
-    return "\n".join(lines)

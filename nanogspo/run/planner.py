@@ -3,9 +3,9 @@
 The model is built on the meta device (`outline`), where tensors have a shape and no numbers, from config.json alone.
 Weights, adapter, gradients, optimiser and KV cache are counted exactly: a run in which they exceed the free memory is
 refused. Activations, vocabulary tiles and the scores of a decode step are estimates from the shapes (activations: what
-autograd keeps on a CPU, within a tenth; the backward pass has a few temporaries besides), and only warn.
+autograd keeps, within a tenth; the backward pass has a few temporaries besides), and only warn.
 
-Reading order: outline, memory_parts, most, too_large, plan.      Tests: tests/test_planner.py
+Reading order: outline, memory_parts, most, too_large, memory_report, approve.      Tests: tests/test_planner.py
 """
 
 import dataclasses
@@ -19,14 +19,17 @@ from nanogspo.families import ModelConfig, model_config
 from nanogspo.fast.fused_linear import prepacked_groups
 from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Transformer
-from nanogspo.packing import SHARE_FROM
+from nanogspo.packing import SHARE_PROMPT_FROM
 from nanogspo.quant import NF4Linear, pack_as_stored, pack_model, packed_layers, weight_count
 
 # Parts of the memory that only a rollout holds, and those that only an update does
 CACHE, PREPACKED, SCORES = "KV cache of a rollout", "prepacked weights", "scores of a decode step (estimate)"
+GRAPH, WORKSPACES = "CUDA graph of a decode step (estimate)", "library workspaces"
 GRADIENTS, ACTIVATIONS, TILES = "gradients", "activations (estimate)", "vocabulary tiles"
 MOMENTS, MASTERS = "optimiser (two moments)", "fp32 masters"
-ROLLOUT, UPDATE, ESTIMATES = (CACHE, PREPACKED, SCORES), (GRADIENTS, ACTIVATIONS, TILES), (SCORES, ACTIVATIONS, TILES)
+ROLLOUT, UPDATE = (CACHE, PREPACKED, SCORES, GRAPH), (GRADIENTS, ACTIVATIONS, TILES)
+ESTIMATES = (SCORES, GRAPH, WORKSPACES, ACTIVATIONS, TILES)
+WORKSPACE = 32 * 2**20  # bytes cuBLAS takes on sm_90 for each stream that multiplies (torch's :4096:2:16:8)
 
 
 def outline(raw: dict, dtype: torch.dtype, quant: str | None) -> Transformer:
@@ -64,12 +67,14 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
         ACTIVATIONS: activations,
         TILES: 2 * 32 * 1024**2 if c.vocab_size > 8192 else 2 * T * c.vocab_size * 4,
     }
+    on_gpu = config.device == "cuda"
+    parts[WORKSPACES] = 2 * WORKSPACE if on_gpu else 0  # the default stream's and the capture stream's
     if rl:
-        on_gpu = config.device == "cuda"
         parts[CACHE] = cache_slots(config, longest_prompt) * slot_bytes(c, element, on_gpu)
         parts[PREPACKED] = 0 if on_gpu else prepacked_bytes(model)
         copies = 2 if config.temperature == 1 else 3  # logits, those divided by the temperature, probabilities
         parts[SCORES] = copies * rollout_rows(config) * c.vocab_size * 4
+        parts[GRAPH] = parts[SCORES] if on_gpu else 0  # its pool of memory keeps what a step makes
     return {name: size for name, size in parts.items() if size}
 
 
@@ -102,7 +107,7 @@ def most(parts: dict[str, int], without: tuple[str, ...] = ()) -> int:
 
 LOWER = {
     CACHE: "a lower --rollout-rows, --group-size or --max-new-tokens",
-    SCORES: "a lower --rollout-rows or --group-size",
+    **dict.fromkeys((SCORES, GRAPH), "a lower --rollout-rows or --group-size"),
     ACTIVATIONS: "a lower --micro-batch-tokens, or --gradient-checkpointing on",
     **dict.fromkeys((GRADIENTS, MOMENTS, MASTERS), "an adapter (--lora-r 16)"),
     "KV cache": "a lower --max-new-tokens",
@@ -176,7 +181,7 @@ def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
     N, G = config.prompts_per_rollout * config.group_size, config.group_size
     size = config.batch_size if config.algo == "sft" else N // config.updates_per_rollout
     whole = size * alone
-    if config.algo != "sft" and prompt >= SHARE_FROM:
+    if config.algo != "sft" and prompt >= SHARE_PROMPT_FROM:
         # groups of which an update has a part, at most
         groups = max((min(first + size, N) - 1) // G - first // G + 1 for first in range(0, N, size))
         whole = groups * prompt + size * answer
@@ -184,22 +189,27 @@ def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
 
 
 def layer_bytes(config: TrainConfig, c: ModelConfig, element: int) -> int:
-    """Bytes a token that one layer keeps for its backward pass."""
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    normed = (4 if c.post_norms else 2) * c.hidden_size
-    # an RMSNorm keeps its input in fp32 and its result; where its weight is trained, also what the weight multiplies
-    norm = 4 + (0 if config.lora_r else 4 if c.norm_plus_one else element)
-    total = normed * (norm + element) + ((queries + keys) * norm if c.qk_norm else 0)
-    total += element * (2 * queries + 2 * keys + 4 * c.intermediate_size)  # q k v, out; gate, act, up, product
-    total += 4 * c.num_heads  # log-sum-exp of the scores, which are made again
+    """Bytes a token that one layer keeps for its backward pass. 45 kB for Qwen3-0.6B under LoRA on a GPU in bf16."""
+    C, queries, keys, norms = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, 2 + 2 * c.post_norms
+    attended = 2 * queries + 2 * keys  # q k v, out
+    heads = (queries + keys) * c.qk_norm
+    total = 4 * c.num_heads  # log-sum-exp of the scores, which are made again
+    if config.device == "cuda":  # each kernel keeps its inputs; the norms after attention and MLP feed only a sum
+        total += element * ((norms + 2) * C + heads + attended + 3 * c.intermediate_size)  # gate, up, product
+        total += 4 * norms  # 1 / rms of each row
+    else:
+        # an RMSNorm keeps its input in fp32 and its result; if its weight is trained, also what the weight multiplies
+        norm = 4 + (0 if config.lora_r else 4 if c.norm_plus_one else element)
+        total += norms * C * (norm + element) + heads * norm
+        total += element * (attended + 4 * c.intermediate_size)  # gate, act, up, product
     # an adapter keeps its layer's input, which is one of these; with dropout an fp32 copy of its own, and a mask
     if config.lora_r and config.lora_dropout:
         inputs = {"o_proj": queries, "down_proj": c.intermediate_size}
-        total += sum(5 * inputs.get(t.rsplit(".", 1)[-1], c.hidden_size) for t in config.lora_targets.split(","))
+        total += sum(5 * inputs.get(t.rsplit(".", 1)[-1], C) for t in config.lora_targets.split(","))
     return total
 
 
-def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
+def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
     """The first thing a run prints: what is trained, with what, and what it will take."""
     c = model.config
     total = weight_count(model)
@@ -226,6 +236,19 @@ def plan(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
         + f"; together {human(sum(parts.values()))}"
     )
     return "\n".join(lines)
+
+
+def approve(config: TrainConfig, model: Transformer, longest_prompt: int, available: float) -> TrainConfig:
+    """Print what the run will take, and refuse one that cannot fit. Returns the config with checkpointing decided."""
+    config = decide_checkpointing(config, model, longest_prompt, available)
+    print(memory_report(config, model, longest_prompt))
+    parts = memory_parts(config, model, longest_prompt)
+    refused = too_large(parts, available, ESTIMATES)
+    if refused and not config.plan_only and not config.ignore_memory_plan:
+        raise ValueError(f"{refused}; or --ignore-memory-plan")
+    if note := refused or too_large(parts, available):
+        print(f"  {note}")
+    return config
 
 
 def human(size: float) -> str:

@@ -1,15 +1,11 @@
-"""Wrong edits of nanogspo/process.py, one at a time: see tools/mutate.py."""
+"""Wrong edits of nanogspo/run/process.py, one at a time: see tools/mutate.py."""
 
 # ruff: noqa: E501      an edit is quoted as it stands in the code
-FILE = "nanogspo/process.py"
+FILE = "nanogspo/run/process.py"
 MUTANTS = {
     "tests/test_process.py": [
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "two runs hold one folder"),
-        (
-            "os.path.samestat(os.fstat(file), os.stat(path))",
-            "True",
-            "a lock on a file that another run has removed",
-        ),
+        ("os.path.samestat(os.fstat(file), os.stat(path))", "True", "a lock on a file that another run has removed"),
         (
             "        except FolderHeld:\n            continue",
             "        except OSError:\n            continue",
@@ -22,11 +18,7 @@ MUTANTS = {
             "what a faster run wrote is written over",
         ),
         ("any(file.name != LOCK for file in", "any(file for file in", "a folder with only a lock is a run"),
-        (
-            "            path.unlink()\n",
-            "            pass\n",
-            "the lock stays when the run ends",
-        ),
+        ("            path.unlink()\n", "            pass\n", "the lock stays when the run ends"),
         ("if folder.exists() and not (folder / LOCK).exists():", "if False:", "a lock in somebody else's folder"),
         ("        return False\n    return True", "        raise\n    return True", "no run where there are no locks"),
         ("and signal.getsignal(number) != signal.SIG_IGN", "", "nohup is not heeded"),
@@ -36,8 +28,6 @@ MUTANTS = {
             '        pathlib.Path("runs").exists()',
             "no place for runs, no end",
         ),
-        ('config.lora_r and config.model != "tiny"', "config.lora_r", "the last line names a model that is nowhere"),
-        ("path = shlex.quote(str(weights))", "path = str(weights)", "the last line breaks at a blank"),
         (
             "if self.asked and number == signal.SIGINT:",
             "if self.asked:",

@@ -1,0 +1,79 @@
+"""The policy, as a configuration describes it: tokenizer and outline first, then the model with its adapter.
+
+    config, tokenizer, outline = describe(config, task)     nothing is allocated: enough to check data and memory
+    model = build(config, task)                             the tiny model made, or a checkpoint loaded
+
+Tests: tests/test_train.py
+"""
+
+import dataclasses
+
+import torch
+
+from nanogspo import checkpoint, lora, tiny
+from nanogspo.config import TrainConfig, resolve
+from nanogspo.device import DTYPES
+from nanogspo.model import Transformer
+from nanogspo.quant import pack_model, packed_layers, weight_count
+from nanogspo.run import planner
+from nanogspo.tasks.base import Task
+from nanogspo.tokenizer import Tokenizer, load_tokenizer
+
+
+def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Tokenizer, Transformer]:
+    """(config with learning rates by the model's size and the adapter's own rank, tokenizer, outline with adapter)."""
+    if config.adapter:  # a wrong name is refused before a model is fetched
+        checkpoint.resolve(config.adapter, want="adapter")
+    if config.model == "tiny":
+        if task is None:
+            raise ValueError("got --model tiny with --data: its vocabulary is one task's alphabet; want a real --model")
+        tokenizer, raw = tiny.describe(task.characters)
+    else:
+        files = checkpoint.resolve(config.model, want="config")
+        tokenizer, raw = load_tokenizer(files), checkpoint.read_config(files)
+    outline = planner.outline(raw, DTYPES[config.dtype], quantization(config))
+    if packed_layers(outline) and not config.lora_r:
+        raise ValueError(f"got --lora-r 0 with {config.model}, whose weights are packed in 4 bits; want --lora-r 16")
+    config = resolve(config, weight_count(outline))
+    adapt(outline, config)
+    ranks = sorted({layer.r for layer in lora.lora_layers(outline).values()})
+    if config.adapter and ranks != [config.lora_r]:
+        rank = ", ".join(map(str, ranks))
+        print(f"{config.adapter}: an adapter of rank {rank}, so --lora-r {config.lora_r} is not used")
+        config = dataclasses.replace(config, lora_r=ranks[-1])
+    return config, tokenizer, outline
+
+
+def build(config: TrainConfig, task: Task | None) -> Transformer:
+    """The model with its adapter, in training mode."""
+    device, dtype, quant = config.device, DTYPES[config.dtype], quantization(config)
+    if config.model == "tiny":
+        _, model = tiny.build(task.characters, seed=config.seed)
+        model.to(device, dtype)
+        if quant:
+            pack_model(model, quant)
+    else:
+        model = checkpoint.load(config.model, device=device, dtype=dtype, quant=quant)
+    adapt(model, config)
+    model.train()
+    model.gradient_checkpointing = config.gradient_checkpointing == "on"
+    return model
+
+
+def adapt(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Add the adapter to train: the one from --adapter, or a fresh one; with --lora-r 0, none."""
+    if config.adapter:
+        checkpoint.load_adapter(model, config.adapter, dropout=config.lora_dropout)
+    elif config.lora_r:
+        lora.add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            targets=[t.strip() for t in config.lora_targets.split(",") if t.strip()],
+            dropout=config.lora_dropout,
+            seed=config.seed,
+        )
+
+
+def quantization(config: TrainConfig) -> str | None:
+    return None if config.quant == "none" else config.quant

@@ -1,0 +1,20 @@
+"""Wrong edits of nanogspo/data.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/data.py"
+MUTANTS = {
+    "tests/test_train.py": [
+        (
+            '(model.max_positions, "max_position_embeddings")',
+            '(2**40, "max_position_embeddings")',
+            "rows that the model cannot see whole are trained on",
+        ),
+        (
+            "if longest + config.max_new_tokens > model.max_positions:",
+            "if longest > model.max_positions:",
+            "no room for an answer, found out in a rollout",
+        ),
+        ("if longest_answer > config.max_new_tokens:", "if False:", "answers that are always cut"),
+        ("seed + SFT_STREAM", "seed", "a warm-up on the problems that RL starts with"),
+    ],
+}

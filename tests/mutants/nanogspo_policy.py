@@ -1,0 +1,24 @@
+"""Wrong edits of nanogspo/policy.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/policy.py"
+MUTANTS = {
+    "tests/test_train.py": [
+        (
+            "config = dataclasses.replace(config, lora_r=ranks[-1])",
+            "pass",
+            "config.yaml with a rank that the adapter has not",
+        ),
+    ],
+    "tests/test_planner.py": [
+        (
+            'config.model, want="config")',
+            'config.model, want="model")',
+            "the plan waits for the weights of a hub's model",
+        ),
+    ],
+    "tests/test_quant.py": [
+        ("    if packed_layers(outline) and not config.lora_r:", "    if False:", "full fine-tuning of a 4-bit folder"),
+        ("device=device, dtype=dtype, quant=quant)", "device=device, dtype=dtype)", "--quant is ignored"),
+    ],
+}
