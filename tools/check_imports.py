@@ -22,7 +22,7 @@ from code_lines import code_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET, LONGEST = 9_500, 80
-LIMITS = {"train.py": 300, "nanogspo/model.py": 264}
+LIMITS = {"train.py": 300, "nanogspo/model.py": 200}
 # A row is a file, or all files of a package that have no row of their own; these may import each other, without a cycle
 ORDER = """
     kernels
