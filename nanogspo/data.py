@@ -2,7 +2,7 @@
 
 The n-th example is a function of n and the seed, so a cursor is one integer, and a resumed run goes on where it was.
 
-Tests: tests/test_train.py, tests/test_tasks.py
+Tests: tests/test_data.py, tests/test_train.py
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ Two forward passes are skipped because they cannot change the update. An answer 
 rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages. And the
 first update's own forward pass yields the old log-probs of its answers, because no weight has moved yet.
 
-Tests: tests/test_train.py, tests/test_runstate.py
+Tests: tests/test_experience.py, tests/test_train.py, tests/test_runstate.py
 """
 
 import dataclasses

@@ -3,12 +3,7 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/data.py"
 MUTANTS = {
-    "tests/test_train.py": [
-        (
-            '(model.max_positions, "max_position_embeddings")',
-            '(2**40, "max_position_embeddings")',
-            "rows that the model cannot see whole are trained on",
-        ),
+    "tests/test_data.py": [
         (
             "if longest + config.max_new_tokens > model.max_positions:",
             "if longest > model.max_positions:",
@@ -16,5 +11,13 @@ MUTANTS = {
         ),
         ("if longest_answer > config.max_new_tokens:", "if False:", "answers that are always cut"),
         ("seed + SFT_STREAM", "seed", "a warm-up on the problems that RL starts with"),
+        ("self.seed + PROBE_STREAM", "self.seed", "a probe of the problems that RL starts with"),
+    ],
+    "tests/test_train.py": [
+        (
+            '(model.max_positions, "max_position_embeddings")',
+            '(2**40, "max_position_embeddings")',
+            "rows that the model cannot see whole are trained on",
+        ),
     ],
 }
