@@ -17,11 +17,12 @@ from recorder import record
 import kernels.decode_attention
 import kernels.glu
 import kernels.int8
+import kernels.lora
 import kernels.nf4
 import kernels.rms_norm
 import kernels.rope
 from kernels.backend import INTERPRETED
-from nanogspo import quant, rollout
+from nanogspo import rollout
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
 from nanogspo.quant import pack_model
@@ -40,7 +41,7 @@ LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 6
 def like_a_gpu(recorder=record):
     """Triton for everything that a step launches, and steps that can be recorded. Gives the recordings made."""
     replays, launched = [], [kernels.decode_attention, kernels.glu, kernels.rms_norm, kernels.rope]
-    launched += [kernels.nf4, kernels.int8, quant]
+    launched += [kernels.nf4, kernels.int8, kernels.lora]
 
     def kept(step):
         replay = recorder(step)
@@ -98,7 +99,7 @@ def test_a_replayed_step_is_the_step(family, settings):
 @pytest.mark.parametrize(("packed", "small"), [("nf4", 16), ("int8", 16), ("nf4", 0)])
 def test_with_adapters_on_packed_weights(packed, small, monkeypatch):
     """Few rows multiply straight from the packed weights; more than `small` of them from weights that are unpacked."""
-    monkeypatch.setattr(quant, "SMALL", small)
+    monkeypatch.setattr(kernels.lora, "SMALL", small)
     model = tiny()
     pack_model(model, packed)
     add_lora(model, r=3, alpha=6.0)
