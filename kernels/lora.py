@@ -15,8 +15,8 @@ thin operand (A, B, h, dh: R columns) is fp32. It is split into two bf16 halves,
 Bytes a token and layer of the adapters (seven linears of Qwen3-0.6B, R = 16), as tests/test_lora_kernel.py counts them:
 
                   torch          here
-    forward       449 KB         72 KB
-    backward      605 KB        137 KB       together 19.8 %; the base matmuls read x and write y, 45 KB
+    forward       447 KB         72 KB
+    backward      606 KB        138 KB       together 19.9 %; the base matmuls read x and write y, 45 KB
 
 The file reads top to bottom:
 
@@ -48,8 +48,8 @@ from kernels.nf4 import NF4Tensor, dequantize_nf4, nf4_matmul
 # 64 rows unpacking moves 4.5 bytes a weight, and these 0.52. It was not timed.
 SMALL = 64
 
-# 64 x 128 fp32 sums are 64 registers for each of 128 threads; h and B of such a tile are 8 and 16 KB at R = 64
-BLOCK_N, BLOCK_F, MAX_BLOCK_R = 64, 128, 64
+# 64 x 128 fp32 sums are 64 registers for each of 128 threads; with 64 columns of h and B at once sm_80 spills
+BLOCK_N, BLOCK_F, MAX_BLOCK_R = 64, 128, 32
 BLOCK = 1024  # numbers of a thin matrix in a program
 
 Weight = Tensor | NF4Tensor | Int8Tensor
@@ -72,6 +72,17 @@ def _gradients_reference(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: flo
 
 # ----------------------------------------------------------------------------
 # 2. kernels
+
+
+@triton.jit
+def _split_kernel(w_ptr, out_ptr, stride_r, stride_c, R, C, BLOCK: tl.constexpr):
+    """BLOCK numbers of one row of w (R, C) fp32 -> the same of [high; low] (2 R, C) bf16: (4)."""
+    r = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    w = tl.load(w_ptr + r * stride_r + c.to(tl.int64) * stride_c, mask=c < C, other=0.0)  # (BLOCK,)
+    high = w.to(tl.bfloat16)  # (BLOCK,)
+    tl.store(out_ptr + r * C + c, high, mask=c < C)
+    tl.store(out_ptr + (r + R) * C + c, (w - high.to(tl.float32)).to(tl.bfloat16), mask=c < C)
 
 
 @triton.jit
@@ -124,13 +135,16 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _thin(x: Tensor, w: Tensor, scale: float) -> Tensor:
     """scale x w^T for bf16 x (N, in) and fp32 w (R, in), as halves (N, 2 R)."""
-    high = w.bfloat16()  # (R, in)
-    sums = _mm(x, torch.cat([high, (w - high).bfloat16()]).T)  # (N, 2 R)
-    (N, columns), out = sums.shape, torch.empty_like(sums, dtype=torch.bfloat16)  # (N, 2 R)
+    (R, C), N = w.shape, len(x)
+    halves = torch.empty((2 * R, C), dtype=torch.bfloat16, device=x.device)  # (2 R, in)
+    _split_kernel[(R, triton.cdiv(C, BLOCK))](
+        w, halves, w.stride(0), w.stride(1), R, C, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+    )
+    sums = _mm(x, halves.T)  # (N, 2 R)
+    out = torch.empty_like(sums, dtype=torch.bfloat16)  # (N, 2 R)
     if N:  # a grid of 0 programs is an error
-        count = N * columns // 2
-        _halves_kernel[(triton.cdiv(count, BLOCK),)](
-            sums, out, scale, count, R=columns // 2, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+        _halves_kernel[(triton.cdiv(N * R, BLOCK),)](
+            sums, out, scale, N * R, R=R, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
         )
     return out
 
@@ -142,8 +156,9 @@ def _add(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
     y = y if y.stride(1) == 1 else y.contiguous()  # (N, F)
     if N:
         _add_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(F, BLOCK_F))](
-            y, h, b, y.stride(0), b.stride(0), b.stride(1), N, F, R, BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F,
-            BLOCK_R=min(MAX_BLOCK_R, max(16, triton.next_power_of_2(R))), num_warps=4, enable_fp_fusion=False,
+            y, h, b, y.stride(0), b.stride(0), b.stride(1), N, F, R,
+            BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F, BLOCK_R=min(MAX_BLOCK_R, max(16, triton.next_power_of_2(R))),
+            num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return y
 
