@@ -17,8 +17,8 @@ MUTANTS = {
     ],
     "tests/test_lora.py": [
         (
-            "self.base.bias, self.lora_A.weight",
-            "None, self.lora_A.weight",
+            "weight, self.base.bias, self.lora_A.weight",
+            "weight, None, self.lora_A.weight",
             "an adapter that loses its base's bias",
         ),
         ("F.dropout(x, self.dropout)", "F.dropout(x, 1 - self.dropout)", "what should be dropped is kept"),
