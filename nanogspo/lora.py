@@ -18,47 +18,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from kernels.lora import frozen_linear
 from nanogspo.inputs import some
 from nanogspo.quant import LINEAR, PackedLinear, dense_weight, weight_count
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class _Product(torch.autograd.Function):
-    """Base and update together. Autograd would keep x in fp32 for every adapter, 7 copies a layer; this keeps x itself,
-    which other layers keep too, and makes h = A x again.
-
-        dB = s dy^T h       dh = s B^T dy       dA = dh^T x       dx = W^T dy + A^T dh
-    """
-
-    @staticmethod
-    def forward(ctx, x, A, B, layer):
-        ctx.save_for_backward(x, A, B)
-        ctx.layer = layer
-        y = layer.base(x).reshape(-1, len(B))  # (n, out)
-        h = x.reshape(-1, A.shape[1]).float() @ A.T  # (n, r)
-        return _add(y, h, B.T, layer.scale).view(*x.shape[:-1], -1)  # (..., out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (x, A, B), layer, shape = ctx.saved_tensors, ctx.layer, dy.shape[:-1]
-        dy, x = dy.reshape(-1, len(B)), x.reshape(-1, A.shape[1])  # (n, out), (n, in)
-        wide, x_wide = dy.float(), x.float()  # (n, out), (n, in)
-        dh = wide @ B * layer.scale  # (n, r)
-        dA = dh.T @ x_wide  # (r, in)
-        dB = wide.T @ (x_wide @ A.T * layer.scale)  # (out, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _add(dy @ dense_weight(layer.base, dy.dtype), dh, A, 1.0).view(*shape, -1)  # (..., in)
-        return dx, dA, dB, None
-
-
-def _add(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y + scale a b, in fp32, rounded once to y's dtype."""
-    return torch.addmm(y.float(), a, b, alpha=scale).to(y.dtype)
 
 
 class LoRALinear(nn.Module):
@@ -82,7 +47,8 @@ class LoRALinear(nn.Module):
         if self.dropout and self.training:
             update = self.lora_B(self.lora_A(F.dropout(x, self.dropout).float()))  # (..., out) fp32
             return (self.base(x) + update * self.scale).to(x.dtype)  # (..., out)
-        return _Product.apply(x, self.lora_A.weight, self.lora_B.weight, self)  # (..., out)
+        weight = self.base.q if isinstance(self.base, PackedLinear) else self.base.weight
+        return frozen_linear(x, weight, self.base.bias, self.lora_A.weight, self.lora_B.weight, scale=self.scale)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W + scale * B A, computed in fp32, rounded once to W's dtype. (out, in)

@@ -27,38 +27,12 @@ import json
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose
-from kernels.int8 import Int8Tensor, dequantize_int8, int8_matmul, quantize_int8
-from kernels.nf4 import NESTED, NF4Tensor, dequantize_nf4, nf4_matmul, quantize_nf4
+from kernels.int8 import Int8Tensor, dequantize_int8, quantize_int8
+from kernels.lora import frozen_linear
+from kernels.nf4 import NESTED, NF4Tensor, dequantize_nf4, quantize_nf4
 from nanogspo.inputs import parse_json
-
-# Up to so many rows a GPU multiplies straight from the packed weights: a decoding step waits for memory, and they are a
-# quarter as long. The choice looks at the shape and never at whether gradients are on: old and new log-probs are scored
-# in equal shapes, so on equal paths, and the first ratio is exactly 1.
-SMALL = 16
-
-
-class _Product(torch.autograd.Function):
-    """Saves no tensor: W is frozen, so dx needs W alone, and the layer has it, packed."""
-
-    @staticmethod
-    def forward(ctx, x, bias, layer):
-        ctx.layer = layer
-        if choose(None, x) == "triton" and x.shape[:-1].numel() <= SMALL:
-            y = layer.small_product(x.reshape(-1, layer.in_features)).view(*x.shape[:-1], -1)  # (..., out)
-            return y if bias is None else y + bias  # (..., out)
-        return F.linear(x, layer.unpack(x.dtype), bias)  # (..., out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        dx = dy @ ctx.layer.unpack(dy.dtype) if ctx.needs_input_grad[0] else None  # (..., in)
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None  # (out,)
-        return dx, dbias, None
 
 
 class PackedLinear(nn.Module):
@@ -80,12 +54,8 @@ class PackedLinear(nn.Module):
         """W, (out, in) in dtype, in fresh memory."""
         raise NotImplementedError
 
-    def small_product(self, x: Tensor) -> Tensor:
-        """x W^T for (M, in) with few rows, (M, out); the same W."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.bias, self)  # (..., out)
+        return frozen_linear(x, self.q, self.bias)  # (..., out)
 
     @property
     def nbytes(self) -> int:
@@ -131,9 +101,6 @@ class NF4Linear(PackedLinear):
     def unpack(self, dtype: torch.dtype) -> Tensor:
         return dequantize_nf4(self.q, dtype)  # (out, in)
 
-    def small_product(self, x: Tensor) -> Tensor:
-        return nf4_matmul(x, self.q)  # (M, out)
-
 
 class Int8Linear(PackedLinear):
     """One byte a weight and a scale for every row (kernels/int8.py)."""
@@ -142,9 +109,6 @@ class Int8Linear(PackedLinear):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         return dequantize_int8(self.q, dtype)  # (out, in)
-
-    def small_product(self, x: Tensor) -> Tensor:
-        return int8_matmul(x, self.q)  # (M, out)
 
 
 LINEAR = (nn.Linear, PackedLinear)  # what LoRA can be put beside

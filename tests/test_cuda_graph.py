@@ -18,11 +18,12 @@ from recorder import record
 import kernels.decode_attention
 import kernels.glu
 import kernels.int8
+import kernels.lora
 import kernels.nf4
 import kernels.rms_norm
 import kernels.rope
 from kernels.backend import INTERPRETED
-from nanogspo import quant, rollout
+from nanogspo import rollout
 from nanogspo.fast import cuda_graph, fused_linear
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
@@ -42,7 +43,7 @@ LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 6
 def like_a_gpu(recorder=record):
     """Triton for all that a step launches, fused layers as on a GPU, captures allowed. Gives the captures made."""
     replays, launched = [], [kernels.decode_attention, kernels.glu, kernels.rms_norm, kernels.rope]
-    launched += [kernels.nf4, kernels.int8, quant]
+    launched += [kernels.nf4, kernels.int8, kernels.lora]
 
     def kept(step):
         replay = recorder(step)
@@ -105,7 +106,7 @@ def test_a_replayed_step_is_the_step(family, settings):
 @pytest.mark.parametrize(("packed", "small"), [("nf4", 16), ("int8", 16), ("nf4", 0)])
 def test_with_adapters_on_packed_weights(packed, small, monkeypatch):
     """Few rows multiply straight from the packed weights; more than `small` of them from weights that are unpacked."""
-    monkeypatch.setattr(quant, "SMALL", small)
+    monkeypatch.setattr(kernels.lora, "SMALL", small)
     model = tiny()
     pack_model(model, packed)
     add_lora(model, r=3, alpha=6.0)

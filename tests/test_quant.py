@@ -28,6 +28,8 @@ from strategies import SEEDS
 from test_inputs import DEEP
 from torch import nn
 
+from kernels import lora as frozen
+from kernels.backend import INTERPRETED
 from nanogspo import quant
 from nanogspo.checkpoint import load, load_adapter, save, save_adapter, stored_dtype
 from nanogspo.config import TrainConfig, check
@@ -125,7 +127,7 @@ def equal(a, b):
 @given(
     seed=SEEDS,
     sizes=st.sampled_from([(1, 1), (5, 3), (64, 2), (63, 65), (96, 40), (130, 33)]),
-    batch=st.sampled_from([(), (1,), (quant.SMALL,), (quant.SMALL + 1,), (2, 3), (0,), (2, 1, 4)]),
+    batch=st.sampled_from([(), (1,), (frozen.SMALL,), (frozen.SMALL + 1,), (2, 3), (0,), (2, 1, 4)]),
 )
 def test_a_layer_is_a_dense_one_with_the_unpacked_weight(kind, dtype, bias, seed, sizes, batch):
     """Value and gradients, to the bit: whatever a dense layer would have trained, this one trains."""
@@ -141,7 +143,7 @@ def test_a_layer_is_a_dense_one_with_the_unpacked_weight(kind, dtype, bias, seed
     y, want = layer(x), F.linear(x, W, b)
     assert y.dtype == dtype and y.shape == want.shape
     ours, theirs = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(want, inputs, dy)
-    if DEVICE == "cuda" and x.shape[:-1].numel() <= quant.SMALL:  # another kernel: another order of fp32 sums
+    if DEVICE == "cuda" and x.shape[:-1].numel() <= frozen.SMALL:  # another kernel: another order of fp32 sums
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(y, want, rtol=2 * eps, atol=2 * eps * K**0.5)
     else:
@@ -151,11 +153,31 @@ def test_a_layer_is_a_dense_one_with_the_unpacked_weight(kind, dtype, bias, seed
         assert torch.equal(layer(x), y)
 
 
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="wants a GPU or Triton's interpreter")
 @KINDS
-def test_small_products_use_the_same_weights(kind):
-    """What a GPU decodes with. On a CPU it is unpack and multiply; to the order of 96 fp32 sums."""
-    layer, x = pack(normal(40, 96), None, kind), normal(5, 96, seed=1)
-    torch.testing.assert_close(layer.small_product(x), x @ layer.unpack(torch.float32).T, rtol=1e-6, atol=1e-5)
+@DTYPES
+@given(
+    seed=SEEDS,
+    rows=st.sampled_from([(1,), (5,), (16,), (17,), (33,), (64,), (4, 16)]),
+    sizes=st.sampled_from([(96, 40), (128, 33), (64, 1)]),
+    bias=st.booleans(),
+)
+def test_up_to_64_rows_multiply_straight_from_the_packed_weights(kind, dtype, seed, rows, sizes, bias):
+    """What a GPU decodes with: the same W, unpacked inside the matmul and never into memory."""
+    (K, N), b = sizes, normal(sizes[1], seed=seed + 1, dtype=dtype) if bias else None
+    layer, x = pack(normal(N, K, seed=seed), None, kind), normal(*rows, K, seed=seed + 2, dtype=dtype)
+    W = layer.unpack(dtype)
+    with patch.object(frozen, f"dequantize_{kind}", None):
+        y = frozen.frozen_linear(x, layer.q, b, backend="triton")
+    size = F.linear(x.double().abs(), W.double().abs(), b.double().abs() if bias else None)
+    # K fp32 additions in any order; rounded to dtype before the bias and after it
+    bound = (K * torch.finfo(torch.float32).eps + 1.01 * torch.finfo(dtype).eps) * size
+    assert (
+        y.dtype == dtype
+        and ((y.double() - F.linear(x.double(), W.double(), b.double() if bias else None)).abs() <= bound).all()
+    )
+    with pytest.raises(TypeError), patch.object(frozen, f"dequantize_{kind}", None):
+        frozen.frozen_linear(normal(65, K, dtype=dtype), layer.q, backend="triton")
 
 
 @KINDS
@@ -166,12 +188,12 @@ def test_nothing_wide_is_kept_for_the_backward_pass(kind):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x).sum().backward()
     assert saved == [] and x.grad.abs().max() > 0
-    unpacked = []
-    layer.unpack = lambda dtype: unpacked.append(dtype) or type(layer).unpack(layer, dtype)
-    layer(x.detach().requires_grad_()).sum().backward()
-    assert len(unpacked) == 2  # once forward, once backward
-    layer(x.detach())
-    assert len(unpacked) == 3
+    unpack = getattr(frozen, f"dequantize_{kind}")
+    with patch.object(frozen, f"dequantize_{kind}", side_effect=unpack) as unpacked:
+        layer(x.detach().requires_grad_()).sum().backward()
+        assert unpacked.call_count == 2  # once forward, once backward
+        layer(x.detach())
+        assert unpacked.call_count == 3
 
 
 @KINDS

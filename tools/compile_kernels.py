@@ -234,6 +234,20 @@ def int8() -> None:
         int8_matmul(randn(3, 1021), q, backend="triton")
 
 
+def lora() -> None:
+    """Thin and thick ranks; y += h B^T, and dx += dh A, whose A is read along its rows."""
+    from kernels.lora import frozen_linear
+
+    def both(C: int, F: int, R: int) -> None:
+        A, B = randn(R, C, dtype=torch.float32, grad=True), randn(F, R, dtype=torch.float32, grad=True)
+        backward(frozen_linear(randn(100, C, grad=True), randn(F, C), None, A, B, scale=2.0, backend="triton"))
+
+    for R in (1, 8, 16, 64, 128):
+        both(1024, 3072, R)
+    with odd_widths():
+        both(1023, 515, 3)
+
+
 def attention() -> None:
     """Heads of 64, 128 (Qwen 3) and 256 (Gemma, with its soft-cap and window)."""
     from kernels.attention import Segments, attention
@@ -313,6 +327,7 @@ CASES: dict[str, Callable[[], None]] = {
     "kernels/seq_logprob.py": seq_logprob,
     "kernels/nf4.py": nf4,
     "kernels/int8.py": int8,
+    "kernels/lora.py": lora,
     "kernels/rms_norm.py": rms_norm,
     "kernels/rope.py": rope,
     "kernels/glu.py": glu,
