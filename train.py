@@ -43,7 +43,7 @@ if __name__ == "__main__":  # flags are read before torch is imported: --help an
 import torch  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
-from nanogspo import checkpoint, lora, planner, runstate, tiny  # noqa: E402
+from nanogspo import checkpoint, lora, planner, tiny  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import count_exact, held_out_loss, sample_answers, split  # noqa: E402
@@ -55,7 +55,8 @@ from nanogspo.process import StopRequest, available_memory, peak_memory, run_fol
 from nanogspo.quant import pack_model, packed_layers, weight_count  # noqa: E402
 from nanogspo.rollout import generate  # noqa: E402
 from nanogspo.runlog import RunLog, read_rows  # noqa: E402
-from nanogspo.runstate import Progress  # noqa: E402
+from nanogspo.storage import state as runstate  # noqa: E402
+from nanogspo.storage.state import Progress  # noqa: E402
 from nanogspo.tasks import get_task, shuffled  # noqa: E402
 from nanogspo.tasks.jsonl import load_jsonl  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from nanogspo.config import parse
 
-state: pathlib.Path | None = None  # what this process saved or resumed from last: runstate.py sets it
+state: pathlib.Path | None = None  # what this process saved or resumed from last: storage/state.py sets it
 
 
 def main(

@@ -23,7 +23,8 @@ import transformers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import train
-from nanogspo import checkpoint, config
+from nanogspo import config
+from nanogspo.storage.safetensors import read_header, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sound inputs
@@ -80,10 +81,9 @@ def make(home: Path) -> None:
         train.run(config.parse(config.TrainConfig, [*SFT, "--out", "run"], "train.py")[0])
     shutil.copytree(home / "run/adapter", home / "adapter")
     tensors = {}
-    for name, entry in checkpoint.read_header(home / "adapter/adapter_model.safetensors")[0].items():
-        t = torch.randn(entry["shape"]) * 0.2  # after one update B is nearly 0, and nothing of the adapter would show
-        tensors[name] = (t.dtype, tuple(t.shape), lambda t=t: t)
-    checkpoint.write_safetensors(home / "adapter/adapter_model.safetensors", tensors, {"format": "pt"})
+    for name, stored in read_header(home / "adapter/adapter_model.safetensors")[0].items():
+        tensors[name] = torch.randn(stored.shape) * 0.2  # after one update B is nearly 0, and nothing would show
+    write_safetensors(home / "adapter/adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def tokenizer_like_qwen(folder: Path) -> None:
