@@ -203,8 +203,9 @@ def odd_safetensors(path: Path, dice: random.Random) -> str:
     header = json.loads(data[8:end])
     facts = header.get("__metadata__", {})
     if "state" in facts and dice.random() < 0.6:  # forged, so its checksum says that it is whole
-        facts["state"], what = odd_json(facts["state"], dice)
-        facts["crc32"] = f"{zlib.crc32(facts['state'].encode('utf-8', 'surrogatepass')):08x}"
+        forged, what = odd_json(facts["state"][:-22] + "}", dice)
+        crc = f"{zlib.crc32(forged.encode('utf-8', 'surrogatepass')):08x}"
+        facts["state"] = f'{forged[:-1]}, "crc32": "{crc}"}}'
         text = json.dumps(header)
     elif dice.random() < 0.4:
         text, what = odd_json(data[8:end].decode(), dice)

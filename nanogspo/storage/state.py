@@ -128,11 +128,13 @@ def write_state(path: pathlib.Path, tensors: dict[str, Tensor], facts: dict) -> 
     # the header comes before the tensors, so each is read once more for its checksum: 1 s per GB, of a save of several
     text = json.dumps({**facts, "checksums": {name: _checksum(t) for name, t in tensors.items()}})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, tensors, {"state": text, "crc32": _crc(text)})
+    # one entry: the package writes several in no fixed order
+    write_safetensors(path, tensors, {"state": _sealed(text)})
 
 
-def _crc(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
+def _sealed(text: str) -> str:
+    """A JSON object with its own checksum as the last entry, of 22 characters."""
+    return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}'
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -216,7 +218,7 @@ def read_facts(path: pathlib.Path) -> tuple[dict[str, Stored], dict]:
         facts = None
     if isinstance(facts, dict) and ("examples" in facts or "checksums" not in facts):
         raise ValueError(f"{path}: an older version of this program saved it; finish the run with that version")
-    _refuse(path, ["state"] if not isinstance(facts, dict) or metadata.get("crc32") != _crc(text) else [])
+    _refuse(path, ["state"] if not isinstance(facts, dict) or text != _sealed(text[:-22] + "}") else [])
     dicts = ("config", "files", "checksums", "progress", *(["rollout"] if "rollout" in facts else []))
     _refuse(path, [name for name in dicts if not isinstance(facts.get(name), dict)])
     _refuse(path, sorted(facts["checksums"].keys() ^ header.keys()))

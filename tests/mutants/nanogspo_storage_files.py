@@ -3,7 +3,7 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/storage/files.py"
 MUTANTS = {
-    "tests/test_runstate.py": [
+    "tests/test_state.py": [
         ("        left.unlink(missing_ok=True)", "        pass", "each kill leaves a half-written file for ever"),
     ],
     "tests/test_checkpoint.py": [
