@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS
 from test_inputs import corrupted, refused_or
 
+from lessons.checkpoints import read_safetensors
 from nanogspo import checkpoint
 from nanogspo.checkpoint import load, load_adapter, save, save_adapter
 from nanogspo.families import model_config
@@ -124,6 +125,8 @@ def test_we_read_what_safetensors_writes(tensors, tmp_path_factory):
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     assert same(read(path), tensors)
     assert read_header(path)[1] == {"format": "pt"}
+    slow = {name: read_safetensors.read_tensor(path, e) for name, e in read_safetensors.read_header(path).items()}
+    assert same(slow, tensors)
 
 
 @pytest.mark.parametrize("length", [640, 19280, 640 + 65536])

@@ -8,7 +8,7 @@ the run that was stopped or says what has changed; and it has a checksum of ever
 refused. The program's own version is not part of it: an update of it is no other run. States of versions that saved
 the rollout's tokens as JSON are refused.
 
-Reading order: Progress, inputs, save_state, load_state, resume.       Tests: tests/test_runstate.py
+Reading order: Progress, inputs, save_state, load_state, resume.       Tests: tests/test_state.py
 """
 
 import dataclasses
