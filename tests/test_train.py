@@ -1032,7 +1032,7 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path, whole):
     assert "--seed (was 0)" in refusal("--resume", folder, "--seed", 3)
     whole_state = state.read_bytes()
     state.write_bytes(whole_state[:-10])
-    assert "ends at byte" in refusal("--resume", folder)
+    assert "file not fully covered" in refusal("--resume", folder)
     state.unlink()
     assert "no state to resume from" in refusal("--resume", folder)
     state.write_bytes(whole_state)
