@@ -42,7 +42,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
-from nanogspo import checkpoint, policy, runstate  # noqa: E402
+from nanogspo import checkpoint, policy  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.data import Data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
@@ -55,7 +55,8 @@ from nanogspo.quant import packed_layers  # noqa: E402
 from nanogspo.run import curves, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
-from nanogspo.runstate import Progress  # noqa: E402
+from nanogspo.storage import state as runstate  # noqa: E402
+from nanogspo.storage.state import Progress  # noqa: E402
 from nanogspo.tasks import get_task  # noqa: E402
 
 PROBE_EVERY = 5  # updates; the fraction of right answers climbs by about 1 % an update once it moves, so look often
@@ -152,7 +153,7 @@ class Trainer:
     phases: list[Phase]
     progress: Progress
     rollout: Experience | None  # the one at hand, while progress.update > 0
-    inputs: dict  # what the run is made of: runstate.inputs
+    inputs: dict  # what the run is made of: storage.state.inputs
     folder: pathlib.Path
     log: RunLog
     started: float

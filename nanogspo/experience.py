@@ -10,7 +10,7 @@ Two forward passes are skipped because they cannot change the update. An answer 
 rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages. And the
 first update's own forward pass yields the old log-probs of its answers, because no weight has moved yet.
 
-Tests: tests/test_experience.py, tests/test_train.py, tests/test_runstate.py
+Tests: tests/test_experience.py, tests/test_train.py, tests/test_state.py
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Experience:
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
 
     def state(self) -> dict:
-        """What runstate.save_state stores."""
+        """What storage/state.py saves."""
         later = [logp for batches in self.old_logp[1:] for logp in batches]  # the first update has been made
         old_logp = torch.cat([torch.zeros(0), *(logp.cpu() for logp in later)])  # (scored tokens of these,)
         tensors = {"advantages": self.advantages, "old_logp": old_logp}

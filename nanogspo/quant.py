@@ -15,7 +15,7 @@ are, because an error there moves every logit directly; norms, because there is 
 A packed weight cannot be trained (a step of AdamW is far below the distance of two codes), so it is a buffer and no
 parameter, and a model with packed layers trains its LoRA adapter alone.
 
-Reading order: PackedLinear, NF4Linear, Int8Linear, pack_model, then the names bitsandbytes gives to files.
+Reading order: PackedLinear, NF4Linear, Int8Linear, pack_model. Files: storage/bitsandbytes.py.
 Left out: fp4, 8-bit bitsandbytes files (outlier columns), packed embeddings and heads.
 
 Lessons: lessons/08_four_bits.md, 09_lora_and_sft.md       Tests: tests/test_quant.py
@@ -23,8 +23,6 @@ Source: QLoRA, arXiv 2305.14314. Elsewhere: bitsandbytes nn.Linear4bit; peft tun
 """
 
 import dataclasses
-import json
-import re
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +30,6 @@ from torch import Tensor, nn
 from kernels.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from kernels.lora import frozen_linear
 from kernels.nf4 import NESTED, NF4Tensor, dequantize_nf4, quantize_nf4
-from nanogspo.inputs import parse_json
 
 
 class PackedLinear(nn.Module):
@@ -94,9 +91,9 @@ class NF4Linear(PackedLinear):
         "offset": "nested_offset",
     }
 
-    def __init__(self, q: NF4Tensor, bias: nn.Parameter | None = None, record: bytes | None = None):
+    def __init__(self, q: NF4Tensor, bias: nn.Parameter | None = None, quant_state: bytes | None = None):
         super().__init__(q, bias)
-        self.record = nf4_record(q) if record is None else record  # a file's own, so that it is written back unchanged
+        self.quant_state = quant_state  # a file's own, which is written back unchanged: storage/bitsandbytes.py
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         return dequantize_nf4(self.q, dtype)  # (out, in)
@@ -143,7 +140,7 @@ def _pack_shape(weight: Tensor, bias: nn.Parameter | None, kind: str, *, double_
         empty(16),
         **nested,
     )
-    return NF4Linear(q, bias, record=b"")
+    return NF4Linear(q, bias)
 
 
 def pack_model(model: nn.Module, kind: str) -> None:
@@ -162,7 +159,7 @@ def pack_model(model: nn.Module, kind: str) -> None:
 
 def pack_as_stored(model: nn.Module, stored: dict | None) -> bool:
     """Pack a model on the meta device as a quantization_config says that its checkpoint is; whether it says so. The
-    other way round: bitsandbytes_config."""
+    other way round: storage/bitsandbytes.py."""
     if not isinstance(stored, dict) or not stored.get("load_in_4bit"):
         return False
     skip = stored.get("llm_int8_skip_modules")
@@ -195,89 +192,3 @@ def weight_count(model: nn.Module) -> int:
 def dense_weight(layer: nn.Linear | PackedLinear, dtype: torch.dtype | None = None) -> Tensor:
     """The weight a layer multiplies with, (out, in): unpacked into dtype, or the parameter as it is."""
     return layer.unpack(dtype) if isinstance(layer, PackedLinear) else layer.weight.detach()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# bitsandbytes' files: beside P.weight (packed bytes) stand P.weight.absmax, .quant_map, with double quantisation
-# .nested_absmax and .nested_quant_map, and .quant_state.bitsandbytes__nf4, a JSON record as uint8
-
-COMPANION = re.compile(r"(.+\.weight)\.((?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+)")
-RECORD = "quant_state.bitsandbytes__nf4"
-DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def nf4_record(q: NF4Tensor) -> bytes:
-    """The JSON record of a packed weight, byte for byte as bitsandbytes writes it."""
-    facts = {"quant_type": "nf4", "blocksize": q.block_size, "dtype": str(q.dtype).removeprefix("torch.")}
-    facts["shape"] = list(q.shape)
-    if q.nested:
-        facts |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": q.offset.item()}
-    return json.dumps(facts).encode()
-
-
-def nf4_tensors(layer: NF4Linear) -> dict[str, Tensor]:
-    """What a file holds for this layer: "weight", "weight.absmax", ... -> tensor."""
-    parts = {f"weight.{name}": t for name, t in layer._buffers.items() if name not in ("weight", "nested_offset")}
-    record = torch.tensor(list(layer.record), dtype=torch.uint8)  # (bytes,) the offset is one of its facts
-    return {"weight": layer.weight, **parts, f"weight.{RECORD}": record}
-
-
-def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
-    """A packed weight from the tensors of a file, maps and shape as they are stored: none is made anew.
-
-    name     of the weight, for messages
-    tensors  "weight", "absmax", "quant_map", RECORD and so on; all but the record may be on the meta device, which is
-             how a file is checked from its header
-
-    Raises ValueError when a companion is missing (named), or the parts do not fit each other or the record.
-    """
-    if RECORD not in tensors:
-        other = next((part for part in tensors if part.startswith("quant_state.")), None)
-        raise ValueError(f"{name} is {other.rsplit('__')[-1]}, want nf4" if other else f"missing {name}.{RECORD}")
-    try:
-        facts = parse_json(bytes(tensors[RECORD].flatten().tolist()), "it")
-        shape, dtype, block_size = tuple(facts["shape"]), DTYPE_NAMES[facts["dtype"]], facts["blocksize"]
-        offset = torch.tensor(float(facts["nested_offset"])) if "nested_offset" in facts else None  # () fp32
-        kind, nested = facts["quant_type"], facts.get("nested_blocksize", NESTED)
-        if not all(type(n) is int and n > 0 for n in (*shape, block_size, nested)):
-            raise TypeError("sizes are positive integers")
-        if offset is not None and not offset.isfinite():
-            raise TypeError("nested_offset is a finite number")
-    except (ValueError, KeyError, TypeError, OverflowError) as e:
-        raise ValueError(f"{name}.{RECORD} is no record of a packed weight ({e!r}); fetch the file again") from e
-    if kind != "nf4" or nested != NESTED:
-        raise ValueError(f"{name} is {kind} with scales in blocks of {nested}, want nf4 with {NESTED}")
-    parts = ["absmax", "quant_map"] + ([] if offset is None else ["nested_absmax", "nested_quant_map"])
-    missing = [f"{name}.{part}" if part != "weight" else name for part in ["weight", *parts] if part not in tensors]
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}")
-    absmax, codebook, *scales = (tensors[part] for part in parts)
-    if offset is not None and absmax.dtype != torch.uint8:
-        raise ValueError(
-            f"{name}.absmax has dtype {absmax.dtype}, want uint8: the record says that scales are quantised"
-        )
-    # bnb_4bit_quant_storage may have called these bytes bf16 or float32
-    codes = tensors["weight"].view(-1).view(torch.uint8).view(-1, 1)  # (ceil(n / 2), 1)
-    try:
-        offset = None if offset is None else offset.to(codes.device)
-        return NF4Tensor(codes, absmax, shape, dtype, block_size, codebook, *scales, offset=offset)
-    except ValueError as e:
-        raise ValueError(f"{name}: {e}") from e
-
-
-def bitsandbytes_config(model: nn.Module, dtype: torch.dtype) -> dict:
-    """The quantization_config of config.json by which transformers opens a folder of NF4 weights."""
-    packed = packed_layers(model)
-    linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
-    plain = [n.removesuffix(".base") for n in linear if ".lora_" not in n]
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": any(layer.q.nested for layer in packed.values()),
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        # a list, even of one: transformers looks for layers that have no packed weight in the file here
-        "llm_int8_skip_modules": ["lm_head", *(f"model.{name}" for name in plain)],
-    }

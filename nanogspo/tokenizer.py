@@ -30,20 +30,9 @@ import tokenizers
 from nanogspo import templates
 from nanogspo.inputs import kind, need, parse_json, text_of
 from nanogspo.special_tokens import NAMES, add_tokens, named_tokens
+from nanogspo.storage.files import TOKENIZER_FILES, atomic_write, resolve
 from nanogspo.templates import one_line
 
-# All that `save` writes. merges.txt and tokenizer.model are not read but kept for other programs.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>")  # Qwen; Gemma 1 to 3; Gemma 4; Llama 3
 
 
@@ -54,8 +43,6 @@ def load_tokenizer(path_or_repo: str | Path) -> "Tokenizer":
     """
     folder = Path(path_or_repo)
     if not folder.is_dir():
-        from nanogspo.checkpoint import resolve  # not on top: it brings torch, seconds of start-up
-
         folder = resolve(path_or_repo, want="tokenizer")
     present = sorted(path.name for path in folder.iterdir() if path.is_file())
     if "tokenizer.json" not in present:
@@ -235,8 +222,6 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer files into folder, byte for byte as loaded."""
-        from nanogspo.checkpoint import atomic_write  # not on top, as in load_tokenizer
-
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in self.files.keys() & {*TOKENIZER_FILES}:
             atomic_write(Path(folder) / name, self.files[name])

@@ -28,13 +28,18 @@ from hypothesis import strategies as st
 from strategies import SEEDS
 from test_inputs import corrupted, refused_or
 
+from lessons.checkpoints import read_safetensors
 from nanogspo import checkpoint
-from nanogspo.checkpoint import load, load_adapter, read_header, read_tensor, save, save_adapter, write_safetensors
+from nanogspo.checkpoint import load, load_adapter, save, save_adapter
 from nanogspo.families import model_config
 from nanogspo.inputs import parse_json
 from nanogspo.lora import add_lora, lora_layers, merge_lora
 from nanogspo.model import Transformer
 from nanogspo.run.planner import outline
+from nanogspo.storage import files, names
+from nanogspo.storage import peft as adapters
+from nanogspo.storage import safetensors as formats
+from nanogspo.storage.safetensors import read_header, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -79,7 +84,7 @@ def tensor_dicts(draw) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(draw(SEEDS))
     tensors = {}
     for name in names:
-        dtype = draw(st.sampled_from(sorted(checkpoint.DTYPE_CODES, key=str)))
+        dtype = draw(st.sampled_from(sorted(formats.DTYPE_CODES, key=str)))
         shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 7]), max_size=3))
         data = torch.randint(0, 256, (torch.Size(shape).numel() * dtype.itemsize,), generator=g, dtype=torch.uint8)
         tensors[name] = data.view(dtype).view(shape)
@@ -96,14 +101,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    write_safetensors(
-        path, {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()}, metadata or {"format": "pt"}
-    )
+    write_safetensors(path, tensors, metadata or {"format": "pt"})
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    with open(path, "rb", buffering=0) as f:
-        return {name: read_tensor(f, entry) for name, entry in read_header(path)[0].items()}
+    return {name: stored.read() for name, stored in read_header(path)[0].items()}
 
 
 @given(tensors=tensor_dicts())
@@ -123,6 +125,8 @@ def test_we_read_what_safetensors_writes(tensors, tmp_path_factory):
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     assert same(read(path), tensors)
     assert read_header(path)[1] == {"format": "pt"}
+    slow = {name: read_safetensors.read_tensor(path, e) for name, e in read_safetensors.read_header(path).items()}
+    assert same(slow, tensors)
 
 
 @pytest.mark.parametrize("length", [640, 19280, 640 + 65536])
@@ -135,25 +139,29 @@ def test_a_header_may_have_any_length(length, tmp_path):
     assert read_header(path) == ({}, {"x": "y" * padding})
 
 
-def test_a_tensor_may_be_larger_than_one_read(tmp_path):
-    """Linux hands over at most 2 GiB a call, less than the embedding of Qwen2.5-72B."""
-    path, tensor = tmp_path / "a.safetensors", torch.arange(1000)
-    write(path, {"x": tensor})
-
-    class Slow:
-        def __init__(self, file):
-            self.seek, self.name = file.seek, file.name
-            self.readinto = lambda view: file.readinto(view[:999])
-
-    with open(path, "rb", buffering=0) as f:
-        entry = read_header(path)[0]["x"]
-        assert torch.equal(read_tensor(Slow(f), entry), tensor)
-        into = torch.empty(1000, dtype=torch.int64)
-        assert read_tensor(f, entry, into) is into and torch.equal(into, tensor)
+def test_rows_of_a_tensor_are_read_alone(tmp_path):
+    write(tmp_path / "a", {"x": torch.arange(12).view(4, 3)})
+    assert read_header(tmp_path / "a")[0]["x"].read(slice(1, 3)).tolist() == [[3, 4, 5], [6, 7, 8]]
 
 
-def test_tensors_are_asked_for_one_at_a_time(tmp_path):
-    """And converted as they are written: a merged copy of the whole model never exists."""
+def test_a_disk_that_fills_up_with_the_last_bytes_is_said(tmp_path, monkeypatch):
+    """The package writes through a buffer, and what it cannot write at the end is lost without an error."""
+    path = tmp_path / "a"
+    write(path, {"x": torch.arange(10)})
+    before, serialize = path.read_bytes(), formats.serialize_file
+
+    def full(tensors, name, metadata):
+        serialize(tensors, name, metadata)
+        os.truncate(name, os.path.getsize(name) - 1)
+
+    monkeypatch.setattr(formats, "serialize_file", full)
+    with pytest.raises(OSError, match="a: cannot be written .*: is the disk full?"):
+        write(path, {"x": torch.arange(11)})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_of_merged_weights_one_shard_exists_at_a_time(tmp_path, monkeypatch):
+    """A merged copy of the whole model never exists."""
     alive, most = 0, 0
 
     class Counted(torch.Tensor):
@@ -167,17 +175,17 @@ def test_tensors_are_asked_for_one_at_a_time(tmp_path):
         most = max(most, alive)
         return torch.ones(4, 4).as_subclass(Counted)
 
-    write_safetensors(tmp_path / "a", {str(i): (torch.float32, (4, 4), make) for i in range(5)}, {})
-    assert most <= 2  # the one being written, and the one that is asked for before its name is taken over
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 128)
+    checkpoint._write_shards(tmp_path, {str(i): (64, make) for i in range(7)})
+    assert len(list(tmp_path.glob("model-*"))) == 4 and 2 <= most <= 3
 
 
 KILLED = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from nanogspo.checkpoint import write_safetensors
-big = torch.ones(1_000_000)
-fine = (torch.float32, (1_000_000,), lambda: big)
-write_safetensors(sys.argv[2], {"a": fine, "b": fine, "c": (torch.float32, (1,), lambda: os._exit(9))}, {})
+from nanogspo.storage.safetensors import write_safetensors
+os.fsync = lambda file: os._exit(9)
+write_safetensors(sys.argv[2], {"a": torch.ones(1_000_000)}, {})
 """
 
 
@@ -195,7 +203,7 @@ def test_a_writer_that_fails_leaves_nothing_behind(tmp_path):
     write(path, {"x": torch.arange(10)})
     before = path.read_bytes()
     with pytest.raises(ZeroDivisionError):
-        write_safetensors(path, {"x": (torch.float32, (1,), lambda: 1 / 0)}, {})
+        write_safetensors(path, {"x": types.SimpleNamespace(detach=lambda: 1 / 0)}, {})
     with pytest.raises(TypeError):
         checkpoint.atomic_write(path, 5)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
@@ -203,7 +211,7 @@ def test_a_writer_that_fails_leaves_nothing_behind(tmp_path):
 
 def test_of_two_writers_at_a_time_one_fails_and_the_file_is_the_others(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    one, other = checkpoint._whole_file(path), checkpoint._whole_file(path)
+    one, other = files.whole_file(path), files.whole_file(path)
     one.__enter__().write(b"one")
     monkeypatch.setattr(os, "getpid", lambda: 0)
     file = other.__enter__()
@@ -229,28 +237,28 @@ def entry(dtype: object = "F32", shape: object = (1,), start: object = 0, end: o
 
 
 BAD_FILES = {
-    "empty": (b"", "header of 0 bytes in a file of 0; the download is incomplete"),
-    "seven bytes": (b"\x08" + b"\0" * 6, "header of 0 bytes"),
-    "no header": (struct.pack("<Q", 100) + b"{}", "header of 100 bytes in a file of 10"),
-    "header of a zettabyte": (b"\xff" * 16, "header of 18446744073709551615 bytes"),
-    "no JSON": (header_of(b"garbage!"), "not safetensors JSON"),
-    "no UTF-8": (header_of(b"\xff\xfe\xfd\xfc"), "not safetensors JSON"),
-    "a list": (header_of([1, 2]), "not safetensors JSON"),
-    "an entry of its own kind": (header_of({"x": 5}), "not safetensors JSON"),
-    "no offsets": (header_of({"x": {"dtype": "F32", "shape": [1]}}), "not safetensors JSON"),
-    "three offsets": (header_of({"x": {**entry(), "data_offsets": [0, 4, 8]}}, b"1234"), "not safetensors JSON"),
-    "offsets in words": (header_of({"x": entry(start="0", end="4")}, b"1234"), "not safetensors JSON"),
-    "a shape in words": (header_of({"x": entry(shape=["1"])}, b"1234"), "not safetensors JSON"),
-    "a fractional shape": (header_of({"x": entry(shape=[1.0])}, b"1234"), "not safetensors JSON"),
-    "negative sizes": (header_of({"x": entry(shape=[-1, -1])}, b"1234"), "not safetensors JSON"),
+    "empty": (b"", "got 0 bytes that are not safetensors .*; the download is incomplete"),
+    "seven bytes": (b"\x08" + b"\0" * 6, "got 7 bytes that are not safetensors"),
+    "no header": (struct.pack("<Q", 100) + b"{}", "got 10 bytes that are not safetensors"),
+    "header of a zettabyte": (b"\xff" * 16, "header too large"),
+    "no JSON": (header_of(b"garbage!"), "not safetensors"),
+    "no UTF-8": (header_of(b"\xff\xfe\xfd\xfc"), "not safetensors"),
+    "a list": (header_of([1, 2]), "not safetensors"),
+    "an entry of its own kind": (header_of({"x": 5}), "not safetensors"),
+    "no offsets": (header_of({"x": {"dtype": "F32", "shape": [1]}}), "not safetensors"),
+    "three offsets": (header_of({"x": {**entry(), "data_offsets": [0, 4, 8]}}, b"1234"), "not safetensors"),
+    "offsets in words": (header_of({"x": entry(start="0", end="4")}, b"1234"), "not safetensors"),
+    "a shape in words": (header_of({"x": entry(shape=["1"])}, b"1234"), "not safetensors"),
+    "a fractional shape": (header_of({"x": entry(shape=[1.0])}, b"1234"), "not safetensors"),
+    "negative sizes": (header_of({"x": entry(shape=[-1, -1])}, b"1234"), "not safetensors"),
     "nothing, of 2**118 columns": (header_of({"x": entry(shape=[0, 2**59, 2**59], end=0)}), "fewer than 2.*60 numbers"),
-    "a dtype that is a list": (header_of({"x": entry(["F32"])}, b"1234"), "not safetensors JSON"),
+    "a dtype that is a list": (header_of({"x": entry(["F32"])}, b"1234"), "not safetensors"),
     "a dtype of fp8": (header_of({"x": entry("F8_E4M3", [4])}, b"1234"), "x has dtype F8_E4M3, want one of F64, F32"),
-    "overlap": (header_of({"x": entry(), "y": entry(start=2, end=6)}, b"123456"), "y claims bytes 2..6, want 4..8"),
-    "a gap": (header_of({"x": entry(start=4, end=8)}, b"12345678"), "x claims bytes 4..8, want 0..4"),
-    "bytes that are not the shape's": (header_of({"x": entry(shape=[2])}, b"1234"), "x claims bytes 0..4, want 0..8"),
-    "cut data": (header_of({"x": entry()}, b"123"), "x ends at byte .* of a file of"),
-    "bytes too many": (header_of({"x": entry()}, b"12345"), "got .* bytes, the header accounts for"),
+    "overlap": (header_of({"x": entry(), "y": entry(start=2, end=6)}, b"123456"), "not safetensors .*y"),
+    "a gap": (header_of({"x": entry(start=4, end=8)}, b"12345678"), "not safetensors .*x"),
+    "bytes that are not the shape's": (header_of({"x": entry(shape=[2])}, b"1234"), "not safetensors"),
+    "cut data": (header_of({"x": entry()}, b"123"), "not safetensors"),
+    "bytes too many": (header_of({"x": entry()}, b"12345"), "not safetensors"),
     "a pickle": (pickle.dumps({"x": [1.0] * 20}), "got a pickle, which can run code when opened; want safetensors"),
     "a short pickle": (pickle.dumps(1), "got a pickle"),
     "an old pickle": (pickle.dumps({"x": [1.0] * 20}, protocol=2), "got a pickle"),
@@ -284,11 +292,10 @@ def test_a_truncated_file_never_loads(share, tmp_path_factory):
 
 
 def test_a_file_that_shrinks_while_it_is_read(qwen3):
-    entries = read_header(qwen3 / "model.safetensors")[0]
+    tensors = read_header(qwen3 / "model.safetensors")[0]
     os.truncate(qwen3 / "model.safetensors", 5000)
-    with open(qwen3 / "model.safetensors", "rb", buffering=0) as f:
-        with refused("ended in the middle of a tensor"):
-            read_tensor(f, list(entries.values())[-1])
+    with refused("model.safetensors: tensor .* cannot be read .*; fetch it again"):
+        list(tensors.values())[-1].read()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,18 +536,18 @@ def test_a_wrong_value_anywhere_is_refused(qwen3, tmp_path, monkeypatch):
     index["weight_map"] = dict(list(index["weight_map"].items())[::12])  # every shard is still named
 
     def stands_for_the_file(tree):  # a write for each would take most of the time
-        monkeypatch.setattr(checkpoint, "read_json", lambda path: parse_json(json.dumps(tree).encode(), str(path)))
+        for module in (files, adapters):
+            monkeypatch.setattr(module, "read_json", lambda path: parse_json(json.dumps(tree).encode(), str(path)))
 
     def read_index(tree):
         stands_for_the_file(tree)
-        checkpoint.weight_files(qwen3)
+        files.weight_files(qwen3)
 
     def read(tree):
         text = json.dumps(tree).encode()
         (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
         tensors = read_header(tmp_path / "a")[0]
-        with open(tmp_path / "a", "rb", buffering=0) as f:
-            assert sum(read_tensor(f, e).numel() for e in tensors.values()) <= 8
+        assert sum(stored.read().numel() for stored in tensors.values()) <= 8
 
     header = {"__metadata__": {"format": "pt"}, "a": entry(shape=[2, 0]), "b": entry(shape=[2], end=8)}
     header["a"]["data_offsets"] = [0, 0]
@@ -553,7 +560,7 @@ def test_a_wrong_value_anywhere_is_refused(qwen3, tmp_path, monkeypatch):
         load_adapter(fresh, tmp_path / "adapter")
 
     fresh = load(references.folder("qwen3"), dtype=torch.float32)
-    monkeypatch.setattr(checkpoint, "add_lora", lambda *_, **__: [])  # what comes after all checks
+    monkeypatch.setattr(adapters, "add_lora", lambda *_, **__: [])  # what comes after all checks
     for reader, tree in [(read_index, index), (read, header), (read_adapter, {**stated, "rank_pattern": {}})]:
         assert refused_or(reader, tree)
         accepted = [refused_or(reader, wrong) for _, wrong in corrupted(tree)]
@@ -641,7 +648,7 @@ def sparse_checkpoint(folder: Path, C: int, L: int, V: int, dtype: torch.dtype) 
     header, at, largest = {}, 0, 0
     for name, p in model.named_parameters():
         size = p.numel() * dtype.itemsize
-        header[f"model.{name}"] = entry(checkpoint.DTYPE_CODES[dtype], list(p.shape), at, at + size)
+        header[f"model.{name}"] = entry(formats.DTYPE_CODES[dtype], list(p.shape), at, at + size)
         at, largest = at + size, max(largest, size)
     with open(folder / "model.safetensors", "wb") as f:
         f.write(header_of(header))
@@ -683,7 +690,7 @@ def test_transformers_opens_what_we_save(name, dtype, tmp_path):
         want = json.loads(json.dumps(references.new_config(name)).replace('"float32"', f'"{stated["dtype"]}"'))
         assert stated == {**want, "vision_config": references.new_config(name)["vision_config"]}
         kept, base = (safetensors.torch.load_file(f / "model.safetensors") for f in (tmp_path, model.folder))
-        towers = {n for n in base if checkpoint.SKIP.search(n)}
+        towers = {n for n in base if names.SKIP.search(n)}
         assert towers and kept.keys() == base.keys()
         assert all(torch.equal(kept[n], base[n]) and kept[n].dtype == base[n].dtype for n in towers)
     if dtype == torch.float32:  # what bf16 does is test_model.py's; here it is enough that the bytes come back
@@ -759,7 +766,7 @@ def test_a_multimodal_folder_of_packed_weights(tmp_path):
     base.mkdir()
     packed = load(folder, dtype=dtype, quant="nf4")
     parts = checkpoint._with_towers(folder, checkpoint._parameters(packed, False, True), True)
-    write_safetensors(base / "model.safetensors", dict(sorted(parts.items(), key=lambda i: -i[1][0].itemsize)), {})
+    write_safetensors(base / "model.safetensors", {name: get() for name, (_, get) in parts.items()}, {})
     stated = {**references.new_config("qwen3_vl"), "quantization_config": {"quant_method": "bitsandbytes"}}
     (base / "config.json").write_text(json.dumps(stated))
     model = load(base, dtype=dtype)

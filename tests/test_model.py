@@ -25,6 +25,7 @@ from nanogspo.cache import KVCache
 from nanogspo.families import GELU_TANH, ModelConfig, model_config
 from nanogspo.layers.rope import inverse_frequencies
 from nanogspo.model import RMSNorm, Transformer
+from nanogspo.storage.names import SKIP
 
 EPS = torch.finfo(torch.float32).eps
 NAMES = references.NAMES
@@ -77,7 +78,7 @@ def test_gradients_are_those_of_transformers(name):
     tokens = references.tokens(2, 20)
     direction = torch.randn(2, 20, references.VOCABULARY, generator=torch.Generator().manual_seed(1))  # (B, T, V)
     model, reference = ours(name), references.reference(name)
-    named = [(n, p) for n, p in reference.named_parameters() if not checkpoint.SKIP.search(n)]
+    named = [(n, p) for n, p in reference.named_parameters() if not SKIP.search(n)]
     want = torch.autograd.grad((reference(input_ids=tokens).logits * direction).sum(), [p for _, p in named])
     parameters = dict(model.named_parameters())
     got = torch.autograd.grad((model.logits(model(tokens)) * direction).sum(), list(parameters.values()))

@@ -39,6 +39,7 @@ from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
 from nanogspo.quant import Int8Linear, NF4Linear, pack, pack_model, packed_layers
 from nanogspo.run.planner import memory_parts
+from nanogspo.storage import bitsandbytes as formats
 from tests.test_checkpoint import refused, sparse_checkpoint
 from tests.test_train import (  # noqa: F401 (quick and base are fixtures)
     CHECKPOINT,
@@ -487,10 +488,10 @@ def test_stored_maps_and_records_are_used_as_they_are(damaged, tmp_path):
     def change(tensors):
         tensors[f"{LAST}.weight.quant_map"] += 0.01
         tensors[f"{LAST}.weight.nested_quant_map"] *= 1.5
-        record = tensors[f"{LAST}.weight.{quant.RECORD}"]
+        record = tensors[f"{LAST}.weight.{formats.QUANT_STATE}"]
         facts = json.loads(bytes(record.tolist()))
         spaced = json.dumps({"note": "ü", **dict(reversed(facts.items()))}, indent=1).encode()
-        tensors[f"{LAST}.weight.{quant.RECORD}"] = torch.tensor(list(spaced), dtype=torch.uint8)
+        tensors[f"{LAST}.weight.{formats.QUANT_STATE}"] = torch.tensor(list(spaced), dtype=torch.uint8)
 
     folder = damaged(change)
     model, other = load(folder, dtype=torch.float32), load(bnb_folder(), dtype=torch.float32)
@@ -601,14 +602,16 @@ def test_an_adapter_over_packed_weights_opens_in_peft(kind, tmp_path):
 
 def changed_record(**changes):
     def change(tensors):
-        facts = json.loads(bytes(tensors[f"{LAST}.weight.{quant.RECORD}"].tolist()))
+        facts = json.loads(bytes(tensors[f"{LAST}.weight.{formats.QUANT_STATE}"].tolist()))
         facts = {name: value for name, value in {**facts, **changes}.items() if value is not None}
-        tensors[f"{LAST}.weight.{quant.RECORD}"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        tensors[f"{LAST}.weight.{formats.QUANT_STATE}"] = torch.tensor(
+            list(json.dumps(facts).encode()), dtype=torch.uint8
+        )
 
     return change
 
 
-@pytest.mark.parametrize("part", ["absmax", "quant_map", "nested_absmax", "nested_quant_map", quant.RECORD])
+@pytest.mark.parametrize("part", ["absmax", "quant_map", "nested_absmax", "nested_quant_map", formats.QUANT_STATE])
 def test_a_missing_companion_is_named(part, damaged):
     folder = damaged(lambda tensors: tensors.pop(f"{LAST}.weight.{part}"))
     with refused(f"1 tensors do not fit a llama model: missing layers.1.mlp.down_proj.weight.{part}$"):
@@ -646,11 +649,11 @@ DAMAGE = [
     (changed_record(shape=[64, 64]), rf"{W}: .*\(64, 64\) weights"),
     (changed_record(blocksize=128), rf"{W}: .*blocks of 128"),
     (changed_record(blocksize=48), rf"{W}: got block size 48"),
-    (changed_record(blocksize=-64), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
-    (changed_record(shape="64"), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
-    (changed_record(nested_offset=10**400), rf"{W}.quant_state.bitsandbytes__nf4 is no record .*Overflow"),
-    (changed_record(shape=DEEP), rf"{W}.quant_state.bitsandbytes__nf4 is no record .*nested deeper than 50"),
-    (changed_record(dtype="int8"), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
+    (changed_record(blocksize=-64), rf"{W}.quant_state.bitsandbytes__nf4 is no quant state"),
+    (changed_record(shape="64"), rf"{W}.quant_state.bitsandbytes__nf4 is no quant state"),
+    (changed_record(nested_offset=10**400), rf"{W}.quant_state.bitsandbytes__nf4 is no quant state .*Overflow"),
+    (changed_record(shape=DEEP), rf"{W}.quant_state.bitsandbytes__nf4 is no quant state .*nested deeper than 50"),
+    (changed_record(dtype="int8"), rf"{W}.quant_state.bitsandbytes__nf4 is no quant state"),
     (changed_record(quant_type="fp4"), f"{W} is fp4 with scales in blocks of 256, want nf4"),
     (changed_record(nested_blocksize=128), f"{W} is nf4 with scales in blocks of 128, want nf4 with 256"),
     (changed_record(nested_offset=None), rf"{W}: got nothing for absmax2"),
@@ -660,9 +663,12 @@ DAMAGE = [
     (resize(".quant_map", lambda t: t.bfloat16()), rf"{W}: .*torch.bfloat16.*for codebook"),
     (resize(".nested_absmax", lambda t: t.repeat(2)), rf"{W}: got \(2,\).*for absmax2"),
     (resize(".nested_quant_map", lambda t: t[:16]), rf"{W}: got \(16,\).*for code2"),
-    (resize(f".{quant.RECORD}", lambda t: t[:-1]), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
-    (resize(f".{quant.RECORD}", lambda t: t * 0 + 255), rf"{W}.quant_state.bitsandbytes__nf4 is no record"),
-    (rename(f"{LAST}.weight.{quant.RECORD}", f"{LAST}.weight.quant_state.bitsandbytes__fp4"), f"{W} is fp4, want nf4"),
+    (resize(f".{formats.QUANT_STATE}", lambda t: t[:-1]), rf"{W}.quant_state.bitsandbytes__nf4 is no quant state"),
+    (resize(f".{formats.QUANT_STATE}", lambda t: t * 0 + 255), rf"{W}.quant_state.bitsandbytes__nf4 is no quant state"),
+    (
+        rename(f"{LAST}.weight.{formats.QUANT_STATE}", f"{LAST}.weight.quant_state.bitsandbytes__fp4"),
+        f"{W} is fp4, want nf4",
+    ),
     (
         rename("model.norm.weight", "model.norm.weight.absmax"),
         "missing norm.weight; unexpected model.norm.weight.absmax",

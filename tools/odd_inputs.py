@@ -23,7 +23,8 @@ import transformers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import train
-from nanogspo import checkpoint, config
+from nanogspo import config
+from nanogspo.storage.safetensors import read_header, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sound inputs
@@ -80,10 +81,9 @@ def make(home: Path) -> None:
         train.run(config.parse(config.TrainConfig, [*SFT, "--out", "run"], "train.py")[0])
     shutil.copytree(home / "run/adapter", home / "adapter")
     tensors = {}
-    for name, entry in checkpoint.read_header(home / "adapter/adapter_model.safetensors")[0].items():
-        t = torch.randn(entry["shape"]) * 0.2  # after one update B is nearly 0, and nothing of the adapter would show
-        tensors[name] = (t.dtype, tuple(t.shape), lambda t=t: t)
-    checkpoint.write_safetensors(home / "adapter/adapter_model.safetensors", tensors, {"format": "pt"})
+    for name, stored in read_header(home / "adapter/adapter_model.safetensors")[0].items():
+        tensors[name] = torch.randn(stored.shape) * 0.2  # after one update B is nearly 0, and nothing would show
+    write_safetensors(home / "adapter/adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def tokenizer_like_qwen(folder: Path) -> None:
@@ -203,8 +203,9 @@ def odd_safetensors(path: Path, dice: random.Random) -> str:
     header = json.loads(data[8:end])
     facts = header.get("__metadata__", {})
     if "state" in facts and dice.random() < 0.6:  # forged, so its checksum says that it is whole
-        facts["state"], what = odd_json(facts["state"], dice)
-        facts["crc32"] = f"{zlib.crc32(facts['state'].encode('utf-8', 'surrogatepass')):08x}"
+        forged, what = odd_json(facts["state"][:-22] + "}", dice)
+        crc = f"{zlib.crc32(forged.encode('utf-8', 'surrogatepass')):08x}"
+        facts["state"] = f'{forged[:-1]}, "crc32": "{crc}"}}'
         text = json.dumps(header)
     elif dice.random() < 0.4:
         text, what = odd_json(data[8:end].decode(), dice)

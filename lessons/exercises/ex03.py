@@ -2,9 +2,8 @@
 
 Make this pass:  python -m pytest lessons/exercises/test_ex03.py        (about 12 lines)
 
-Hints: weight_files(folder) lists the safetensors of a checkpoint, sharded or not; read_header(file)[0] maps names to
-entries; read_tensor(file opened with "rb", entry) gives one tensor. What if the two folders are cut into different
-shards, or hold different dtypes? And what would a checkpoint of 140 GB need?
+To use, from nanogspo.checkpoint: weight_files(folder) lists the safetensors of a folder; read_header(file)[0] maps the
+names in a file to its tensors; stored.read() gives one of those as a torch.Tensor. A checkpoint of 140 GB must do.
 """
 
 from pathlib import Path

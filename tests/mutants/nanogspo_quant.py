@@ -14,46 +14,16 @@ MUTANTS = {
             "return fn(t)",
             "model.to(bf16) rounds the scales",
         ),
-        (
-            "        self.q = dataclasses.replace(self.q, **moved)\n",
-            "",
-            "the kernels read the old device's tensors",
-        ),
+        ("        self.q = dataclasses.replace(self.q, **moved)\n", "", "the kernels read the old device's tensors"),
         (
             "linear.bias, kind))\n    model.requires_grad_(False)\n",
             "linear.bias, kind))\n",
             "norms and embeddings trained beside packed weights",
         ),
         (
-            "self.record = nf4_record(q) if record is None else record",
-            "self.record = nf4_record(q)",
-            "a file's own record is not written back",
-        ),
-        (
             "    return packed + sum(p.numel()",
             "    return sum(p.numel()",
             "a packed model counts as a small one, and gets its learning rate",
-        ),
-        (
-            '["lm_head", *(f"model.{name}" for name in plain)]',
-            '["lm_head"]',
-            "transformers looks for packed weights where there are none",
-        ),
-        (
-            '"nested_offset": q.offset.item()',
-            '"nested_offset": round(q.offset.item(), 6)',
-            "an offset of 6 digits: other scales",
-        ),
-        ("if offset is not None and absmax.dtype != torch.uint8:", "if False:", "fp32 scales read as 8-bit codes"),
-        (
-            'if kind != "nf4" or nested != NESTED:',
-            'if kind != "nf4":',
-            "scales in blocks of 128 read as blocks of 256",
-        ),
-        (
-            'for name, t in layer._buffers.items() if name not in ("weight", "nested_offset")',
-            'for name, t in layer._buffers.items() if name != "weight"',
-            "a tensor in the file that bitsandbytes does not know",
         ),
     ],
     "tests/test_planner.py": [

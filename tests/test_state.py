@@ -1,6 +1,6 @@
-"""nanogspo/runstate.py: what was saved comes back to the last bit, and a file that does not fit says so in one line.
+"""nanogspo/storage/state.py: what was saved comes back to the last bit; a file that does not fit says so in one line.
 
-Run: python -m pytest tests/test_runstate.py
+Run: python -m pytest tests/test_state.py
 """
 
 import copy
@@ -17,15 +17,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogspo import checkpoint, runstate
-from nanogspo.checkpoint import read_header, read_tensor, write_safetensors
 from nanogspo.config import TrainConfig, dump
 from nanogspo.families import model_config
 from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
-from nanogspo.runstate import Progress, changes, fingerprint, load_state, resume, save_state
+from nanogspo.storage import state as runstate
+from nanogspo.storage.safetensors import Stored, read_header, write_safetensors
+from nanogspo.storage.state import Progress, changes, fingerprint, load_state, resume, save_state, write_state
 from tests.strategies import SEEDS
 
 SHAPE = {
@@ -153,30 +153,30 @@ def one_line(path, *target):
 
 
 def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch):
-    """Straight into the model and its optimiser, so that a run that fits in memory can be resumed."""
+    """So that a run that fits in memory can be resumed."""
     path, alive, most = tmp_path / "state.safetensors", [], []
     save_state(path, *run(dtype=torch.bfloat16), PROGRESS, None)
 
-    def counted(file, entry, into=None):
-        tensor = read_tensor(file, entry, into)
-        if into is None and tensor.is_floating_point():
+    def counted(stored, read=Stored.read):
+        tensor = read(stored)
+        if tensor.is_floating_point():
             alive.append(weakref.ref(tensor))
             most.append(sum(held() is not None for held in alive))
         return tensor
 
-    monkeypatch.setattr(runstate, "read_tensor", counted)
+    monkeypatch.setattr(Stored, "read", counted)
     load_state(path, *run(seed=1, dtype=torch.bfloat16))
     assert len(most) > 10 and max(most) == 1
 
 
-def test_a_rollout_of_any_size_can_be_read_again(tmp_path, monkeypatch):
-    """Its answers are in the header, which in other files is bounded: 13 million tokens came to more than that."""
-    path, target = tmp_path / "state.safetensors", run()
-    save_state(path, *target, PROGRESS, None)
-    monkeypatch.setattr(checkpoint, "HEADER_BYTES", 100)
-    load_state(path, *target)
-    with pytest.raises(ValueError, match="got a header of"):
-        checkpoint.read_header(path)
+def test_tokens_of_a_rollout_are_tensors(tmp_path):
+    """The package reads headers of at most 100 MB, which 13 million tokens in JSON came to."""
+    path = tmp_path / "state.safetensors"
+    save_state(path, *run(), PROGRESS, ROLLOUT)
+    header, metadata = read_header(path)
+    assert header["rollout.tokens"].read().tolist() == [1, 2, 3, 4, 5, 6]
+    assert header["rollout.lengths"].read().tolist() == [[4, 2], [2, 1]]
+    assert json.loads(metadata["state"]).keys() == {*("progress", "config", "files", "checksums", "rollout", "crc32")}
 
 
 def test_a_missing_state_is_refused(tmp_path):
@@ -218,7 +218,7 @@ def test_a_safetensors_file_that_is_no_state_is_refused(tmp_path):
     """Such as the model's own weights, copied to the place of the state, or the state of a program of the future."""
     path = tmp_path / "state.safetensors"
     model, optimizer = run()
-    tensors = {f"model.{n}": (p.dtype, tuple(p.shape), lambda p=p: p) for n, p in model.named_parameters()}
+    tensors = {f"model.{n}": p for n, p in model.named_parameters()}
     for metadata in ({}, {"format": "pt"}, {"state": json.dumps({"progress": PROGRESS})}):
         write_safetensors(path, tensors, metadata)
         assert "no run saved" in one_line(path, model, optimizer)
@@ -231,14 +231,14 @@ def test_a_flipped_bit_anywhere_is_refused_in_one_line(tmp_path):
     save_state(path, model, optimizer, PROGRESS, ROLLOUT)
     whole, (header, _) = path.read_bytes(), read_header(path)
     length = 8 + struct.unpack("<Q", whole[:8])[0]
-    places = {*range(0, length, 43), *range(length, len(whole), 397), *(entry["end"] - 1 for entry in header.values())}
+    places = {*range(0, length, 43), *range(length, len(whole), 397), *range(len(whole) - 1, length, -1023)}
     for place in sorted(places):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
         with pytest.raises(ValueError) as error:
             load_state(path, model, optimizer)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    last = max(header, key=lambda name: header[name]["end"])
+    last = list(header)[-1]
     assert f"{last} is not what was saved, the file is damaged; want a whole copy" in one_line(path, model, optimizer)
 
 
@@ -248,8 +248,8 @@ def test_a_flipped_bit_anywhere_is_refused_in_one_line(tmp_path):
 AT_HAND = Progress(step=25, phase_step=5, update=1, rl_cursor=32)
 
 
-def saved(folder, change=lambda tensors, facts: None, older=False):
-    """RUN/state/state.safetensors after `change`; older: as versions without checksums and hashes wrote it."""
+def saved(folder, change=lambda tensors, facts: None):
+    """RUN/state/state.safetensors after `change`, with checksums that say it is whole."""
     config = TrainConfig(updates_per_rollout=2, lr=0.25)
     path = folder / "state" / "state.safetensors"
     made_of = {"config": {"lr": 0.25, "seed": 0}, "files": {"data": "1-a", "model/config.json": "2-b"}}
@@ -257,32 +257,35 @@ def saved(folder, change=lambda tensors, facts: None, older=False):
     save_state(path, *run(), dataclasses.asdict(AT_HAND), rollout, made_of)
     (folder / "config.yaml").write_text(dump(config))
     header, metadata = read_header(path)
-    with open(path, "rb", buffering=0) as f:
-        tensors = {name: read_tensor(f, entry) for name, entry in header.items()}
-    facts = json.loads(metadata["state"])
-    for name in ("config", "files", "checksums") if older else ():
-        del facts[name]
+    tensors, facts = {name: stored.read() for name, stored in header.items()}, json.loads(metadata["state"])
+    del facts["crc32"], facts["checksums"]
     facts = change(tensors, facts) or facts
-    if older:
-        entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+    if isinstance(facts, dict):
+        write_state(path, tensors, facts)
+    else:
         text = facts if isinstance(facts, str) else json.dumps(facts)
-        write_safetensors(path, entries, {"state": text})
+        write_safetensors(path, tensors, {"state": runstate._sealed(text)})
     return path, config, made_of
 
 
-def test_a_state_of_an_older_version_is_resumed_and_a_line_says_what_is_not_known(tmp_path, capsys):
-    for older in (True, False):
-        path, config, made_of = saved(tmp_path, older=older)
-        model, optimizer = run(seed=1)
-        progress, rollout, changed = resume(path, config, made_of, model, optimizer, 1)
-        assert (progress, changed) == (AT_HAND, []) and equal(everything(model, optimizer), everything(*run()))
-        assert rollout.examples == ROLLOUT["examples"] and rollout.facts == ROLLOUT["facts"]
-        assert [[logp if logp is None else logp.tolist() for logp in logps] for logps in rollout.old_logp] == [
-            [None],
-            [[-1.5]],
-        ]
-        out = capsys.readouterr().out
-        assert ("saved by an older version, without checksums" in out and out.count("\n") == 1) == older
+def test_a_run_goes_on_in_the_middle_of_a_rollout(tmp_path):
+    path, config, made_of = saved(tmp_path)
+    model, optimizer = run(seed=1)
+    progress, rollout, changed = resume(path, config, made_of, model, optimizer, 1)
+    assert (progress, changed) == (AT_HAND, []) and equal(everything(model, optimizer), everything(*run()))
+    assert rollout.examples == ROLLOUT["examples"] and rollout.facts == ROLLOUT["facts"]
+    assert [[logp if logp is None else logp.tolist() for logp in logps] for logps in rollout.old_logp] == [
+        [None],
+        [[-1.5]],
+    ]
+
+
+@pytest.mark.parametrize("older", [{"examples": []}, {}], ids=["tokens in JSON", "no checksums"])
+def test_a_state_of_an_older_version_is_refused_in_one_line(tmp_path, older):
+    path, target = tmp_path / "state.safetensors", run()
+    text = json.dumps({"progress": PROGRESS, **older, **({"checksums": {}} if older else {})})
+    write_safetensors(path, {"rng.cpu": torch.get_rng_state()}, {"state": text})
+    assert "an older version of this program saved it; finish the run with that version" in one_line(path, *target)
 
 
 WRONG = {
@@ -299,13 +302,21 @@ WRONG = {
     "done is a number": lambda t, f: f["progress"].update(phase_done=1),
     "a phase that is not there": lambda t, f: f["progress"].update(phase=1),
     "an update that is not there": lambda t, f: f["progress"].update(update=2),
-    "no rollout": lambda t, f: [f.pop("rollout"), f.pop("examples")] and None,
+    "no rollout": lambda t, f: [f.pop("rollout"), t.pop("rollout.tokens"), t.pop("rollout.lengths")] and None,
     "rollout is text": lambda t, f: f.update(rollout="none"),
-    "no examples": lambda t, f: f.pop("examples") and None,
-    "examples are numbers": lambda t, f: f.update(examples=[1, 2]),
-    "an example too few": lambda t, f: f.update(examples=f["examples"][:1]),
-    "tokens are text": lambda t, f: f.update(examples=[[["a", "b"], 1]] * 2),
-    "nothing but a prompt": lambda t, f: f.update(examples=[[[1, 2], 2]] * 2),
+    "no config": lambda t, f: f.pop("config") and None,
+    "checksums are a list": lambda t, f: json.dumps({**f, "checksums": [1]}),
+    "a checksum too few": lambda t, f: json.dumps({**f, "checksums": {}}),
+    "no tokens": lambda t, f: t.pop("rollout.tokens") is None,
+    "no lengths": lambda t, f: t.pop("rollout.lengths") is None,
+    "an example too few": lambda t, f: t.update({"rollout.lengths": torch.tensor([[6, 2]])}),
+    "a token too few": lambda t, f: t.update({"rollout.tokens": torch.tensor([1, 2, 3, 4, 5])}),
+    "tokens are fractions": lambda t, f: t.update({"rollout.tokens": t["rollout.tokens"].double()}),
+    "tokens are negative": lambda t, f: t.update({"rollout.tokens": -t["rollout.tokens"]}),
+    "tokens in a table": lambda t, f: t.update({"rollout.tokens": t["rollout.tokens"].view(3, 2)}),
+    "lengths in a row": lambda t, f: t.update({"rollout.lengths": t["rollout.lengths"].view(-1)}),
+    "nothing but a prompt": lambda t, f: t.update({"rollout.lengths": torch.tensor([[4, 4], [2, 1]])}),
+    "no prompt": lambda t, f: t.update({"rollout.lengths": torch.tensor([[4, 0], [2, 1]])}),
     "no random state": lambda t, f: t.update({"rng.cpu": t["rng.cpu"][:-1]}),
     "no moments": lambda t, f: t.pop("optimizer.norm.weight.exp_avg") is None,
     "moments of another shape": lambda t, f: t.update({"optimizer.norm.weight.exp_avg": torch.zeros(3)}),
@@ -318,8 +329,8 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_state_of_wrong_types_is_refused_in_one_line(tmp_path, wrong):
-    """Without checksums, so that each is found by itself: as an older version would have written it."""
-    path, config, made_of = saved(tmp_path, WRONG[wrong], older=True)
+    """With the right checksums, so that each is found by itself."""
+    path, config, made_of = saved(tmp_path, WRONG[wrong])
     with pytest.raises(ValueError) as error:
         resume(path, config, made_of, *run(seed=1), 1)
     message = str(error.value)

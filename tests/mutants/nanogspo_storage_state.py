@@ -1,10 +1,9 @@
-"""Wrong edits of nanogspo/runstate.py, one at a time: see tools/mutate.py."""
+"""Wrong edits of nanogspo/storage/state.py, one at a time: see tools/mutate.py."""
 
 # ruff: noqa: E501      an edit is quoted as it stands in the code
-FILE = "nanogspo/runstate.py"
+FILE = "nanogspo/storage/state.py"
 MUTANTS = {
-    "tests/test_runstate.py": [
-        (", most=path.stat().st_size)", ")", "a large rollout is saved and cannot be read again"),
+    "tests/test_state.py": [
         (" if n.startswith(ROLLOUT) or n in _random_state()}", "}", "a run that fits in memory cannot be resumed"),
         (
             '(weight_files(folder) if kind == "model" else ())',
@@ -19,17 +18,10 @@ MUTANTS = {
             "a forged state prints what it likes",
         ),
         ('    torch.set_rng_state(tensors["rng.cpu"])\n', "", "dropout goes on with other numbers"),
-        ("[i >= start for i in", "[i > start for i in", "the first token of a saved answer is not scored"),
         (
             "kind != (wanted[name].dtype, tuple(wanted[name].shape))",
             "kind[1] != tuple(wanted[name].shape)",
             "fp32 weights resumed in bf16 without a word",
-        ),
-        ("_checksum(read_tensor(f, entry)) != sums[name]", "False and sums[name]", "a damaged tensor is trained on"),
-        (
-            '        _refuse(path, ["state"] if metadata.get("crc32")',
-            '        ([] and ["state"] if metadata.get("crc32")',
-            "damaged JSON is believed",
         ),
         ("if changed and not config.accept_changes:", "if False:", "other data, and not a word"),
         ('if name.split("/")[0] in kinds}', "}", "a file that only a later version knows of counts as changed"),
@@ -46,6 +38,10 @@ MUTANTS = {
             "a config.yaml without the line is a traceback",
         ),
         ("    if not progress.update:\n", "    if not rollout:\n", "in the middle of a rollout that is not there"),
+        ("[i >= prompt for i in", "[i > prompt for i in", "the first token of a saved answer is not scored"),
+        ('_checksum(stored.read()) != facts["checksums"][name]', "False", "a damaged tensor is trained on"),
+        (' or text != _sealed(text[:-22] + "}")', "", "damaged JSON is believed"),
+        ("lengths[:, 1] < lengths[:, 0]", "lengths[:, 1] <= lengths[:, 0]", "an answer without a token is resumed"),
     ],
     "tests/test_train.py": [
         ("names = SMALL_FILES if", "names = () if", "the tokenizer and the configuration of a model may change"),

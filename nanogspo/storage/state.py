@@ -5,10 +5,10 @@ Tensors go in as tensors, everything else as JSON in the file's metadata; nothin
 
 The JSON also says what the run was made of, its configuration and a hash of every input file, so that a resumed run is
 the run that was stopped or says what has changed; and it has a checksum of every tensor, so that a damaged state is
-refused. The program's own version is not part of it: an update of it is no other run. States saved by versions that
-wrote neither can be resumed, and a line says what could not be checked.
+refused. The program's own version is not part of it: an update of it is no other run. States of versions that saved
+the rollout's tokens as JSON are refused.
 
-Reading order: Progress, inputs, save_state, load_state, resume.       Tests: tests/test_runstate.py
+Reading order: Progress, inputs, save_state, load_state, resume.       Tests: tests/test_state.py
 """
 
 import dataclasses
@@ -20,24 +20,16 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from nanogspo.checkpoint import (
-    ADAPTER,
-    ADAPTER_WEIGHTS,
-    DTYPES,
-    SMALL_FILES,
-    read_header,
-    read_tensor,
-    resolve,
-    weight_files,
-    write_safetensors,
-)
 from nanogspo.config import MAY_CHANGE, TrainConfig, load_yaml
 from nanogspo.experience import Experience, from_state
 from nanogspo.inputs import some
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
+from nanogspo.storage.files import ADAPTER, ADAPTER_WEIGHTS, SMALL_FILES, resolve, weight_files
+from nanogspo.storage.safetensors import Stored, read_header, write_safetensors
 
 MODEL, OPTIMIZER, ROLLOUT = "model.", "optimizer.", "rollout."
+TOKENS, LENGTHS = "rollout.tokens", "rollout.lengths"  # of each example: all its tokens, those of its prompt
 
 
 @dataclasses.dataclass
@@ -122,17 +114,25 @@ def save_state(
     tensors |= _random_state()
     facts = {"progress": progress, **(made_of or {"config": {}, "files": {}})}
     if rollout:
+        examples = rollout["examples"]
         tensors |= {ROLLOUT + name: t for name, t in rollout["tensors"].items()}
+        tensors[TOKENS] = torch.tensor([token for e in examples for token in e.tokens])  # (tokens of all,)
+        tensors[LENGTHS] = torch.tensor([[len(e.tokens), e.loss_mask.index(True)] for e in examples])  # (N, 2)
         facts["rollout"] = rollout["facts"]
-        facts["examples"] = [
-            [e.tokens, e.loss_mask.index(True)] for e in rollout["examples"]
-        ]  # prompt length says the mask
+    write_state(path, tensors, facts)
+
+
+def write_state(path: pathlib.Path, tensors: dict[str, Tensor], facts: dict) -> None:
     # the header comes before the tensors, so each is read once more for its checksum: 1 s per GB, of a save of several
-    facts["checksums"] = {name: _checksum(t) for name, t in tensors.items()}
+    text = json.dumps({**facts, "checksums": {name: _checksum(t) for name, t in tensors.items()}})
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = {name: (t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
-    text = json.dumps(facts)
-    write_safetensors(path, entries, {"state": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
+    # one entry: the package writes several in no fixed order
+    write_safetensors(path, tensors, {"state": _sealed(text)})
+
+
+def _sealed(text: str) -> str:
+    """A JSON object with its own checksum as the last entry, of 22 characters."""
+    return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}'
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -160,87 +160,72 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
     wanted = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
     differ = sorted({n for n in header if n.startswith(MODEL)} ^ set(wanted))
     for name in sorted(wanted.keys() & header.keys()):
-        kind = DTYPES[header[name]["dtype"]], header[name]["shape"]
+        kind = header[name].dtype, header[name].shape
         differ += [name] if kind != (wanted[name].dtype, tuple(wanted[name].shape)) else []
     if differ:
         raise ValueError(f"{path}: it trained other parameters ({some(differ, 4)}); resume with its own flags")
-    moments = {name.removeprefix(OPTIMIZER): entry for name, entry in header.items() if name.startswith(OPTIMIZER)}
-    with open(path, "rb", buffering=0) as f:  # one tensor at a time: once for its checksum, once to its place
-        if "checksums" in facts:
-            sums = facts["checksums"]
-            _refuse(path, [name for name, entry in header.items() if _checksum(read_tensor(f, entry)) != sums[name]])
-        tensors = {n: read_tensor(f, e) for n, e in header.items() if n.startswith(ROLLOUT) or n in _random_state()}
-        random = {name: (tensors[name], now) for name, now in _random_state().items() if name in tensors}
-        _refuse(path, [name for name, (t, now) in random.items() if (t.dtype, t.shape) != (now.dtype, now.shape)])
-        rollout = None
-        if "rollout" in facts:
-            saved = facts["examples"]
-            examples = [Example(tokens, [i >= start for i in range(len(tokens))]) for tokens, start in saved]
-            rollout = {"examples": examples, "tensors": _under(tensors, ROLLOUT), "facts": facts["rollout"]}
-        try:
-            kinds = {n: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]], device="meta") for n, e in moments.items()}
-            optimizer.load_state(kinds, lambda name, into: _read(f, moments[name], into))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for name, p in wanted.items():
-            _read(f, header[name], p.data)
+    # one tensor at a time: once for its checksum, once to its place
+    _refuse(path, [name for name, stored in header.items() if _checksum(stored.read()) != facts["checksums"][name]])
+    tensors = {n: s.read() for n, s in header.items() if n.startswith(ROLLOUT) or n in _random_state()}
+    random = {name: (tensors[name], now) for name, now in _random_state().items() if name in tensors}
+    _refuse(path, [name for name, (t, now) in random.items() if (t.dtype, t.shape) != (now.dtype, now.shape)])
+    rollout = None
+    if "rollout" in facts:
+        examples = _examples(path, tensors.pop(TOKENS), tensors.pop(LENGTHS))
+        numbers = {name.removeprefix(ROLLOUT): t for name, t in tensors.items() if name.startswith(ROLLOUT)}
+        rollout = {"examples": examples, "tensors": numbers, "facts": facts["rollout"]}
+    moments = {name.removeprefix(OPTIMIZER): s for name, s in header.items() if name.startswith(OPTIMIZER)}
+    try:
+        kinds = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in moments.items()}
+        optimizer.load_state(kinds, lambda name, into: into.copy_(moments[name].read()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name, p in wanted.items():
+        p.data.copy_(header[name].read())
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in random:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return facts["progress"], rollout
 
 
-def _read(file, entry: dict, into: Tensor) -> None:
-    """A tensor of the file to its place: straight into it, where that is memory of the CPU."""
-    straight = into.device.type == "cpu" and into.is_contiguous()
-    tensor = read_tensor(file, entry, into if straight else None)
-    if not straight:
-        into.copy_(tensor)
+def _examples(path: pathlib.Path, tokens: Tensor, lengths: Tensor) -> list[Example]:
+    """The inverse of what save_state does; each has at least a token of a prompt and one of an answer."""
+    sound = tokens.dtype == lengths.dtype == torch.int64 and tokens.ndim == 1 and lengths.shape[1:] == (2,)
+    sound = sound and bool(((lengths[:, 1] > 0) & (lengths[:, 1] < lengths[:, 0])).all())
+    sound = sound and lengths[:, 0].sum() == len(tokens) and bool((tokens >= 0).all())
+    _refuse(path, [] if sound else [TOKENS, LENGTHS])
+    parts = tokens.split(lengths[:, 0].tolist())
+    return [
+        Example(part.tolist(), [i >= prompt for i in range(len(part))])
+        for part, prompt in zip(parts, lengths[:, 1].tolist(), strict=True)
+    ]
 
 
-def read_facts(path: pathlib.Path) -> tuple[dict[str, dict], dict]:
+def read_facts(path: pathlib.Path) -> tuple[dict[str, Stored], dict]:
     """The tensors of a saved state as read_header gives them, and its JSON, every entry of the type it is saved as."""
     if not path.exists():
         raise ValueError(f"{path}: no state to resume from; want the folder of a run that has saved at least once")
-    # no foreign file, and the answers of the rollout at hand are in its header: 8 bytes a token
-    header, metadata = read_header(path, most=path.stat().st_size)
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("state"), str) or "rng.cpu" not in header:
+    header, metadata = read_header(path)
+    if "state" not in metadata or "rng.cpu" not in header:
         raise ValueError(f"{path}: got a safetensors file that no run saved as its state; want one of this program")
     text = metadata["state"]
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         facts = None
-    if not isinstance(facts, dict):
-        _refuse(path, ["state"])
-    added = {"config", "files", "checksums"}
-    if added & facts.keys():  # else saved before these were
-        _refuse(path, ["state"] if metadata.get("crc32") != f"{zlib.crc32(text.encode()):08x}" else [])
-        _refuse(path, sorted(name for name in added if not isinstance(facts.get(name), dict)))
-        _refuse(path, sorted(facts["checksums"].keys() ^ header.keys()))
-    dicts = [name for name in ("progress", "rollout") if not isinstance(facts.get(name, {}), dict)]
-    _refuse(path, dicts + ["progress"] * ("progress" not in facts))
-    examples = facts.get("examples", [])
-    sound = isinstance(examples, list) and all(map(_is_example, examples)) and bool(examples) == ("rollout" in facts)
-    _refuse(path, [] if sound else ["examples"])
+    if isinstance(facts, dict) and ("examples" in facts or "checksums" not in facts):
+        raise ValueError(f"{path}: an older version of this program saved it; finish the run with that version")
+    _refuse(path, ["state"] if not isinstance(facts, dict) or text != _sealed(text[:-22] + "}") else [])
+    dicts = ("config", "files", "checksums", "progress", *(["rollout"] if "rollout" in facts else []))
+    _refuse(path, [name for name in dicts if not isinstance(facts.get(name), dict)])
+    _refuse(path, sorted(facts["checksums"].keys() ^ header.keys()))
+    _refuse(path, [name for name in (TOKENS, LENGTHS) if (name in header) != ("rollout" in facts)])
     return header, facts
-
-
-def _is_example(value: object) -> bool:
-    """[tokens, length of the prompt], with at least a token of each."""
-    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], list)):
-        return False
-    whole = all(type(n) is int and n >= 0 for n in (*value[0], value[1]))
-    return whole and 0 < value[1] < len(value[0])
 
 
 def _refuse(path: pathlib.Path, wrong: list[str]) -> None:
     if wrong:
         raise ValueError(f"{path}: {some(wrong, 4)} is not what was saved, the file is damaged; want a whole copy")
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def resume(
@@ -257,11 +242,7 @@ def resume(
     Raises ValueError with one line for a state that is damaged or does not fit, and for a change that is not accepted.
     """
     _, facts = read_facts(path)
-    changed = []
-    if "config" in facts:
-        changed = changes(facts, made_of)
-    else:
-        print(f"{path}: saved by an older version, without checksums and hashes; damage or changed files go unseen")
+    changed = changes(facts, made_of)
     if changed and not config.accept_changes:
         raise ValueError(
             f"got --resume {path.parent.parent} with other inputs than it was saved with: {some(changed)}; want "

@@ -1,0 +1,112 @@
+"""safetensors files, through the package of that name: headers, one tensor at a time, and whole files out.
+
+The package checks a header when it opens a file: its length, its JSON, and that the tensors fill the file without a
+gap or an overlap. Here its errors become one line that says what to do, and what it accepts is narrowed to the dtypes
+and sizes that this program can hold.
+
+backend="pread" reads a tensor into memory of its own. The package's default maps the file instead: its pages count as
+the process's memory until the file is closed (loading would peak at twice the model), and a file that is cut short
+meanwhile kills the process.
+
+Slow version, standard library alone: lessons/checkpoints/read_safetensors.py       Tests: tests/test_checkpoint.py
+"""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from torch import Tensor
+
+from nanogspo.inputs import some
+from nanogspo.storage.files import whole_file
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. Only its header has been read; the file stays open as long as one of its tensors is held."""
+
+    path: Path
+    file: safe_open
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def code(self) -> str:
+        return DTYPE_CODES[self.dtype]
+
+    def read(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or some of its rows, in fresh memory of the CPU."""
+        try:
+            return self.file.get_tensor(self.name) if rows is None else self.file.get_slice(self.name)[rows]
+        except SafetensorError as e:  # it was whole when it was opened
+            raise ValueError(f"{self.path}: tensor {some([self.name])} cannot be read ({e}); fetch it again") from e
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file, in file order, and its free-form metadata.
+
+    Raises ValueError for anything the format does not allow, before any tensor is read: a truncated file, offsets that
+    overlap or disagree with shape and dtype, a pickle with the wrong name.
+    """
+    path = Path(path)
+    try:
+        file = safe_open(path, "pt", backend="pread")
+        found = [(name, file.get_slice(name)) for name in file.offset_keys()]
+        tensors = {name: (t.get_dtype(), tuple(t.get_shape())) for name, t in found}
+    except SafetensorError as e:
+        with open(path, "rb") as f:
+            first = f.read(2)
+        # asked only now: a sound header of 640 bytes begins like a pickle, one of 19,280 like a zip file
+        if first == b"PK" or first[:1] == b"\x80" and first[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors") from e
+        raise ValueError(
+            f"{path}: got {path.stat().st_size} bytes that are not safetensors ({some([e])}); the download is "
+            "incomplete or damaged: delete the file and fetch it again"
+        ) from e
+    for name, (code, shape) in tensors.items():
+        if code not in DTYPES:
+            raise ValueError(f"{path}: tensor {some([name])} has dtype {code}, want one of {', '.join(DTYPES)}")
+        if math.prod(max(n, 1) for n in shape) >= 2**60:  # a 0 among them does not make the others sensible
+            raise ValueError(f"{path}: tensor {some([name])} has shape {shape}, want fewer than 2**60 numbers")
+    return {
+        n: Stored(path, file, n, DTYPES[code], shape) for n, (code, shape) in tensors.items()
+    }, file.metadata() or {}
+
+
+def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a whole file or nothing. Tensors may be on any device and of any layout; those that are on the CPU and
+    contiguous are not copied."""
+    tensors = {
+        name: t.detach().cpu().contiguous() for name, t in tensors.items()
+    }  # held while pointers to them are used
+    specs = {
+        name: TensorSpec(
+            dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), data_ptr=t.data_ptr(), data_len=t.nbytes
+        )
+        for name, t in tensors.items()
+    }
+    with whole_file(path) as f:
+        try:
+            serialize_file(specs, f.name, metadata)
+            safe_open(f.name, "pt", backend="pread")  # on a full disk the package loses its last bytes without a word
+        except SafetensorError as e:
+            raise OSError(f"{path}: cannot be written ({e}): is the disk full?") from e
