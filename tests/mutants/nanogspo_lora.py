@@ -5,8 +5,8 @@ FILE = "nanogspo/lora.py"
 MUTANTS = {
     "tests/test_lora.py": [
         (
-            "weight, self.base.bias, self.lora_A.weight",
-            "weight, None, self.lora_A.weight",
+            "(x, weight, self.base.bias",
+            "(x, weight, None",
             "an adapter that loses its base's bias",
         ),
         ("F.dropout(x, self.dropout)", "F.dropout(x, 1 - self.dropout)", "what should be dropped is kept"),
