@@ -235,7 +235,7 @@ def int8() -> None:
 
 
 def attention() -> None:
-    """Heads of 64, 128 (Qwen 3) and 256 (Gemma, with its soft-cap and window)."""
+    """Heads of 64, 128 (Qwen 3; Gemma 2 27B, with its soft-cap and window) and 256 (Gemma)."""
     from kernels.attention import Segments, attention
 
     segments = Segments.build([40, 30, 30], [-1, 0, 0])  # a prompt and two answers
@@ -244,7 +244,7 @@ def attention() -> None:
         q, k, v = (randn(100, n, D, dtype=dtype, grad=True) for n in (4, 2, 2))
         backward(attention(q, k, v, segments, scale=D**-0.5, softcap=softcap, window=window, backend="triton"))
 
-    for D, softcap, window in ((128, None, 0), (64, None, 0), (256, 50.0, 16)):
+    for D, softcap, window in ((128, None, 0), (128, 50.0, 16), (64, None, 0), (256, 50.0, 16)):
         both(torch.bfloat16, D, softcap, window)
     both(torch.float16, 128, None, 0)
     with odd_widths():  # fp32 without tensor cores is for tests
@@ -394,9 +394,9 @@ def full_name(kernel: JITFunction) -> str:
     return f"{kernel.fn.__module__}.{kernel.fn.__qualname__}"
 
 
-def record(cases: dict[str, Callable[[], None]]) -> tuple[list[Launch], list[str]]:
+def record(cases: dict[str, Callable[[], None]], hopper: bool) -> tuple[list[Launch], list[str]]:
     """Run the cases with launches caught instead of made. What an entry computes in torch it computes; what a kernel
-    would have written is nan."""
+    would have written is nan. hopper: as on an H100, for which entries choose other tiles."""
     launches, errors, current = [], [], ""
 
     def caught(self, *arguments, grid, warmup, **keywords):
@@ -410,7 +410,7 @@ def record(cases: dict[str, Callable[[], None]]) -> tuple[list[Launch], list[str
 
     run, interpreted = JITFunction.run, choice.INTERPRETED
     # choose() lets CPU tensors through where kernels are interpreted; nan, so that nothing depends on stale memory
-    JITFunction.run, choice.INTERPRETED = caught, True
+    JITFunction.run, choice.INTERPRETED, choice.HOPPER = caught, True, hopper
     torch.use_deterministic_algorithms(True)
     try:
         for current, case in cases.items():
@@ -419,7 +419,7 @@ def record(cases: dict[str, Callable[[], None]]) -> tuple[list[Launch], list[str
             except Exception as error:  # an entry that fails before its last launch has kernels nobody checks
                 errors.append(f"{current}: {type(error).__name__}: {error}")
     finally:
-        JITFunction.run, choice.INTERPRETED = run, interpreted
+        JITFunction.run, choice.INTERPRETED, choice.HOPPER = run, interpreted, False
         torch.use_deterministic_algorithms(False)
     return launches, errors
 
@@ -632,15 +632,18 @@ def gate(
     """Record, compile, print a row each; returns what is wrong, one line each. all_cases: none was left out, so that a
     kernel without a launch has no case, and an excuse that nothing needed is none. memory: what need not be compiled,
     nor shown unless something is wrong; written when nothing was left out."""
-    launches, failures = record(cases)
+    launches, failures = {}, []
+    for hopper in dict.fromkeys(target == "sm_90" for target in targets):
+        launches[hopper], errors = record(cases, hopper)
+        launches[hopper] = [launch for launch in launches[hopper] if only in full_name(launch.kernel)]
+        failures += [error for error in errors if error not in failures]
     kernels = {name: f for module in sources for name, f in kernels_of(module).items() if only in name}
-    launches = [launch for launch in launches if only in full_name(launch.kernel)]
     if all_cases:
-        launched = {full_name(x.kernel) for x in launches}
+        launched = {full_name(x.kernel) for some in launches.values() for x in some}
         failures += [f"{name}: no case launches it" for name in escaped(kernels, launched)]
     unique = {}
-    for launch in launches:
-        for target in targets:
+    for target in targets:
+        for launch in launches[target == "sm_90"]:
             try:
                 job = specialise(launch, target)
             except Exception as error:
@@ -652,7 +655,10 @@ def gate(
     JOBS = sorted(unique.values(), key=lambda job: (job.name, job.label, job.target))
     global KNOWN
     KNOWN = memory.known(JOBS) if memory else {}
-    print(f"{len(launches)} launches, {len(JOBS)} kernels to compile, triton {triton.__version__}", flush=True)
+    print(
+        f"{sum(map(len, launches.values()))} launches, {len(JOBS)} kernels to compile, triton {triton.__version__}",
+        flush=True,
+    )
     if memory:
         print(f"{len(KNOWN)} of them known from tests/compiled", flush=True)
     complete = all_cases and not only and targets == list(TARGETS)
