@@ -134,6 +134,22 @@ tool.EXCUSED[("bad_kernels.good", "sm_90")] = "spills", "not needed"
 report["needless"] = tool.gate(good, [bad_kernels], ["sm_90"], "good")
 command = ["--case", "token_logp", "--only", "token_logp_v3._forward", "--targets", "sm_80"]
 report["code"] = [tool.main(command)]
+from kernels.decode_attention import decode_attention
+
+def rollout(rows):  # a cache grows by 128 slots at a time; prompts of any length
+    for slots, prompt in [*((128 * n, 192) for n in range(1, 9)), (128, 20), (128, 2032)]:
+        pair, own = [tool.randn(2, n, s, 128) for n, s in ((2, prompt), (rows, slots))]
+        numbers = {"prefix_lengths": tool.torch.full((2,), 9), "lengths": tool.torch.full((rows,), 9)}
+        numbers["prompt"] = tool.torch.arange(rows) * 2 // rows
+        decode_attention(
+            tool.randn(rows, 4, 128), pair, pair, k=own, v=own, scale=0.1, backend="triton", **numbers
+        )
+
+report["rollout"] = []
+for rows in (32, 6):
+    launches, failures = tool.record({"rollout": lambda: rollout(rows)}, True)
+    kinds = {tool.specialise(launch, "sm_90").key for launch in launches}
+    report["rollout"].append([failures, len(launches), len(kinds)])
 tool.CASES = {}
 report["code"] += [tool.main(command), tool.main(command[2:])]
 from kernels import backend
@@ -217,6 +233,12 @@ def test_launches_are_specialised_as_on_a_gpu(report):
 
 def test_hopper_is_recorded_with_its_own_tiles(report):
     assert sorted(report["hopper"]) == [["gfx942", 1, 512], ["sm_80", 1, 512], ["sm_90", 1, 2048]]
+
+
+def test_a_longer_cache_compiles_nothing(report):
+    """Ten storages of a decode step, three launches each: prompts of 192, 20 and 2032 slots, rows of up to 8 splits.
+    20 is not a multiple of 16, so the kernel that reads these prompts is another one."""
+    assert report["rollout"] == [[[], 30, 4], [[], 30, 4]]
 
 
 def test_what_a_kernel_would_write_is_nan(run):

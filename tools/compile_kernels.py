@@ -384,7 +384,9 @@ class Job:
         arguments = [t for t in self.signature.values() if t != "constexpr"]
         pointers = dict.fromkeys(t for t in arguments if str(t).startswith("*"))
         constants = [f"{self.kernel.arg_names[path[0]]}={value}" for path, value in self.constants.items()]
-        options = [f"{name}={self.options[name]}" for name in ("num_warps", "num_stages") if name in self.options]
+        options = [
+            f"{name}={self.options[name]}" for name in ("num_warps", "num_stages", "maxnreg") if name in self.options
+        ]
         divisible = sum(map(bool, self.attributes.values()))
         odd = " (may spill)" * self.may_spill
         return f"{' '.join([*pointers, *constants, *options])} /16: {divisible} of {len(arguments)}{odd}"
