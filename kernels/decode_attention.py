@@ -332,9 +332,7 @@ def _suffix_kernel(
         oldest += tl.maximum(length - window, 0)  # (M,) the prefix cancels: slot = position - prefix length
         start += tl.maximum(length - window - start, 0) // BLOCK_S * BLOCK_S
     at = n * stride_qn + h * stride_qh  # (M,)
-    busy = i < tl.where(
-        start < stop, G, 0
-    )  # (M,) a split behind the row's end, or before its window, reads nothing, not even q
+    busy = i < tl.where(start < stop, G, 0)  # (M,) none in a split behind the row's end or before its window
     q = tl.load(q_ptr + at[:, None] + d[None, :], mask=busy[:, None] & (d < D)[None, :], other=0.0)  # (M, BLOCK_D)
     m = tl.full((BLOCK_M,), -1.0e30, dtype=tl.float32)  # (M,)
     s = tl.zeros((BLOCK_M,), dtype=tl.float32)  # (M,)

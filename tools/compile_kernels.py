@@ -273,6 +273,16 @@ def decode_attention() -> None:
             step(torch.float32, 128, None, 0, rows, prompts)
 
 
+def sample() -> None:
+    """Vocabularies of Qwen 3 and Llama 3; one that 16 does not divide; one row."""
+    from kernels.sample import sample
+
+    for N, V in ((6, 151936), (6, 128256), (1, 151936)):
+        sample(randn(N, V, dtype=torch.float32), torch.zeros(N).double(), 0.7, backend="triton")
+    with odd_widths():
+        sample(randn(6, 32001, dtype=torch.float32), torch.zeros(6).double(), backend="triton")
+
+
 def lessons() -> None:
     """The slow versions of lessons 06, 08 and 15, in bf16: what their lessons speak of."""
     from kernels.nf4 import quantize_nf4
@@ -316,6 +326,7 @@ CASES: dict[str, Callable[[], None]] = {
     "kernels/rms_norm.py": rms_norm,
     "kernels/rope.py": rope,
     "kernels/glu.py": glu,
+    "kernels/sample.py": sample,
     "decode": decode,
     "lessons/kernels/token_logp": token_logp,
     "lessons/kernels": lessons,

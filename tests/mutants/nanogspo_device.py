@@ -18,5 +18,10 @@ MUTANTS = {
         ),
         ('    if device == "cuda":\n        return "bf16"\n', "", "a GPU held to what the file holds"),
         ('return "fp32" if reason else "bf16"', 'return "bf16"', "the line is printed and bf16 used all the same"),
+        (
+            "allow_bf16_reduced_precision_reduction = False",
+            "allow_bf16_reduced_precision_reduction = True",
+            "cuBLAS may sum the parts of a product in bf16",
+        ),
     ],
 }
