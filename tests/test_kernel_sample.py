@@ -83,6 +83,22 @@ def test_the_ends_of_the_uniform(backend):
 
 
 @BACKENDS
+def test_a_uniform_at_the_border_belongs_to_the_token_behind_it(backend):
+    """1024 equal tokens: sums are exact. At k / 1024 the sum up to token k - 1 is not above the target."""
+    logits, at = torch.zeros(5, 1024, device=DEVICE), torch.tensor([0, 1, 255, 256, 768], device=DEVICE)
+    assert torch.equal(sample(logits, at.double() / 1024, backend=backend)[0], at)
+
+
+@BACKENDS
+def test_the_largest_uniform_draws_what_can_be_drawn(backend):
+    """Sums in another order may fall short of the total: then the last token that can come, none behind it."""
+    logits, _ = draw(200, 600, 4, 10.0)
+    logits[:, 500:] = -math.inf
+    uniform = torch.full((200,), 1 - 2**-53, dtype=torch.float64, device=DEVICE)
+    assert (sample(logits, uniform, backend=backend)[0] < 500).all()
+
+
+@BACKENDS
 def test_a_token_far_below_the_maximum(backend):
     """Its block's exp would all be 0 next to the row's maximum; its log-prob keeps its digits."""
     logits = torch.full((1, 600), -70.0, device=DEVICE)

@@ -14,7 +14,11 @@ MUTANTS = {
         ),
         ("s = s * tl.exp(peaks - top)", "s = s * tl.exp(top - top)", "blocks are not scaled to one maximum"),
         ("e = tl.exp(z - tl.max(z, axis=0))", "e = tl.exp(z * 0.0)", "tokens of a block are equally likely"),
-        ("(N, V), cold = logits.shape, 1.0 / temperature", "(N, V), cold = logits.shape, 1.0", "the temperature is forgotten"),
+        (
+            "(N, V), cold = logits.shape, 1.0 / temperature",
+            "(N, V), cold = logits.shape, 1.0",
+            "the temperature is forgotten",
+        ),
         ("uniform[:, None] * ends[:, -1:]", "uniform[:, None]", "the reference does not scale the uniform to the sum"),
     ],
 }
