@@ -9,7 +9,7 @@
      7 kernels         benchmarks/kernels.py's cases, ours alone, against their floors
      8 waits           how often the host waits, kernels compiled and their seconds
      9 cycle           rollout, score, train; first ratios; sampling against what it must read
-    10 tests, nvcc, peers   the kernels' own tests on silicon; kernels/nf4.cu; the other libraries
+    10 peers, tests, nvcc   the other libraries; the kernels' own tests on silicon; kernels/nf4.cu, which is built first
 
 Each part is a process of its own under a time limit: one that hangs, crashes, runs out of memory or leaves the GPU
 unusable (an illegal access does) costs its own results and no others. Each result is a line of output, and the file in
@@ -47,7 +47,7 @@ import torch  # noqa: E402
 # name -> the most seconds it may take, in the order they run. The first nine are under ten minutes together.
 LIMITS = {
     "card": 30, "checks": 110, "decode_profile": 50, "decode": 90, "micro_batch": 60, "rollouts": 50, "kernels": 70,
-    "waits": 40, "cycle": 80, "tests": 300, "nvcc": 90, "peers": 200,
+    "waits": 40, "cycle": 80, "peers": 200, "tests": 300, "nvcc": 90,
 }  # fmt: skip
 STEP = {"prompts": 8, "group": 16, "prompt_tokens": 512, "tokens": 1024, "updates": 4, "max_tokens": 16384}
 WARM_TOKENS, PEER_TOKENS = 32, 256  # of the first cycle, which compiles; of the answers that transformers writes too
@@ -454,7 +454,7 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
 
 
 def warm(model, prompts: list[list[int]], group: int, tokens: int) -> None:
-    """A few steps of a rollout of this size: kernels are compiled for the number of splits, which depends on tokens."""
+    """A few steps of a rollout of this size, which compile its kernels."""
     from nanogspo.rollout import decode
 
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_ids": (), "seed": 0}
@@ -749,16 +749,16 @@ def synchronising(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def part_kernels(device: torch.device, file: dict, shape: dict, ours: bool = True) -> Iterator[dict]:
+def part_kernels(device: torch.device, file: dict, shape: dict, wanted=None, only: str = "") -> Iterator[dict]:
     from benchmarks.kernels import REAL, TINY, CudaTimer, bars, cases, measure, measure_machine
 
     timer = CudaTimer() if device.type == "cuda" else lambda run: run() is None or 0.5
     machine = measure_machine(timer, device, *([] if device.type == "cuda" else [2**20, 64]))
     rows = []
-    for case in cases(REAL if device.type == "cuda" else TINY):
+    for case in [case for case in cases(REAL if device.type == "cuda" else TINY) if only in case.name]:
         found = measure(
             [case], machine, timer, device, compiled=False, show=lambda line: None,
-            wanted=(lambda name: name.startswith("ours")) if ours else None,
+            wanted=wanted or ours,
         )  # fmt: skip
         rows += found
         for row in found:
@@ -772,10 +772,14 @@ def part_kernels(device: torch.device, file: dict, shape: dict, ours: bool = Tru
             yield {"name": bar["bar"], "met": bar["passed"], "said": said}
 
 
+def ours(name: str) -> bool:
+    return name.startswith("ours") and "CUDA" not in name  # CUDA C++ has to be built first
+
+
 def part_peers(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
     if importable("transformers"):
         yield against_transformers(policy(device, file), device, file, shape, torch.bfloat16)
-    yield from part_kernels(device, file, shape, ours=False)
+    yield from part_kernels(device, file, shape, lambda name: not name.startswith("ours,"))
 
 
 def part_checks(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
@@ -785,7 +789,7 @@ def part_checks(device: torch.device, file: dict, shape: dict) -> Iterator[dict]
 
 def part_nvcc(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
     run_checks(device, True, ["nf4_cuda_same_bits"])
-    yield from ()
+    yield from part_kernels(device, file, shape, lambda name: name == "ours, CUDA C++", "NF4 dequantise")
 
 
 def part_cycle(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:

@@ -405,7 +405,7 @@ def test_a_part_that_fails_costs_no_other(tmp_path, capsys):
 
 
 def test_the_parts_and_their_commands():
-    order = "card checks decode_profile decode micro_batch rollouts kernels waits cycle tests nvcc peers"
+    order = "card checks decode_profile decode micro_batch rollouts kernels waits cycle peers tests nvcc"
     assert list(gpu_suite.LIMITS) == order.split() and sum(list(gpu_suite.LIMITS.values())[:9]) < 600
     assert set(gpu_suite.INSIDE) == set(gpu_suite.LIMITS) - {"tests"}
     tests = gpu_suite.command_of("tests")

@@ -19,6 +19,6 @@ MUTANTS = {
             "(N, V), cold = logits.shape, 1.0",
             "the temperature is forgotten",
         ),
-        ("uniform[:, None] * ends[:, -1:]", "uniform[:, None]", "the reference does not scale the uniform to the sum"),
+        ("fraction * inside[:, -1:]", "fraction", "the reference looks for a part of a block in a part of all"),
     ],
 }
