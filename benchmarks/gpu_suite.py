@@ -1,32 +1,41 @@
-"""Everything that only a GPU can show, in one command and under nine minutes. Needs a GPU.
+"""Everything that only a GPU can show, in one command: the most telling first, saved as it comes. Needs a GPU.
 
-    checks   what the interpreter cannot see: offsets beyond 2^31, the same bits twice, beside other rows and without
-             gradients, cuBLAS products of bf16 that come out as fp32, attention over a cache of 2.6e9 numbers
-    tests    the kernels' own tests, on silicon
-    kernels  benchmarks/kernels.py: every kernel against its floor, plain torch and its peers
-    step     one GSPO cycle of a model of Qwen3-0.6B's shape with random weights: rollout, scoring, four updates;
-             sampling against what it must read, and against transformers' generate
+     1 card            bandwidth, product rates, time of the smallest kernel and of a replayed graph of 1,000
+     2 checks          what the interpreter cannot see: fp32 products, a model that scores itself, a decode graph, ...
+     3 decode_profile  one replayed decode step by kernel, its floor, the gap between steps
+     4 decode          ms a step by slots, rows, adapter; eager against replayed; ms a recording
+     5 micro_batch     one of 16k tokens by kernel, tokens a second and peak memory, checkpointing off and on
+     6 rollouts        memory after rollouts whose rows leave; a recording made to fail
+     7 kernels         benchmarks/kernels.py's cases, ours alone, against their floors
+     8 waits           how often the host waits, kernels compiled and their seconds
+     9 cycle           rollout, score, train; first ratios; sampling against what it must read
+    10 peers, tests, nvcc   the other libraries; the kernels' own tests on silicon; kernels/nf4.cu, which is built first
 
 Each part is a process of its own under a time limit: one that hangs, crashes, runs out of memory or leaves the GPU
-unusable (an illegal access does) costs its own results and no others. What a part has found so far is printed as it
-comes and kept. The file in --out is rewritten after every part.
+unusable (an illegal access does) costs its own results and no others. Each result is a line of output, and the file in
+--out is rewritten after every one. Models have Qwen3-0.6B's shape and random weights. torch.compile, which takes most
+of the time and may hang, is timed by benchmarks/kernels.py alone.
 
-Run: python benchmarks/gpu_suite.py [--parts checks,tests,kernels,step] [--seconds 530] [--out benchmarks/results]
+Run: python benchmarks/gpu_suite.py [--parts card,checks,...] [--seconds 1200] [--out benchmarks/results]
 Exit code 0: every part passed. 1: some part failed. 2: no GPU. Tests: tests/test_benchmarks.py
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,10 +43,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
-# name -> the most seconds it may take. What the four do not use is left over: the sum is under the nine minutes.
-LIMITS = {"checks": 80, "tests": 160, "kernels": 170, "step": 120}
+# name -> the most seconds it may take, in the order they run. The first nine are under ten minutes together.
+LIMITS = {
+    "card": 30, "checks": 110, "decode_profile": 50, "decode": 90, "micro_batch": 60, "rollouts": 50, "kernels": 70,
+    "waits": 40, "cycle": 80, "peers": 200, "tests": 300, "nvcc": 90,
+}  # fmt: skip
 STEP = {"prompts": 8, "group": 16, "prompt_tokens": 512, "tokens": 1024, "updates": 4, "max_tokens": 16384}
 WARM_TOKENS, PEER_TOKENS = 32, 256  # of the first cycle, which compiles; of the answers that transformers writes too
 QWEN3_0_6B = {
@@ -188,18 +199,6 @@ def check_small_products(device: torch.device, big: bool) -> str:
     return f"NF4 and int8, {N} x {K}, M 1, 5, 16"
 
 
-def check_attention_with_and_without_gradients(device: torch.device, big: bool) -> str:
-    """scaled_dot_product_attention must not choose another kernel when gradients are wanted: ratios would not be 1."""
-    T = 512 if big else 16
-    q = randn(2, 16, T, 128, device=device).requires_grad_()
-    k, v = (randn(2, 8, T, 128, device=device, seed=s) for s in (1, 2))
-    with torch.no_grad():
-        scored = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    trained = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert torch.equal(scored, trained), f"{(scored != trained).sum().item()} of {scored.numel()} numbers differ"
-    return "causal, 16 query heads on 8"
-
-
 def check_decode_attention(device: torch.device, big: bool) -> str:
     """A step of a rollout in bf16 against float64; on a GPU with storage whose offsets pass 2^31."""
     from kernels.decode_attention import decode_attention
@@ -268,17 +267,19 @@ def check_products_come_out_as_fp32(device: torch.device, big: bool) -> str:
 
 
 def check_model_scores_itself(device: torch.device, big: bool) -> str:
-    """A small Qwen 3 in bf16: the log-probs of a scoring pass and of the training forward, bit for bit."""
+    """A small Qwen 3 in bf16: log-probs of a scoring pass and of the training forward, bit for bit, with and without
+    gradient checkpointing."""
     from nanogspo.packing import score
 
     model, batch = small_model(device)
     with torch.no_grad():
         scored = score(model, batch)[0]
-    trained = score(model, batch)[0]
-    assert torch.equal(scored, trained), f"{(scored != trained).sum().item()} of {scored.numel()} log-probs differ"
-    trained.sum().backward()
-    norms = [p.grad.norm().item() for p in model.parameters() if p.requires_grad and p.grad is not None]
-    assert norms and all(0 < n < float("inf") for n in norms), "a LoRA gradient is 0, inf or nan"
+    for model.gradient_checkpointing in (False, True):
+        trained = score(model, batch)[0]
+        assert torch.equal(scored, trained), f"{(scored != trained).sum().item()} of {scored.numel()} log-probs differ"
+        trained.sum().backward()
+        norms = [p.grad.norm().item() for p in model.parameters() if p.requires_grad and p.grad is not None]
+        assert norms and all(0 < n < float("inf") for n in norms), "a LoRA gradient is 0, inf or nan"
     return f"{scored.numel()} tokens"
 
 
@@ -295,7 +296,9 @@ def check_model_against_cpu(device: torch.device, big: bool) -> str:
     return f"log-probs at most {off:.0e} apart"
 
 
+FIRST = ["products_come_out_as_fp32", "model_scores_itself", "model_against_cpu", "decode_graph"]
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+CHECKS = {name: CHECKS[name] for name in [*FIRST, *CHECKS]}
 NEEDS_CUDA = {"products_come_out_as_fp32", "nf4_cuda_same_bits"}
 
 
@@ -363,7 +366,7 @@ def small_model(device: torch.device):
 def run_checks(device: torch.device, big: bool, names: list[str] | None = None) -> list[dict]:
     """A result each, printed as it comes: RESULT lines are what the parent reads."""
     out = []
-    for name in names or list(CHECKS):
+    for name in names or [name for name in CHECKS if name != "nf4_cuda_same_bits"]:
         started, row = time.perf_counter(), {"check": name, "passed": True}
         try:
             row["said"] = CHECKS[name](device, big)
@@ -440,20 +443,18 @@ def run_step(device: torch.device, file: dict, shape: dict, dtype=torch.bfloat16
         row["trained_tokens_per_s"] = trained / row["train_s"]
         row["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         row["passed"] = row["first_ratios_are_1"] and all(0 < n < float("inf") for n in norms)
+        phases = ", ".join(f"{name} {row[f'{name}_s']:.2f} s" for name in ("rollout", "score", "train"))
+        peak = f", peak {row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""
+        row["said"] = f"{phases}, {row['tokens_per_s']:.0f} sampled tokens a second{peak}"
+        row["said"] += f"; decoding {row['decode_over_floor']:.1f} x its reading"
+        row["said"] += f", {row['trained_tokens_per_s']:.0f} trained tokens a second"
         rows.append(row)
         result(row)
-    if importable("transformers"):
-        try:
-            rows.append(against_transformers(model, device, file, shape, dtype))
-        except Exception as error:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            rows.append({"peer": "transformers.generate", "passed": False, "said": said})
-        result(rows[-1])
     return rows
 
 
 def warm(model, prompts: list[list[int]], group: int, tokens: int) -> None:
-    """A few steps of a rollout of this size: kernels are compiled for the number of splits, which depends on tokens."""
+    """A few steps of a rollout of this size, which compile its kernels."""
     from nanogspo.rollout import decode
 
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_ids": (), "seed": 0}
@@ -504,7 +505,8 @@ def against_transformers(model, device: torch.device, file: dict, shape: dict, d
     turns = take_turns(model, theirs, prompts, shape["group"], tokens, rounds=1)
     seconds = {side: times[-1] for side, times in turns.items()}
     ratio = seconds["transformers"] / seconds["ours"]
-    facts = {"rows": rows, "tokens": tokens, "seconds": seconds, "ratio": ratio, "passed": True}
+    said = f"{rows} x {tokens}: ours {seconds['ours']:.2f} s, theirs {seconds['transformers']:.2f} s, {ratio:.1f} x"
+    facts = {"rows": rows, "tokens": tokens, "seconds": seconds, "ratio": ratio, "passed": True, "said": said}
     return {"peer": "transformers.generate"} | facts
 
 
@@ -515,6 +517,302 @@ def now(device: torch.device) -> float:
 
 
 # ----------------------------------------------------------------------------
+# measured parts: generators of results. On a CPU with a small shape they run as well, as tests/test_benchmarks.py does.
+
+
+def policy(device: torch.device, file: dict, adapter: bool = True):
+    from nanogspo.families import model_config
+    from nanogspo.lora import add_lora
+    from nanogspo.model import Transformer
+
+    model = Transformer(model_config(file)).init_weights(0).to(device, torch.bfloat16)
+    if adapter:
+        add_lora(model, r=16, alpha=32.0)
+    return model
+
+
+def steps_of(model, shape: dict, tokens: int, rows: int | None = None) -> Iterator:
+    """Decode steps of `rows` rows: of all prompts, or as many as fit."""
+    from nanogspo.rollout import decode
+
+    rows = rows or shape["prompts"] * shape["group"]
+    group = min(shape["group"], rows)
+    prompts = torch.randint(0, model.config.vocab_size, (rows // group, shape["prompt_tokens"])).tolist()
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_ids": (), "seed": 0}
+    return decode(model, prompts, group_size=group, max_new_tokens=tokens, **settings)
+
+
+def step_ms(steps: Iterator, slots: tuple[int, ...], device: torch.device, around: int = 5) -> dict[int, float]:
+    """Slots of a row so far -> the median ms of the `around` steps that follow."""
+    out, seen = {}, 0
+    for slot in slots:
+        for _ in range(slot - seen):
+            next(steps)
+        times = [now(device)]
+        for _ in range(around):
+            next(steps)
+            times.append(now(device))
+        seen = slot + around
+        out[slot] = statistics.median(b - a for a, b in itertools.pairwise(times)) * 1e3
+    steps.close()
+    return out
+
+
+def profiled(run: Callable[[], object], times: int, device: torch.device) -> tuple[list[dict], float]:
+    """Kernels by time: us and launches of one run each; and the wall time of one run without the profiler, us."""
+    from torch.profiler import ProfilerActivity, profile
+
+    started = now(device)
+    for _ in range(times):
+        run()
+    wall = (now(device) - started) / times * 1e6
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as trace:
+        for _ in range(times):
+            run()
+        now(device)
+    spent = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total  # noqa: E731
+    events = sorted((e for e in trace.key_averages() if spent(e) > 0), key=spent, reverse=True)
+    return [{"kernel": e.key[:90], "us": spent(e) / times, "count": e.count / times} for e in events], wall
+
+
+def kernel_rows(kernels: list[dict], top: int = 25) -> Iterator[dict]:
+    for row in kernels[:top]:
+        yield row | {"name": row["kernel"], "said": f"{row['us']:.1f} us in {row['count']:g} launches"}
+
+
+def part_card(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    from benchmarks.kernels import CudaTimer, measure_machine
+
+    timer = CudaTimer()
+    machine = measure_machine(timer, device)
+    yield machine | {"said": f"copy {machine['bandwidth'] / 1e12:.2f} TB/s, bf16 {machine['rate'] / 1e12:.0f} TFLOP/s"}
+    a, b = torch.randn(2, 4096, 4096, device=device)
+    rate = 2 * 4096**3 / timer(lambda: a @ b)
+    yield {"name": "fp32 products", "rate": rate, "said": f"{rate / 1e12:.0f} TFLOP/s"}
+    x, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    single = timer(lambda: x.add_(1))
+    with torch.cuda.graph(graph):
+        for _ in range(1000):
+            x.add_(1)
+    replay = timer(graph.replay)
+    said = f"{single * 1e6:.1f} us; a replayed graph of 1,000: {replay * 1e3:.2f} ms"
+    yield {"name": "smallest kernel", "seconds_of_one": single, "seconds_of_1000": replay, "said": said}
+
+
+def part_decode_profile(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    model, middle = policy(device, file), shape["tokens"] // 2
+    steps = steps_of(model, shape, shape["tokens"])
+    for _ in range(max(4, middle)):
+        next(steps)
+    times = max(1, min(16, (shape["tokens"] - middle - 4) // 2))
+    kernels, wall = profiled(lambda: next(steps), times, device)
+    steps.close()
+    total, bandwidth = sum(row["us"] for row in kernels), copy_speed(device)
+    once = {**shape, "prompt_tokens": shape["prompt_tokens"] + shape["group"] * middle}  # all slots as if of prompts
+    floor = decode_floor(model, {**once, "group": 0}, 2, bandwidth) * 1e6
+    said = f"wall {wall:.0f} us, kernels {total:.0f}, gap {wall - total:.0f}, floor {floor:.0f} us"
+    yield {"name": "a decode step", "wall_us": wall, "kernels_us": total, "floor_us": floor, "said": said}
+    yield from kernel_rows(kernels)
+
+
+def part_decode(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    from nanogspo import rollout
+
+    last = shape["tokens"] - 1
+    slots = tuple(sorted({min(slot, last - 9) for slot in (32, 256, 512, 1000)}))
+    all_rows = shape["prompts"] * shape["group"]
+    record, seconds = rollout.record, []
+
+    def timed(step):
+        started = now(device)
+        replay = record(step)
+        seconds.append(now(device) - started)
+        return replay
+
+    for adapter, rows in ((True, all_rows), (False, all_rows), (True, all_rows // 4), (True, all_rows // 16)):
+        model, rows = policy(device, file, adapter), max(1, rows)
+        with patch.object(rollout, "record", timed):
+            found = step_ms(steps_of(model, shape, shape["tokens"], rows), slots, device)
+        said = ", ".join(f"{ms:.2f} ms at {slot}" for slot, ms in found.items())
+        name = f"{rows} rows, {'adapters' if adapter else 'no adapters'}"
+        yield {"name": name, "ms": found, "recording_ms": [1e3 * x for x in seconds], "said": said}
+    with patch.object(rollout, "can_record", lambda cache: False):
+        [(slot, ms)] = step_ms(steps_of(model, shape, slots[0] + 9, all_rows), slots[:1], device).items()
+    yield {"name": "eager", "ms": ms, "said": f"{all_rows} rows with adapters: {ms:.2f} ms at {slot}"}
+    worst = max(seconds, default=0.0) * 1e3
+    yield {"name": "recording", "ms": worst, "said": f"{len(seconds)} recordings, the longest {worst:.1f} ms"}
+
+
+def micro_batch(file: dict, shape: dict, device: torch.device):
+    """A prompt and as many answers as max_tokens holds."""
+    from nanogspo.packing import Example, pack
+
+    count = (shape["max_tokens"] - shape["prompt_tokens"]) // shape["tokens"]
+    ids = torch.randint(0, file["vocab_size"], (shape["prompt_tokens"] + count * shape["tokens"],)).tolist()
+    prompt, rest = ids[: shape["prompt_tokens"]], ids[shape["prompt_tokens"] :]
+    answers = [rest[i * shape["tokens"] : (i + 1) * shape["tokens"]] for i in range(count)]
+    [batch] = pack([Example.answered(prompt, answer) for answer in answers], max_tokens=shape["max_tokens"])
+    return batch.to(device)
+
+
+def part_micro_batch(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    from nanogspo.packing import score
+
+    model, batch = policy(device, file), micro_batch(file, shape, device)
+    for model.gradient_checkpointing in (False, True):
+        score(model, batch)[0].sum().backward()  # compiles
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = now(device)
+        logp = score(model, batch)[0]
+        middle = now(device)
+        logp.sum().backward()
+        forward, backward = middle - started, now(device) - middle
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        rate = len(batch.tokens) / (forward + backward)
+        said = f"forward {1e3 * forward:.0f} ms, backward {1e3 * backward:.0f} ms, {rate:.0f} tokens a second"
+        row = {"name": f"checkpointing {'on' if model.gradient_checkpointing else 'off'}", "peak_bytes": peak}
+        row |= {"forward_s": forward, "backward_s": backward, "tokens_per_s": rate}
+        yield row | {"said": f"{len(batch.tokens)} tokens: {said}, peak {peak / 1e9:.2f} GB"}
+    model.gradient_checkpointing = False
+    kernels, wall = profiled(lambda: score(model, batch)[0].sum().backward(), 1, device)
+    total = sum(row["us"] for row in kernels)
+    yield {"name": "both", "wall_us": wall, "kernels_us": total, "said": f"wall {wall:.0f} us, kernels {total:.0f} us"}
+    yield from kernel_rows(kernels, 40)
+
+
+def part_rollouts(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    """Rows leave at all times: one token of 200 ends an answer."""
+    from nanogspo import rollout
+
+    model, record, count = policy(device, file), rollout.record, []
+    counted = lambda step: count.append(1) or record(step)  # noqa: E731
+    for number in range(3):
+        prompts = torch.randint(0, file["vocab_size"], (shape["prompts"], shape["prompt_tokens"])).tolist()
+        with patch.object(rollout, "record", counted):
+            rollout.generate(
+                model, prompts, group_size=shape["group"], max_new_tokens=shape["tokens"] // 4 + 1,
+                eos_ids=range(file["vocab_size"] // 200), seed=number,
+            )  # fmt: skip
+        stats = torch.cuda.memory_stats() if device.type == "cuda" else {}
+        reserved, retries = (stats.get(f"{x}", 0) for x in ("reserved_bytes.all.current", "num_alloc_retries"))
+        said = f"{reserved / 1e9:.2f} GB reserved, {len(count)} recordings so far, {retries} allocation retries"
+        yield {"name": f"rollout {number}", "reserved": reserved, "recordings": len(count), "said": said}
+    if device.type == "cuda":
+        said, passed = "a recording that waits for the GPU raised nothing", False
+        try:
+            record(lambda: (torch.empty(2**20, device=device), torch.cuda.synchronize()))
+        except RuntimeError as error:
+            said, passed = f"raised {type(error).__name__}; empty_cache() and a product work after it", True
+        torch.cuda.empty_cache()
+        torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item()
+        yield {"name": "a recording that fails", "passed": passed, "said": said}
+
+
+def part_waits(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    from nanogspo.packing import score
+
+    compiled, model = [], policy(device, file)
+    with contextlib.suppress(Exception):  # the hook is newer than the oldest Triton
+        import triton
+
+        triton.knobs.compilation.listener = lambda **facts: compiled.append(facts["times"].total / 1e6)
+    batch = micro_batch(file, shape, torch.device("cpu"))
+    steps = steps_of(model, shape, 24)
+    runs = {"a decode step": lambda: next(steps), "a micro-batch": lambda: score(model, batch.to(device))[0].sum()}
+    for name, run in runs.items():
+        for _ in range(8 if name == "a decode step" else 1):
+            run()
+        with warnings.catch_warnings(record=True) as waits, synchronising(device):
+            warnings.simplefilter("always")
+            value = run()
+            if name == "a micro-batch":
+                value.backward()
+        places = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
+        said = f"{len(waits)} waits: {', '.join(f'{n} x {place}' for place, n in places.most_common(12))}"
+        yield {"name": name, "waits": len(waits), "places": dict(places), "said": said}
+    steps.close()
+    said = f"{len(compiled)} in {sum(compiled):.1f} s"
+    yield {"name": "kernels compiled", "count": len(compiled), "seconds": sum(compiled), "said": said}
+
+
+@contextlib.contextmanager
+def synchronising(device: torch.device) -> Iterator[None]:
+    """Within it torch warns of each operation that makes the host wait."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def part_kernels(device: torch.device, file: dict, shape: dict, wanted=None, only: str = "") -> Iterator[dict]:
+    from benchmarks.kernels import REAL, TINY, CudaTimer, bars, cases, measure, measure_machine
+
+    timer = CudaTimer() if device.type == "cuda" else lambda run: run() is None or 0.5
+    machine = measure_machine(timer, device, *([] if device.type == "cuda" else [2**20, 64]))
+    rows = []
+    for case in [case for case in cases(REAL if device.type == "cuda" else TINY) if only in case.name]:
+        found = measure(
+            [case], machine, timer, device, compiled=False, show=lambda line: None,
+            wanted=wanted or ours,
+        )  # fmt: skip
+        rows += found
+        for row in found:
+            time_said = "not measured" if row["seconds"] is None else f"{row['seconds'] * 1e6:.1f} us"
+            over = "" if row["over_floor"] is None else f", {row['over_floor']:.2f} x floor"
+            name = f"{row['case']}, {row['shape']}, {row['variant']}"
+            yield row | {"name": name, "said": f"{time_said}{over} {row['note']}".strip()}
+    for bar in bars(rows):
+        if bar["passed"] is not None:
+            said = f"{bar['value']:.3g}, wanted {bar['want']}: {'met' if bar['passed'] else 'MISSED'}"
+            yield {"name": bar["bar"], "met": bar["passed"], "said": said}
+
+
+def ours(name: str) -> bool:
+    return name.startswith("ours") and "CUDA" not in name  # CUDA C++ has to be built first
+
+
+def part_peers(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    if importable("transformers"):
+        yield against_transformers(policy(device, file), device, file, shape, torch.bfloat16)
+    yield from part_kernels(device, file, shape, lambda name: not name.startswith("ours,"))
+
+
+def part_checks(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    run_checks(device, True)
+    yield from ()
+
+
+def part_nvcc(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    run_checks(device, True, ["nf4_cuda_same_bits"])
+    yield from part_kernels(device, file, shape, lambda name: name == "ours, CUDA C++", "NF4 dequantise")
+
+
+def part_cycle(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
+    run_step(device, file, shape)
+    yield from ()
+
+
+INSIDE = {name.removeprefix("part_"): f for name, f in list(globals().items()) if name.startswith("part_")}
+
+
+def run_inside(part: str, device: torch.device, file: dict, shape: dict) -> None:
+    """A result each, printed as it comes. An exception is the last result, and a failed one."""
+    try:
+        for row in INSIDE[part](device, file, shape):
+            result(row)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())[:300]
+        said = f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
+        result({"name": part, "passed": False, "said": said})
+
+
+# ----------------------------------------------------------------------------
 # parts, each in a process of its own
 
 
@@ -522,17 +820,15 @@ def result(row: dict) -> None:
     print("RESULT " + json.dumps(row), flush=True)
 
 
-def command_of(part: str, seconds: float, out: Path) -> list[str]:
+def command_of(part: str) -> list[str]:
     python = [sys.executable, "-u"]
     if part == "tests":
         spread = ["-n", "8"] if importable("xdist") else []
         stems = sorted(f.stem for f in (ROOT / "kernels").glob("*.py") if f.stem not in ("__init__", "backend"))
         files = [f for stem in stems for f in sorted((ROOT / "tests").glob(f"test_{stem}*.py"))]
         files += sorted((ROOT / "tests").glob("test_lesson_kernels_*.py"))
-        return [*python, "-m", "pytest", "-q", "--durations=5", *spread, *(str(f.relative_to(ROOT)) for f in files)]
-    if part == "kernels":
-        inner = str(max(20, int(seconds) - 25))  # it stops by itself, and then writes its file and table
-        return [*python, "benchmarks/kernels.py", "--seconds", inner, "--out", str(out)]
+        files += sorted((ROOT / "tests").glob("test_kernel_*.py"))
+        return [*python, "-m", "pytest", "-v", "--tb=line", *spread, *(str(f.relative_to(ROOT)) for f in files)]
     return [*python, "benchmarks/gpu_suite.py", "--inside", part]
 
 
@@ -542,9 +838,12 @@ def importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def run_part(command: list[str], limit: float, show: Callable[[str], None]) -> dict:
-    """Runs it, shows its lines as they come, ends it and what it started after `limit` seconds. Never raises."""
-    started, lines = time.perf_counter(), []
+def run_part(
+    command: list[str], limit: float, show: Callable[[str], None], keep: Callable[[list[dict]], None] = len
+) -> dict:
+    """Runs it, shows its lines as they come, ends it and what it started after `limit` seconds. keep: called with all
+    results so far after each. Never raises."""
+    started, lines, results = time.perf_counter(), [], []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)
     try:
@@ -558,7 +857,13 @@ def run_part(command: list[str], limit: float, show: Callable[[str], None]) -> d
     def read() -> None:
         for line in child.stdout:
             lines.append(line.rstrip("\n"))
-            show(lines[-1])
+            if not line.startswith("RESULT "):
+                show(lines[-1])
+                continue
+            with contextlib.suppress(ValueError):  # half a line, when it was ended while writing
+                results.append(json.loads(line.removeprefix("RESULT ")))
+                show(said_of(results[-1]))
+                keep(results)
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
@@ -571,11 +876,6 @@ def run_part(command: list[str], limit: float, show: Callable[[str], None]) -> d
         os.killpg(child.pid, signal.SIGKILL)  # also what a finished part left behind
     child.wait()
     reader.join(timeout=5)
-    results = []
-    for line in list(lines):
-        if line.startswith("RESULT "):
-            with contextlib.suppress(ValueError):  # half a line, when it was ended while writing
-                results.append(json.loads(line.removeprefix("RESULT ")))
     passed = code == 0 and all(row.get("passed", True) for row in results)
     seconds = round(time.perf_counter() - started, 1)
     return {"passed": passed, "said": said, "seconds": seconds, "results": results, "tail": lines[-80:]}
@@ -589,42 +889,32 @@ def markdown(parts: dict[str, dict], facts: dict) -> str:
     lines += ["| part | | seconds | |", "|---|---|---|---|"]
     for name, part in parts.items():
         lines.append(f"| {name} | {'passed' if part['passed'] else 'FAILED'} | {part['seconds']} | {part['said']} |")
-    for row in parts.get("checks", {}).get("results", []):
-        lines.append(
-            f"| checks: {row['check']} | {'passed' if row['passed'] else 'FAILED'} | {row['seconds']} | {row['said']} |"
-        )
-    steps = parts.get("step", {}).get("results", [])
-    for row in (row for row in steps if "peer" in row):
-        if not row["passed"]:
-            lines.append(f"| step: sampling | FAILED | | {row['said']} |")
-            continue
-        a, b = (f"{row['rows'] * row['tokens'] / row['seconds'][side]:.0f}" for side in ("ours", "transformers"))
-        said = f"{row['rows']} x {row['tokens']}: {a} tokens a second, {row['peer']} {b}: {row['ratio']:.1f} x"
-        lines.append(f"| step: sampling | passed | {sum(row['seconds'].values()):.1f} | {said} |")
-    for row in (row for row in steps if "peer" not in row):
-        phases = ", ".join(f"{name} {row[f'{name}_s']:.2f} s" for name in ("rollout", "score", "train"))
-        peak = f", peak {row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""
-        said = f"{phases}, {row['tokens_per_s']:.0f} sampled tokens a second{peak}"
-        said += f"; decoding {row['decode_over_floor']:.1f} x its reading"
-        said += f", {row['trained_tokens_per_s']:.0f} trained tokens a second"
-        verdict = "passed" if row["passed"] else "FAILED"
-        lines.append(f"| step: cycle {row['cycle']} | {verdict} | {row['cycle_s']:.1f} | {said} |")
+    for name, part in parts.items():
+        lines += [f"| {name}: {said_of(row)} |" for row in part["results"]]
     return "\n".join(lines)
 
 
+def said_of(row: dict) -> str:
+    """One line of a result: its name, whether it passed, what it found."""
+    name = row.get("check") or row.get("peer") or row.get("name") or f"cycle {row.get('cycle')}"
+    return f"{name} | {'passed' if row.get('passed', True) else 'FAILED'} | {row.get('said', '')}"
+
+
 def run_suite(parts: list[str], seconds: float, out: Path, facts: dict, command=command_of, limits=LIMITS) -> dict:
-    """The parts in order, each under its limit and all under `seconds`; the file is rewritten after each."""
+    """The parts in order, each under its limit and all under `seconds`; the file is rewritten after each result."""
     from benchmarks.kernels import save
 
     deadline, found = time.monotonic() + seconds, {}
+    store = lambda: save(out, "suite", facts, {"parts": found, "markdown": markdown(found, facts)})  # noqa: E731
     for part in parts:
         left = min(limits[part], deadline - time.monotonic())
         print(f"\n===== {part}, at most {max(0, left):.0f} s", flush=True)
-        if left < 5:
-            found[part] = {"passed": False, "said": "not run: out of time", "seconds": 0, "results": [], "tail": []}
-        else:
-            found[part] = run_part(command(part, left, out), left, lambda line: print(line, flush=True))
-        save(out, "suite", facts, {"parts": found, "markdown": markdown(found, facts)})
+        found[part] = {"passed": False, "said": "not run: out of time", "seconds": 0, "results": [], "tail": []}
+        if left >= 5:
+            found[part]["said"] = "still running, or ended with the suite"
+            keep = lambda results, part=part: (found[part].update(results=results), store())  # noqa: E731
+            found[part] = run_part(command(part), left, lambda line: print(line, flush=True), keep)
+        store()
     print("\n" + markdown(found, facts), flush=True)
     return found
 
@@ -632,19 +922,19 @@ def run_suite(parts: list[str], seconds: float, out: Path, facts: dict, command=
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(LIMITS), help="some of them, in the order they should run")
-    parser.add_argument("--seconds", type=float, default=530, help="for everything")
+    parser.add_argument("--seconds", type=float, default=1200, help="for everything")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON files")
-    parser.add_argument("--inside", choices=["checks", "step"], help=argparse.SUPPRESS)
+    parser.add_argument("--inside", choices=list(INSIDE), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := [p for p in options.parts.split(",") if p not in LIMITS]:
         parser.error(f"got the part {unknown[0]!r}, want some of {', '.join(LIMITS)}")
     if not torch.cuda.is_available():
-        print("gpu_suite.py: got no GPU, want one: benchmarks/kernels.py prints the floors without", file=sys.stderr)
+        print("gpu_suite.py: got no GPU, want one; run benchmarks/kernels.py for the floors without", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     if options.inside:
-        rows = run_checks(device, True) if options.inside == "checks" else run_step(device, QWEN3_0_6B, STEP)
-        return 0 if all(row["passed"] for row in rows) else 1
+        run_inside(options.inside, device, QWEN3_0_6B, STEP)
+        return 0
     from benchmarks.kernels import environment
 
     found = run_suite(options.parts.split(","), options.seconds, options.out.resolve(), environment())

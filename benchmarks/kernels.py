@@ -520,18 +520,20 @@ def measure(
     deadline: float = math.inf,
     compiled: bool = True,
     show: Callable[[str], None] = print,
+    wanted: Callable[[str], bool] | None = None,
 ) -> list[dict]:
-    """A row for each case and variant. First everything but torch.compile, which takes most of the time; then that."""
+    """A row for each case and variant (wanted: of those whose name it accepts). First everything but torch.compile,
+    which takes most of the time; then that."""
     rows = []
     for compiling in (False, True)[: 1 + compiled]:
         for case in todo:
-            rows += _measure_case(case, machine, timer, device, deadline, compiling, show)
+            rows += _measure_case(case, machine, timer, device, deadline, compiling, show, wanted)
             _forget(device)
     order = {(case.name, case.shape): i for i, case in enumerate(todo)}
     return sorted(rows, key=lambda row: order[row["case"], row["shape"]])  # stable: compile comes last of its case
 
 
-def _measure_case(case, machine, timer, device, deadline, compiling: bool, show) -> list[dict]:
+def _measure_case(case, machine, timer, device, deadline, compiling: bool, show, wanted) -> list[dict]:
     floor, rows, ours = case.floor(machine), [], None
     empty = {"case": case.name, "shape": case.shape, "floor_s": floor, "bytes": case.bytes, "flops": case.operations}
     empty |= {"seconds": None, "over_floor": None, "extra_bytes": None, "differs": None, "note": ""}
@@ -542,6 +544,7 @@ def _measure_case(case, machine, timer, device, deadline, compiling: bool, show)
     except Exception as error:
         return [] if compiling else [empty | {"variant": "ours", "note": f"not measured: {_reason(error)}"}]
     chosen = {name: build for name, build in variants.items() if (name == "torch.compile") == compiling}
+    chosen = {name: build for name, build in chosen.items() if wanted is None or wanted(name)}
     for name, build in chosen.items():
         row = empty | {"variant": name}
         try:

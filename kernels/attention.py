@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, is_hopper, tl, triton
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -73,7 +73,7 @@ class Segments:
     positions: Tensor
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
-    _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _tiles: dict = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def build(lengths: list[int], prefix: list[int] | None = None, device: torch.device | str = "cpu") -> "Segments":
@@ -113,20 +113,52 @@ class Segments:
         and the longest ones must not start last.
         """
         if height not in self._tiles:
-            starts = [0, *accumulate(self.lengths)]
-            family_end = starts[1:]
-            for i, parent in enumerate(self.parents):
-                if parent >= 0:
-                    family_end[parent] = starts[i + 1]
-            rows = []
-            for i, parent in enumerate(self.parents):
-                before = (starts[parent], self.lengths[parent]) if parent >= 0 else (0, 0)
-                for first in range(starts[i], starts[i + 1], height):
-                    rows.append((first, starts[i], starts[i + 1], *before, family_end[i]))
-            rows.sort(key=lambda tile: tile[0] - tile[5])
-            table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 6)  # (n_tiles, 6)
+            table = torch.tensor(self._cut(height), dtype=torch.int32).reshape(-1, 6)  # (n_tiles, 6)
             self._tiles[height] = table.to(self.cu_seqlens.device)
         return self._tiles[height]
+
+    def _cut(self, height: int) -> list[tuple[int, ...]]:
+        """The rows of tiles()."""
+        starts = [0, *accumulate(self.lengths)]
+        family_end = starts[1:]
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                family_end[parent] = starts[i + 1]
+        rows = []
+        for i, parent in enumerate(self.parents):
+            before = (starts[parent], self.lengths[parent]) if parent >= 0 else (0, 0)
+            for first in range(starts[i], starts[i + 1], height):
+                rows.append((first, starts[i], starts[i + 1], *before, family_end[i]))
+        return sorted(rows, key=lambda tile: tile[0] - tile[5])
+
+    def key_tiles(self, height: int) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
+        """(n, 7) int32: a program for dk and dv each, longest first. And the prompts whose dk and dv come in parts.
+
+            tile's first token | start, end of its segment | length of its prefix | start, end of the queries | slot
+
+        A prompt that more than PART queries read is cut by queries too: its tiles are few, and each would be one long
+        program while most of the GPU idles. A part goes to a slot of its own, -1: there is one part, the result. How
+        often a prompt is cut depends on its own family alone, so its bits do too.
+
+        prompts  (start, end, first slot, parts of a tile); the slots of a tile follow each other, and tiles too
+        """
+        if -height not in self._tiles:
+            rows, prompts, slots = [], {}, 0
+            for first, start, end, _, before, last in self._cut(height):
+                n_tiles, parts = triton.cdiv(end - start, height), triton.cdiv(last - start, PART)
+                parts = max(1, min(parts, PART_TILES // n_tiles)) if last > end else 1
+                if parts > 1 and start not in prompts:
+                    prompts[start] = (start, end, slots, parts)
+                    slots += n_tiles * parts
+                count = triton.cdiv(last - first, parts)
+                for part in range(parts):
+                    slot = prompts[start][2] + (first - start) // height * parts + part if parts > 1 else -1
+                    queries = (min(first + part * count, last), min(first + (part + 1) * count, last))
+                    rows.append((first, start, end, before, *queries, slot))
+            rows.sort(key=lambda row: row[4] - row[5])
+            table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 7)  # (n, 7)
+            self._tiles[-height] = table.to(self.cu_seqlens.device), list(prompts.values())
+        return self._tiles[-height]
 
 
 @dataclass(frozen=True)
@@ -337,7 +369,8 @@ def _backward(saved: tuple[Tensor, ...], segments: Segments, options: _Options, 
 #
 # A program owns a tile of queries (forward, dq) or of keys (dk and dv) and walks over the other side. No sum is shared
 # by two programs, so there are no atomics and no order to wait for. What a key tile of a prompt walks over is one
-# stretch of the row, its own queries and then those of all its answers: they stand side by side.
+# stretch of the row, its own queries and then those of all its answers: they stand side by side. A long stretch is cut:
+# each part of dk and dv is a program's own, in fp32, and the parts are added in their order.
 #
 # Whether a query sees a key is read off positions: key <= query, and key > query - window. Within a family that is all,
 # because every answer starts behind its prompt. Logarithms are to base 2 here, since exp2 is what the hardware has.
@@ -345,21 +378,28 @@ def _backward(saved: tuple[Tensor, ...], segments: Segments, options: _Options, 
 # Forward reads k and v once for each tile of queries, out of the cache: 128 queries make 128 operations of every byte,
 # which is what 790 TFLOP/s need of some 6 TB/s. GPU speed: not measured.
 
+# dk and dv of a prompt: the queries of a part, and the most parts of all its tiles together: with 8 key heads 512
+# programs, for 132 multiprocessors. A part of 128 keys x 8 heads x 128 x 8 bytes is 1 MB: 64 MB at most.
+PART, PART_TILES = 2048, 64
 LAUNCH = {"enable_fp_fusion": True}  # said, because Triton's default changes; bits are compared within one build only
 
 
-def _tiling(width: int, bytes_: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+def _tiling(q: Tensor, options: _Options) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """(tokens of the owned tile, tokens of the walked tile, warps, pipeline stages): forward, backward.
 
-    width is D as a power of two. Sums of 128 x 128 are 64 registers in each of 256 threads, and backward holds two
+    Widths are D as a power of two. Sums of 128 x 128 are 64 registers in each of 256 threads, and backward holds two
     such, of 64 keys each. 128 queries and two stages of 64 keys and values of 128 bf16 are 96 KB of shared memory, of
-    163 KB on an A100. fp32 does without tensor cores, which would round to tf32: it is here for completeness and for
-    tests. There a thread holds whole rows, so tiles are tiny, and above a width of 64 registers spill.
+    163 KB on an A100. Hopper's matrix unit takes 64 rows from four warps: for a tile of 64, the second four would halve
+    its columns to 16 and reach 40 % of its rate. 128 keys take 252 registers there, and spill 24 bytes with a soft-cap.
+    fp32 does without tensor cores, which would round to tf32: it is here for completeness and for tests. There a
+    thread holds whole rows, so tiles are tiny, and above a width of 64 registers spill.
     """
-    if bytes_ == 4:
+    width = _width(q)
+    if q.element_size() == 4:
         return (32, 32, 4, 1) if width <= 64 else (16, 16, 4, 1), (16, 16, 4, 1)
     if width <= 128:
-        return (128, 64, 8, 2), (64, 32, 4 if width <= 64 else 8, 2)
+        owned = 128 if is_hopper(q) and width == 128 and options.softcap is None else 64
+        return (128, 64, 8, 2), (owned, 32, 4 if width <= 64 else 8, 2)
     return (64, 32, 8, 2), (32, 32, 8, 2)
 
 
@@ -550,20 +590,22 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, positions_ptr, dk_ptr, dv_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, positions_ptr, dk_ptr, dv_ptr, parts_ptr, tiles_ptr, part_size,
     stride_qs, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, S, scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     OWNED: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of equation (4) for a tile of keys of one key head: over all query heads that read it, one after the
-    other, and over the queries of its segment and of all answers to it. Scores stand on their side here, keys by
-    queries: no product has to be transposed before the next one reads it."""
-    tile = tiles_ptr + 6 * tl.program_id(0)
+    other, and over the queries of its segment and of all answers to it, or a part of them: see Segments.key_tiles.
+    Scores are keys by queries here: no product has to be transposed before the next one reads it."""
+    tile = tiles_ptr + 7 * tl.program_id(0)
     first = tl.load(tile)
     start = tl.load(tile + 1)
     end = tl.load(tile + 2)
-    before = tl.load(tile + 4)
+    before = tl.load(tile + 3)
+    walk = tl.load(tile + 4)
     last = tl.load(tile + 5)
+    slot = tl.load(tile + 6)
     kv = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1) * GROUP
     lane = tl.arange(0, OWNED)
@@ -579,15 +621,15 @@ def _dkdv_kernel(
     if WINDOW:
         # answers start at position before + end - start: too far for the tile's last key, if its window ends by then
         reach = first + OWNED - 1 + window
-        last = tl.where(reach <= end, reach, last)
+        last = tl.where(reach <= end, tl.minimum(reach, last), last)
     step = tl.arange(0, WALKED)
     dk = tl.zeros((OWNED, WIDTH), tl.float32)
     dv = tl.zeros((OWNED, WIDTH), tl.float32)
     for g in range(GROUP):
         h = kv * GROUP + g
-        q_at = q_ptr + h * stride_qh + begin * stride_qs
-        dout_at = dout_ptr + (begin * H + h) * D
-        for start_i in range(first, last, WALKED):
+        q_at = q_ptr + h * stride_qh + walk.to(tl.int64) * stride_qs
+        dout_at = dout_ptr + (walk.to(tl.int64) * H + h) * D
+        for start_i in range(walk, last, WALKED):
             i = start_i + step
             here = i < last
             q = _load(q_at, step[None, :], d[:, None], stride_qs, here[None, :], D, WIDTH)  # (WIDTH, WALKED)
@@ -608,10 +650,16 @@ def _dkdv_kernel(
             dk = tl.dot(dx.to(q.dtype), tl.trans(q), dk, input_precision="ieee")  # (OWNED, WIDTH)
             q_at += WALKED * stride_qs
             dout_at += WALKED * H * D
-    at = (row.to(tl.int64)[:, None] * tl.num_programs(1) + kv) * D + d[None, :]
     kept = inside & (d[None, :] < D)
-    tl.store(dk_ptr + at, dk * scale, mask=kept)
-    tl.store(dv_ptr + at, dv, mask=kept)
+    within = lane[:, None] * tl.num_programs(1) * D + d[None, :]
+    if slot < 0:
+        at = (begin * tl.num_programs(1) + kv) * D
+        tl.store(dk_ptr + at + within, dk * scale, mask=kept)
+        tl.store(dv_ptr + at + within, dv, mask=kept)
+    else:
+        at = (slot.to(tl.int64) * OWNED * tl.num_programs(1) + kv) * D
+        tl.store(parts_ptr + at + within, dk * scale, mask=kept)
+        tl.store(parts_ptr + part_size + at + within, dv, mask=kept)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, options: _Options, tiling: tuple[int, int, int, int]) -> dict:
@@ -644,7 +692,7 @@ def _width(q: Tensor) -> int:
 
 def _launch_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: _Options) -> tuple[Tensor, Tensor]:
     """out (S, H, D), and lse (H, S) to base 2."""
-    tiling = _tiling(_width(q), q.element_size())[0]
+    tiling = _tiling(q, options)[0]
     tiles = segments.tiles(tiling[0])  # (n_tiles, 6)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)  # (S, H, D)
     lse = q.new_empty((q.shape[1], len(q)), dtype=torch.float32)  # (H, S)
@@ -657,11 +705,20 @@ def _launch_backward(saved: tuple[Tensor, ...], segments: Segments, options: _Op
     q, k, v, out, lse = saved
     dout, delta = dout.contiguous(), torch.empty_like(lse)  # (S, H, D), (H, S)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    tiling = _tiling(_width(q), q.element_size())[1]
+    tiling = _tiling(q, options)[1]
     tiles, keywords = segments.tiles(tiling[0]), _launch(q, k, v, options, tiling)
-    if len(tiles):
-        _dq_kernel[(len(tiles), q.shape[1])](q, k, v, out, dout, lse, delta, dq, tiles, **keywords)
-        _dkdv_kernel[(len(tiles), k.shape[1])](q, k, v, dout, lse, delta, segments.positions, dk, dv, tiles, **keywords)
+    if not len(tiles):
+        return dq, dk, dv
+    _dq_kernel[(len(tiles), q.shape[1])](q, k, v, out, dout, lse, delta, dq, tiles, **keywords)
+    tiles, prompts = segments.key_tiles(tiling[0])
+    slots = sum(triton.cdiv(end - start, tiling[0]) * parts for start, end, _, parts in prompts)
+    sums = lse.new_empty((2, slots, tiling[0], *k.shape[1:]))  # (2, slots, T, K, D)
+    _dkdv_kernel[(len(tiles), k.shape[1])](
+        q, k, v, dout, lse, delta, segments.positions, dk, dv, sums, tiles, sums[0].numel(), **keywords
+    )
+    for start, end, slot, parts in prompts:  # a sum over one dimension: in the same order every time
+        some = sums[:, slot : slot + triton.cdiv(end - start, tiling[0]) * parts]  # (2, tiles parts, T, K, D)
+        dk[start:end], dv[start:end] = some.unflatten(1, (-1, parts)).sum(2).flatten(1, 2)[:, : end - start]
     return dq, dk, dv
 
 

@@ -48,6 +48,16 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
     return backend
 
 
+HOPPER = False  # tools/compile_kernels.py: the answer below for its CPU tensors
+
+
+def is_hopper(x: torch.Tensor) -> bool:
+    """Whether x lives on an H100 or H200 (sm_90), whose matrix units have tiles and register limits of their own."""
+    if not x.is_cuda:
+        return HOPPER
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 def same_device(**tensors: torch.Tensor | None) -> None:
     """Raises ValueError when tensors, given by name, live on several devices: a kernel would read foreign memory."""
     if len({x.device for x in tensors.values() if x is not None}) > 1:

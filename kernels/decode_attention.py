@@ -251,19 +251,20 @@ def _attend(
 
 @triton.jit
 def _store(m, s, acc, m_ptr, s_ptr, acc_ptr, part, valid, D, BLOCK_D: tl.constexpr):
-    """One part of each query: m and s always, a where there is one (most splits of a short row have none)."""
+    """One part of each query: s always, m and a where the query sees a key."""
     d = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    tl.store(m_ptr + part, m, mask=valid)
+    full = valid & (s > 0)  # (M,)
     tl.store(s_ptr + part, s, mask=valid)
-    tl.store(acc_ptr + part[:, None] * D + d[None, :], acc, mask=(valid & (s > 0))[:, None] & (d < D)[None, :])
+    tl.store(m_ptr + part, m, mask=full)
+    tl.store(acc_ptr + part[:, None] * D + d[None, :], acc, mask=full[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _prefix_kernel(
     q_ptr, k_ptr, v_ptr, prompt_ptr, prefix_lengths_ptr, lengths_ptr, m_ptr, s_ptr, acc_ptr,
     stride_qn, stride_qh, stride_kk, stride_kp, stride_ks, stride_vk, stride_vp, stride_vs,
-    N, H, D, capacity, chunk, window, scale, softcap,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
+    N, H, D, capacity, chunk, window, parts, scale, softcap,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, G: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, one kv head (of G query heads), one split of the prefixes.
@@ -280,10 +281,14 @@ def _prefix_kernel(
     valid = (i < ROWS * G) & (n < N)  # (M,)
     n = n.to(tl.int64)
     h = head * G + i % G  # (M,)
-    at = n * stride_qn + h * stride_qh  # (M,)
-    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)  # (M, BLOCK_D)
     prompt = tl.load(prompt_ptr + n, mask=valid, other=-1).to(tl.int32)  # (M,)
-    length = tl.load(lengths_ptr + n, mask=valid, other=1).to(tl.int32)  # (M,)
+    length = tl.load(lengths_ptr + n, mask=valid, other=0).to(tl.int32)  # (M,)
+    ends = tl.load(prefix_lengths_ptr + prompt, mask=length > 0, other=0).to(tl.int32)  # (M,)
+    busy = ends > split * chunk  # (M,) a split behind a row's prefix, or before its window, reads nothing, not even q
+    if WINDOW:
+        busy = busy & (ends + length - window < split * chunk + chunk)
+    at = n * stride_qn + h * stride_qh  # (M,)
+    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=busy[:, None] & (d < D)[None, :], other=0.0)  # (M, BLOCK_D)
     last = tl.load(prompt_ptr + tl.minimum(tile * ROWS + ROWS, N) - 1).to(tl.int32)
     m = tl.full((BLOCK_M,), -1.0e30, dtype=tl.float32)  # (M,)
     s = tl.zeros((BLOCK_M,), dtype=tl.float32)  # (M,)
@@ -303,15 +308,15 @@ def _prefix_kernel(
             stride_ks, stride_vs, start, tl.minimum(split * chunk + chunk, end), oldest, alive, scale, softcap, D,
             SOFTCAP, BLOCK_S, BLOCK_D,
         )  # fmt: skip
-    _store(m, s, acc, m_ptr, s_ptr, acc_ptr, (n * H + h) * PARTS + split, valid, D, BLOCK_D)
+    _store(m, s, acc, m_ptr, s_ptr, acc_ptr, (n * H + h) * parts + split, valid, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "first_part"])
 def _suffix_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, m_ptr, s_ptr, acc_ptr,
     stride_qn, stride_qh, stride_kk, stride_kn, stride_ks, stride_vk, stride_vn, stride_vs,
-    H, D, capacity, chunk, window, first_part, scale, softcap,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
+    H, D, capacity, chunk, window, parts, first_part, scale, softcap,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row, one kv head (of G query heads), one split of the row's own slots."""
@@ -320,8 +325,6 @@ def _suffix_kernel(
     d = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     valid = i < G  # (M,)
     h = head * G + i  # (M,)
-    at = n * stride_qn + h * stride_qh  # (M,)
-    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)  # (M, BLOCK_D)
     length = tl.load(lengths_ptr + n).to(tl.int32)
     start = split * chunk
     stop = tl.minimum(start + chunk, tl.minimum(length, capacity))
@@ -329,6 +332,9 @@ def _suffix_kernel(
     if WINDOW:
         oldest += tl.maximum(length - window, 0)  # (M,) the prefix cancels: slot = position - prefix length
         start += tl.maximum(length - window - start, 0) // BLOCK_S * BLOCK_S
+    at = n * stride_qn + h * stride_qh  # (M,)
+    busy = i < tl.where(start < stop, G, 0)  # (M,) none in a split behind the row's end or before its window
+    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=busy[:, None] & (d < D)[None, :], other=0.0)  # (M, BLOCK_D)
     m = tl.full((BLOCK_M,), -1.0e30, dtype=tl.float32)  # (M,)
     s = tl.zeros((BLOCK_M,), dtype=tl.float32)  # (M,)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)  # (M, BLOCK_D)
@@ -336,22 +342,20 @@ def _suffix_kernel(
         q, m, s, acc, k_ptr + n * stride_kn + head * stride_kk, v_ptr + n * stride_vn + head * stride_vk,
         stride_ks, stride_vs, start, stop, oldest, valid, scale, softcap, D, SOFTCAP, BLOCK_S, BLOCK_D,
     )  # fmt: skip
-    _store(m, s, acc, m_ptr, s_ptr, acc_ptr, (n * H + h) * PARTS + first_part + split, valid, D, BLOCK_D)
+    _store(m, s, acc, m_ptr, s_ptr, acc_ptr, (n * H + h) * parts + first_part + split, valid, D, BLOCK_D)
 
 
-@triton.jit
-def _merge_kernel(
-    m_ptr, s_ptr, acc_ptr, out_ptr, D, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+@triton.jit(do_not_specialize=["parts"])
+def _merge_kernel(m_ptr, s_ptr, acc_ptr, out_ptr, D, parts, BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Equation (2) for one row and head, over all its parts at once: one tree of additions, the same every run."""
     nh = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)  # (parts,)
     d = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    s = tl.load(s_ptr + nh * PARTS + part, mask=part < PARTS, other=0.0)  # (parts,)
+    s = tl.load(s_ptr + nh * parts + part, mask=part < parts, other=0.0)  # (parts,)
     full = s > 0  # (parts,) parts without a key left acc as it was, which may be nan
-    m = tl.load(m_ptr + nh * PARTS + part, mask=full, other=-1.0e30)  # (parts,)
+    m = tl.load(m_ptr + nh * parts + part, mask=full, other=-1.0e30)  # (parts,)
     weight = tl.where(full, tl.exp(m - tl.max(m, axis=0)), 0.0)  # (parts,)
-    at = (nh * PARTS + part)[:, None] * D + d[None, :]  # (parts, BLOCK_D)
+    at = (nh * parts + part)[:, None] * D + d[None, :]  # (parts, BLOCK_D)
     acc = tl.load(acc_ptr + at, mask=full[:, None] & (d < D)[None, :], other=0.0)  # (parts, BLOCK_D)
     total = tl.sum(weight * s, axis=0)
     out = tl.sum(weight[:, None] * acc, axis=0) / tl.where(total > 0, total, 1.0)  # (BLOCK_D,) sees nothing: 0
@@ -377,12 +381,12 @@ def _launch(
     block_s = 16 if fp32 else max(16, min(TILE_SLOTS, TILE_BYTES // (block_d * k.element_size())))
     (prefix_splits, prefix_chunk), (splits, chunk) = _split(Sp, block_s), _split(Ss, block_s)
     parts = prefix_splits + splits
-    m, s = q.new_empty((2, N, H, parts), dtype=torch.float32)  # (N, H, parts), (N, H, parts)
+    m, s = (q.new_empty((N, H, parts), dtype=torch.float32) for _ in "ms")  # (N, H, parts), (N, H, parts)
     acc = q.new_empty((N, H, parts, D), dtype=torch.float32)  # (N, H, parts, D)
     out = q.new_empty((N, H, D))  # (N, H, D)
     heads = 1 << (G - 1).bit_length()
     options = {
-        "SOFTCAP": softcap is not None, "WINDOW": window > 0, "G": G, "PARTS": parts, "BLOCK_S": block_s,
+        "SOFTCAP": softcap is not None, "WINDOW": window > 0, "G": G, "BLOCK_S": block_s,
         "BLOCK_D": block_d, "num_warps": 4 if block_d <= 128 else 8, "num_stages": 2, "enable_fp_fusion": False,
     }  # fmt: skip
     shared = (lengths, m, s, acc, q.stride(0), q.stride(1))
@@ -392,15 +396,16 @@ def _launch(
         rows = block_m // G
         _prefix_kernel[(triton.cdiv(N, rows), K, prefix_splits)](
             q, prefix_k, prefix_v, prompt, prefix_lengths, *shared, *prefix_k.stride()[:3], *prefix_v.stride()[:3],
-            N, H, D, Sp, prefix_chunk, window, scale, cap, ROWS=rows, BLOCK_M=block_m, **options,
+            N, H, D, Sp, prefix_chunk, window, parts, scale, cap, ROWS=rows, BLOCK_M=block_m, **options,
         )  # fmt: skip
     _suffix_kernel[(N, K, splits)](
         q, k, v, *shared, *k.stride()[:3], *v.stride()[:3],
-        H, D, Ss, chunk, window, prefix_splits, scale, cap, BLOCK_M=max(SUFFIX_QUERIES, heads), **options,
+        H, D, Ss, chunk, window, parts, prefix_splits, scale, cap, BLOCK_M=max(SUFFIX_QUERIES, heads), **options,
     )  # fmt: skip
-    block_parts = 1 << (parts - 1).bit_length()
+    # room for the most parts there can be, masked: as many loads, and a longer row compiles nothing
+    most = 1 << (2 * MAX_SPLITS - 1).bit_length()
     _merge_kernel[(N * H,)](
-        m, s, acc, out, D, PARTS=parts, BLOCK_PARTS=block_parts, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False
+        m, s, acc, out, D, parts, BLOCK_PARTS=most, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False
     )
     return out
 

@@ -62,7 +62,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, pad
 
-from kernels.backend import bf16_products, choose, same_device, tl, triton
+from kernels.backend import bf16_products, choose, is_hopper, same_device, tl, triton
 
 IGNORE = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
 
@@ -346,7 +346,9 @@ STEP = 1024  # numbers of a row that _shift_kernel and _reduce_kernel take at a 
 # Rows, columns and depth of an _epilogue_kernel program, its warps and pipeline stages, by bytes of an operand and
 # soft-cap. Registers decide: a thread has 255. Compiled for sm_80 and sm_90 by Triton 3.6, 3.7 and 3.9 none of these
 # spills; 128 x 256 in 8 warps would read less, and spills 88 bytes on sm_80 with 3.6 and 3.7.
-#   bf16          98 KB of shared memory; on an MI300 the 64 KB that a program may have there
+#   bf16          98 KB of shared memory; on an MI300 the 64 KB that a program may have there. On an H100 153 registers
+#                 leave room for one program a multiprocessor; limited to 128, which spills nothing, there are two, and
+#                 one multiplies while the other takes exps and stores
 #   with soft-cap the slope needs the dot products until the end, beside e: the sums are spread over twice the warps
 #   fp32          no tensor cores without rounding to tf32: for completeness and for tests
 PRODUCT = {
@@ -577,6 +579,7 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -
     N, C, V = *hidden.shape, len(weight)
     _, operand = _dtypes(hidden, weight, options)
     block_n, block_v, block_c, warps, stages = PRODUCT[operand.itemsize, options.softcap is not None]
+    limit = {"maxnreg": 128} if is_hopper(hidden) and operand.itemsize == 2 and options.softcap is None else {}
     _, vocab_slices, _, width = _tiles(N, V, options)
     tiles = [triton.cdiv(vocab.stop - vocab.start, block_v) for vocab in vocab_slices]
     store, n_tiles = _stored(hidden), sum(tiles)
@@ -597,7 +600,7 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -
             h, w, y, shift, e, parts, own, w.stride(0), w.stride(1), stride_e, vocab.start, len(w), C,
             first_tile, n_tiles, ROWS, ROWS if options.keep else 0, UNDERFLOW=UNDERFLOW,
             BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_C=block_c, num_warps=warps, num_stages=stages,
-            **_scalars(options), **LAUNCH,
+            **limit, **_scalars(options), **LAUNCH,
         )  # fmt: skip
         if g is not None:
             _addmm(g, e[:, : len(w)], w)  # (ROWS, C)

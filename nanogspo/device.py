@@ -19,7 +19,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def choose_device(device: str) -> str:
-    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda". Raises ValueError for cuda without a GPU."""
+    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda". Raises ValueError for cuda without a GPU.
+
+    Also tells cuBLAS to keep the sums of bf16 products in fp32: by default it may add the parts of a product that it
+    splits along K in bf16.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import Segments
+from kernels.sample import sample as sample_token
 from nanogspo.cache import KVCache
 from nanogspo.fast.cuda_graph import CapturedStep, can_capture
 from nanogspo.fast.fused_linear import FusedLinears
@@ -245,9 +245,7 @@ COMPACT_CAPTURED_BELOW = 0.5
 def sample(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the cumulative distribution.
-
-        token = first v with  sum_{j <= v} p[j] > uniform * sum_j p[j]
+    """Draw one token per row, by inverting the cumulative distribution (kernels/sample.py) of what is left of it.
 
     logits   (N, V) float32;  uniform (N,) float64 in [0, 1)
     returns  (N,) int64 tokens, (N,) float32 log-probs under the distribution drawn from
@@ -255,6 +253,8 @@ def sample(
     if temperature == 0:
         token = logits.argmax(-1)  # (N,)
         return token, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    if not top_k and top_p == 1:
+        return sample_token(logits, uniform.to(logits.device), temperature)
     z = logits if temperature == 1 else logits / temperature  # (N, V)
     if top_k and top_k < z.shape[1]:
         kept = torch.full_like(z, -torch.inf)
@@ -265,33 +265,7 @@ def sample(
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the strictly likelier tokens
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)  # the token that crosses top_p stays
         z = torch.full_like(z, -torch.inf).scatter(1, index, ordered)
-    p = z.softmax(-1)  # (N, V)
-    # sums of blocks of tokens first, in float64 from there on: a running sum over all V, in float64, would take a CPU
-    # longer than a layer of the model. The sums' rounding, 1e-7, moves a token's probability by as much of itself
-    whole = p.shape[1] // BLOCK * BLOCK
-    sums = [p[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
-    sums = torch.cat([*sums, p[:, whole:].sum(-1, keepdim=True)], dim=1).double()  # (N, blocks)
-    ends = sums.cumsum(-1)  # (N, blocks)
-    block, rest = _invert(ends, uniform.to(z.device)[:, None] * ends[:, -1:])  # (N, 1) both
-    columns = block * BLOCK + torch.arange(BLOCK, device=z.device)  # (N, BLOCK)
-    inside = p.gather(1, columns.clamp(max=z.shape[1] - 1)).double()  # (N, BLOCK)
-    inside = inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)
-    remainder = (rest / sums.gather(1, block)).clamp(0, 1 - 2**-53)  # (N, 1) of the block, below 1 as the uniform is
-    token = block * BLOCK + _invert(inside, remainder * inside[:, -1:])[0]  # (N, 1)
-    token = token.clamp(max=z.shape[1] - 1)  # only scores that are nan get that far
-    best, likeliest = z.amax(-1, keepdim=True), p.amax(-1, keepdim=True)  # the log of a rare p has lost its digits
-    return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)
-
-
-# Tokens of a block: two searches, among V / 256 sums and among 256 tokens, are about equally long for V = 49,152
-BLOCK = 256
-
-
-def _invert(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """First place whose cumulative sum (N, n) is above the target (N, 1), which has probability then, and how far the
-    target reaches into it: (N, 1) both."""
-    place = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)  # (N, 1)
-    return place, target - F.pad(cumulative, (1, 0)).gather(1, place)
+    return sample_token(z, uniform.to(z.device))
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:

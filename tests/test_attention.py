@@ -25,11 +25,12 @@ EPS = torch.finfo(torch.float32).eps / 2  # one rounding to fp32
 
 @contextlib.contextmanager
 def small(owned: int = 16, walked: int = 16):
-    """Tiles and pieces of 16 tokens, and unwritten memory full of nan."""
-    module, names = kernels.attention, ("_tiling", "WINDOWED", "WRITTEN_OUT")
+    """Tiles and pieces of 16 tokens, prompts cut from 24 queries on, and unwritten memory full of nan."""
+    module, names = kernels.attention, ("_tiling", "WINDOWED", "WRITTEN_OUT", "PART", "PART_TILES")
     old = {name: getattr(module, name) for name in names}
     tiling = (owned, walked, 4, 1)
     module._tiling, module.WINDOWED, module.WRITTEN_OUT = lambda *_: (tiling, tiling), 16, 8
+    module.PART, module.PART_TILES = 24, 6
     module._pieces.cache_clear()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives nan
     try:
@@ -196,6 +197,19 @@ def test_triton_at_the_real_tile_sizes(D, dtype):
     assert_exact(
         make(lengths, [-1, 0, 0], H=2, K=1, D=D, softcap=softcap, window=50 if D == 96 else 0), "triton", dtype
     )
+
+
+def test_triton_with_the_tiles_of_an_h100(monkeypatch):
+    """128 keys and queries a tile in backward where they fit into registers; other cards keep 64."""
+    owned = {}
+    for hopper in (False, True):
+        monkeypatch.setattr("kernels.backend.HOPPER", hopper)
+        for D, softcap in ((128, None), (80, None), (128, 5.0), (64, None)):
+            options = kernels.attention._Options(1.0, softcap, 0, "triton")
+            owned[hopper, D, softcap] = kernels.attention._tiling(torch.empty(3, 1, D).bfloat16(), options)[1][0]
+    assert [key for key, tokens in owned.items() if tokens == 128] == [(True, 128, None), (True, 80, None)]
+    assert set(owned.values()) == {64, 128}
+    assert_exact(make([131, 9], [-1, 0], H=2, K=1, D=128), "triton", torch.bfloat16)
 
 
 def test_torch_at_the_real_piece_sizes():
@@ -388,6 +402,46 @@ def test_nothing_to_do(backend):
 
 # ----------------------------------------------------------------------------
 # plans
+
+
+# Prompts on both sides of a tile (16), of two and of PART_TILES (6); answers that make 1, 2 and many parts of 24, with
+# none, one token, and the last part cut short
+CUT = [
+    ([33, 17, 1, 0, 40], [-1, 0, 0, 0, 0]), ([16, 9], [-1, 0]), ([1, 50], [-1, 0]), ([40, 20], [-1, 0]),
+    ([97, 60], [-1, 0]), ([40], [-1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "dtype"), [({}, torch.bfloat16), ({"softcap": 5.0, "window": 18}, torch.float32)])
+def test_a_prompt_of_many_answers_is_cut_into_parts(options, dtype):
+    """dk and dv against float64, families side by side, within what an uncut sum may be off by: a part is a sum in
+    fp32 as the whole is, and adding P parts rounds P - 1 times, by EPS of the size each, of the 32 that are allowed."""
+    parts = [make(*family, seed=i, H=2, K=1, **options) for i, family in enumerate(CUT[1:4])]
+    with small():
+        assert_exact(pack(parts, parts[0].options), "triton", dtype)
+
+
+def test_key_tiles_cover_every_query_once(monkeypatch):
+    """Each tile's parts meet end to end, slots are used once, and a prompt of many tiles is cut less, or not at all."""
+    monkeypatch.setattr(kernels.attention, "PART", 24)
+    monkeypatch.setattr(kernels.attention, "PART_TILES", 6)
+    lengths, prefix = sum((n for n, _ in CUT), []), []
+    for _, own in CUT:
+        prefix += [p + len(prefix) if p >= 0 else -1 for p in own]
+    segments = Segments.build(lengths, prefix, DEVICE)
+    table, prompts = segments.key_tiles(16)
+    assert segments.key_tiles(16)[0] is table and segments.tiles(16).shape[1] == 6
+    rows = sorted(table.tolist())
+    walked = [row[5] - row[4] for row in table.tolist()]
+    assert walked == sorted(walked, reverse=True)
+    for tile in segments.tiles(16).tolist():
+        parts = [row for row in rows if row[0] == tile[0]]
+        assert all(row[1:4] == [tile[1], tile[2], tile[4]] for row in parts)
+        assert parts[0][4] == tile[0] and parts[-1][5] == tile[5]
+        assert all(a[5] == b[4] for a, b in zip(parts, parts[1:], strict=False))
+    assert sorted(row[6] for row in rows if row[6] >= 0) == list(range(3 * 2 + 3 * 2 + 1 * 3 + 1 * 2))
+    # 91 and 60 tokens are 4 and 3 parts, of which 3 tiles allow 2; 51 are 3, 25 are 2; 97 are 7 tiles, and fill a GPU
+    assert [(end - start, parts) for start, end, _, parts in prompts] == [(33, 2), (40, 2), (1, 3), (16, 2)]
 
 
 def test_segments():

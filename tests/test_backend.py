@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import matmul
 
-from kernels.backend import INTERPRETED, bf16_products, choose, tl, triton
+from kernels.backend import INTERPRETED, bf16_products, choose, is_hopper, tl, triton
 from kernels.glu import glu
 from kernels.int8 import Int8Tensor
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -30,6 +31,17 @@ def test_none_is_torch_on_a_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_none_is_triton_on_a_gpu():
     assert choose(None, CPU.cuda()) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "hopper"), [((9, 0), None, True), ((8, 0), None, False), ((9, 0), "6.4", False)]
+)
+def test_hopper_is_sm_90_and_no_amd_card(capability, hip, hopper, monkeypatch):
+    """An MI250 says (9, 0) as well, and Triton refuses options there that it takes for an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    card = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert is_hopper(card) == hopper and not is_hopper(CPU)
 
 
 def test_another_word_is_refused():

@@ -296,13 +296,46 @@ def test_a_failing_check_says_where(capsys, monkeypatch):
 def test_the_gspo_step_runs(capsys):
     shape = {"prompts": 2, "group": 4, "prompt_tokens": 5, "tokens": 6, "updates": 2, "max_tokens": 64}
     rows = gpu_suite.run_step(CPU, {**gpu_suite.QWEN3_0_6B, **SIZES}, shape, cycles=2)
-    *rows, peer = rows
     assert len(rows) == 2 and all(row["passed"] and row["first_ratios_are_1"] for row in rows)
     assert all(row["decode_over_floor"] > 1 and row["trained_tokens_per_s"] > 0 for row in rows)
-    assert (peer["rows"], peer["tokens"]) == (8, 6) and peer["ratio"] > 0
+    assert "rollout" in rows[0]["said"] and "x its reading" in rows[0]["said"]
     assert rows[0]["sampled_tokens"] == 2 * 4 * 6 and len(rows[0]["grad_norms"]) == 2
     assert rows[1]["last_ratios"] != (1.0, 1.0)  # the second update sees what the first has done
-    assert capsys.readouterr().out.count("RESULT ") == 3
+    assert capsys.readouterr().out.count("RESULT ") == 2
+
+
+SHAPE = {"prompts": 2, "group": 2, "prompt_tokens": 5, "tokens": 24, "updates": 1, "max_tokens": 64}
+ON_A_CPU = ["decode_profile", "decode", "micro_batch", "rollouts", "waits", "kernels"]
+
+
+@pytest.mark.parametrize("part", ON_A_CPU)
+def test_measured_parts_run_here_as_well(part, capsys):
+    """Small, and without what CUDA alone can count. Each result has a name and a line."""
+    gpu_suite.run_inside(part, CPU, {**gpu_suite.QWEN3_0_6B, **SIZES}, SHAPE)
+    rows = [json.loads(line.removeprefix("RESULT ")) for line in capsys.readouterr().out.splitlines()]
+    assert rows and all(row["name"] and row["said"] and row.get("passed", True) for row in rows), rows[-1]
+    if part == "kernels":
+        assert {row["variant"] for row in rows if "variant" in row} <= {"ours", "ours, rows", "ours, epilogue"}
+    if part == "decode":
+        assert [row["name"] for row in rows[:2]] == ["4 rows, adapters", "4 rows, no adapters"]
+
+
+def test_a_part_that_raises_keeps_what_it_found(capsys, monkeypatch):
+    def broken(device, file, shape):
+        yield {"name": "a", "said": "b"}
+        raise RuntimeError("one\nline")
+
+    monkeypatch.setitem(gpu_suite.INSIDE, "card", broken)
+    gpu_suite.run_inside("card", CPU, {}, {})
+    first, last = (json.loads(x.removeprefix("RESULT ")) for x in capsys.readouterr().out.splitlines())
+    assert first == {"name": "a", "said": "b"} and not last["passed"] and "RuntimeError: one line (" in last["said"]
+
+
+def test_the_peer_is_measured():
+    pytest.importorskip("transformers")
+    file = {**gpu_suite.QWEN3_0_6B, **SIZES}
+    peer = gpu_suite.against_transformers(gpu_suite.policy(CPU, file), CPU, file, SHAPE, torch.bfloat16)
+    assert (peer["rows"], peer["tokens"]) == (4, 24) and peer["ratio"] > 0
 
 
 def test_what_a_decode_step_reads():
@@ -340,48 +373,54 @@ def test_a_part_is_kept_until_it_ends_or_its_limit(tmp_path):
 
 
 def test_a_part_that_fails_costs_no_other(tmp_path, capsys):
-    step = {"cycle": 0, "passed": True, "rollout_s": 1, "score_s": 2, "train_s": 3, "cycle_s": 6, "tokens_per_s": 7}
-    step |= {"peak_bytes": 5_000_000_000, "decode_over_floor": 1.5, "trained_tokens_per_s": 8}
-    peer = {"peer": "transformers.generate", "rows": 4, "tokens": 5, "seconds": {"ours": 2, "transformers": 20}}
-    peer |= {"ratio": 10.0, "passed": True}
+    """Parts run in their order, the file holds each result before the next, and one part's end is no other's."""
+    row = {"name": "fast", "said": "1 ms", "passed": True}
+    seen = f"import glob; print('SEEN', open(glob.glob({str(tmp_path)!r} + '/*.json')[0]).read().count('1 ms') > 0)"
+    late = f"print('RESULT {json.dumps(row)}', flush=True); import time; time.sleep(0.5); {seen}"
     commands = {
-        "checks": "import os; os.abort()",
+        "card": "import os; os.abort()",
+        "decode": late,
+        "kernels": f"print('RESULT {json.dumps(row | {'name': 'slow'})}', flush=True); import time; time.sleep(60)",
+        "checks": f"print('RESULT {json.dumps({'check': 'c', 'passed': False, 'said': 'no'})}')",
         "tests": "print('3 passed')",
-        "kernels": "import time; time.sleep(60)",
-        "step": f"print('RESULT {json.dumps(step)}'); print('RESULT {json.dumps(peer)}')",
     }
-    limits = {"checks": 20, "tests": 20, "kernels": 5, "step": 20}
+    limits = dict.fromkeys(commands, 20) | {"kernels": 5}
     out = gpu_suite.run_suite(
-        list(commands), 100, tmp_path, facts() | {"commit": "c"}, lambda part, *_: python(commands[part]), limits
+        list(commands), 100, tmp_path, facts() | {"commit": "c"}, lambda part: python(commands[part]), limits
     )
     assert {name: part["passed"] for name, part in out.items()} == {
-        "checks": False, "tests": True, "kernels": False, "step": True
+        "card": False, "decode": True, "kernels": False, "checks": False, "tests": True
     }  # fmt: skip
+    assert list(out) == list(commands) and "SEEN True" in out["decode"]["tail"]
+    assert [r["name"] for r in out["kernels"]["results"]] == ["slow"]
     [file] = tmp_path.iterdir()
     saved = json.loads(file.read_text())
-    assert saved["parts"].keys() == commands.keys() and file.name.startswith("suite_2026-01-02")
-    assert "rollout 1.00 s, score 2.00 s, train 3.00 s, 7 sampled tokens a second, peak 5.00 GB" in saved["markdown"]
-    assert "decoding 1.5 x its reading, 8 trained tokens a second" in saved["markdown"]
-    assert "4 x 5: 10 tokens a second, transformers.generate 1: 10.0 x" in saved["markdown"]
-    assert "| kernels | FAILED |" in saved["markdown"] and "| tests | passed |" in capsys.readouterr().out
-    late = gpu_suite.run_suite(["tests"], 1, tmp_path, facts() | {"commit": "c"}, lambda *_: ["never"], limits)
+    assert list(saved["parts"]) == list(commands) and file.name.startswith("suite_2026-01-02")
+    assert "| decode: fast | passed | 1 ms |" in saved["markdown"]
+    assert "| checks: c | FAILED | no |" in saved["markdown"]
+    said = capsys.readouterr().out
+    assert "\nfast | passed | 1 ms\n" in said and "RESULT" not in said and "| kernels | FAILED |" in said
+    late = gpu_suite.run_suite(["tests"], 1, tmp_path, facts() | {"commit": "c"}, lambda part: ["never"], limits)
     assert late["tests"]["said"] == "not run: out of time"
 
 
-def test_the_commands_of_the_parts(tmp_path):
-    tests = gpu_suite.command_of("tests", 100, tmp_path)
+def test_the_parts_and_their_commands():
+    order = "card checks decode_profile decode micro_batch rollouts kernels waits cycle peers tests nvcc"
+    assert list(gpu_suite.LIMITS) == order.split() and sum(list(gpu_suite.LIMITS.values())[:9]) < 600
+    assert set(gpu_suite.INSIDE) == set(gpu_suite.LIMITS) - {"tests"}
+    tests = gpu_suite.command_of("tests")
     assert "tests/test_nf4.py" in tests and "tests/test_seq_logprob_triton.py" in tests and "tests/test_glu.py" in tests
-    assert "tests/test_train.py" not in tests
-    inner = gpu_suite.command_of("kernels", 100, tmp_path)
-    assert inner[inner.index("--seconds") + 1] == "75"  # it stops by itself, before it is stopped
-    assert gpu_suite.command_of("step", 100, tmp_path)[-2:] == ["--inside", "step"]
-    assert sum(gpu_suite.LIMITS.values()) < 540  # nine minutes
+    assert "tests/test_kernel_sample.py" in tests and "tests/test_train.py" not in tests
+    assert tests[4:6] == ["-v", "--tb=line"]  # what is ended half-way has said what failed
+    assert gpu_suite.command_of("cycle")[-2:] == ["--inside", "cycle"]
+    first = ["products_come_out_as_fp32", "model_scores_itself", "model_against_cpu", "decode_graph"]
+    assert list(gpu_suite.CHECKS)[:4] == first and len(gpu_suite.CHECKS) > 9
 
 
 def test_an_unknown_part(capsys):
     with pytest.raises(SystemExit) as stop:
         gpu_suite.main(["--parts", "checks,magic"])
-    assert stop.value.code == 2 and "got the part 'magic', want some of checks, tests" in capsys.readouterr().err
+    assert stop.value.code == 2 and "got the part 'magic', want some of card, checks" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # One kernel for each thing that can be wrong, and the entry that launches it.
 KERNELS = """
 import torch
-from kernels.backend import choose, tl, triton
+from kernels.backend import choose, is_hopper, tl, triton
 
 @triton.jit
 def helper(x):
@@ -84,6 +84,7 @@ def cases():
         "shared": lambda: entry(much_shared, 512, BLOCK=64, dtype=torch.bfloat16, num_warps=4, num_stages=5),
         "empty": lambda: entry(good, 1, 4096, BLOCK=1024, grid=(0,)),
         "raises": lambda: torch.zeros(2) @ torch.zeros(3),
+        "hopper": lambda: entry(good, 1, 4096, BLOCK=2048 if is_hopper(torch.ones(1)) else 512),
         "poisoned": lambda: print("POISON", entry(good, 1, 4096, BLOCK=1024).isnan().all().item()),
     }
 """
@@ -101,7 +102,9 @@ def lenient():  # the very launch of "spill" at what is called an odd width: doe
         cases["spill"]()
 
 report["failures"] = tool.gate(cases | {"lenient": lenient}, [bad_kernels], every)
-report["jobs"] = [[j.name, j.target, j.signature, sum(map(bool, j.attributes.values()))] for j in tool.JOBS]
+others = [j for j in tool.JOBS if j.case != "hopper"]
+report["jobs"] = [[j.name, j.target, j.signature, sum(map(bool, j.attributes.values()))] for j in others]
+report["hopper"] = [[j.target, *j.constants.values()] for j in tool.JOBS if j.case == "hopper"]
 good = {k: cases[k] for k in ("good", "odd")}
 with tool.odd_widths():
     report["odd"] = tool.gate({"spill": cases["spill"]}, [], ["sm_90"])
@@ -131,6 +134,22 @@ tool.EXCUSED[("bad_kernels.good", "sm_90")] = "spills", "not needed"
 report["needless"] = tool.gate(good, [bad_kernels], ["sm_90"], "good")
 command = ["--case", "token_logp", "--only", "token_logp_v3._forward", "--targets", "sm_80"]
 report["code"] = [tool.main(command)]
+from kernels.decode_attention import decode_attention
+
+def rollout(rows):  # a cache grows by 128 slots at a time; prompts of any length
+    for slots, prompt in [*((128 * n, 192) for n in range(1, 9)), (128, 20), (128, 2032)]:
+        pair, own = [tool.randn(2, n, s, 128) for n, s in ((2, prompt), (rows, slots))]
+        numbers = {"prefix_lengths": tool.torch.full((2,), 9), "lengths": tool.torch.full((rows,), 9)}
+        numbers["prompt"] = tool.torch.arange(rows) * 2 // rows
+        decode_attention(
+            tool.randn(rows, 4, 128), pair, pair, k=own, v=own, scale=0.1, backend="triton", **numbers
+        )
+
+report["rollout"] = []
+for rows in (32, 6):
+    launches, failures = tool.record({"rollout": lambda: rollout(rows)}, True)
+    kinds = {tool.specialise(launch, "sm_90").key for launch in launches}
+    report["rollout"].append([failures, len(launches), len(kinds)])
 tool.CASES = {}
 report["code"] += [tool.main(command), tool.main(command[2:])]
 from kernels import backend
@@ -210,6 +229,16 @@ def test_launches_are_specialised_as_on_a_gpu(report):
     unit, odd = sorted(fp32, key=lambda pair: pair[0]["stride"], reverse=False)
     assert unit[0]["stride"] == "constexpr" and unit[1] == 3  # two pointers and n
     assert odd[0]["stride"] == "i32" and odd[1] == 1  # only y: x starts 4 bytes into its memory
+
+
+def test_hopper_is_recorded_with_its_own_tiles(report):
+    assert sorted(report["hopper"]) == [["gfx942", 1, 512], ["sm_80", 1, 512], ["sm_90", 1, 2048]]
+
+
+def test_a_longer_cache_compiles_nothing(report):
+    """Ten storages of a decode step, three launches each: prompts of 192, 20 and 2032 slots, rows of up to 8 splits.
+    20 is not a multiple of 16, so the kernel that reads these prompts is another one."""
+    assert report["rollout"] == [[[], 30, 4], [[], 30, 4]]
 
 
 def test_what_a_kernel_would_write_is_nan(run):

@@ -22,6 +22,7 @@ import kernels.lora
 import kernels.nf4
 import kernels.rms_norm
 import kernels.rope
+import kernels.sample
 from kernels.backend import INTERPRETED
 from nanogspo import rollout
 from nanogspo.fast import cuda_graph, fused_linear
@@ -43,7 +44,7 @@ LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 6
 def like_a_gpu(recorder=record):
     """Triton for all that a step launches, fused layers as on a GPU, captures allowed. Gives the captures made."""
     replays, launched = [], [kernels.decode_attention, kernels.glu, kernels.rms_norm, kernels.rope]
-    launched += [kernels.nf4, kernels.int8, kernels.lora]
+    launched += [kernels.nf4, kernels.int8, kernels.lora, kernels.sample]
 
     def kept(step):
         replay = recorder(step)

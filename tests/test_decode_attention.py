@@ -19,8 +19,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import decode_attention as module
+from kernels.backend import INTERPRETED
 from kernels.decode_attention import Plan, decode_attention
 from tests.strategies import SEEDS
+
+if INTERPRETED:
+    from triton.runtime.interpreter import InterpreterBuilder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -349,6 +353,26 @@ def test_triton_reads_nothing_back():
         step.run("triton")
         replace(step, lengths=step.lengths * 0 + 1, prompt=step.prompt * 0).run("triton")
     assert grids[:3] == grids[3:] == [(1, 2, 2), (4, 2, 1), (16,)]  # 33 slots are 2 splits, 17 are 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the loads of interpreted kernels")
+@pytest.mark.parametrize("window", [0, 20])
+def test_triton_reads_q_only_where_keys_are_seen(window):
+    """96 and 70 slots are 3 splits each, of 32. A program whose split holds no key that is seen does not read q."""
+    step = build([1, 0, 1, 1], [70, 9, 0, 33], [1, 70, 33], heads=(1, 1), room=(26, 0), window=window).to(torch.float32)
+    step.lengths[2] = 0  # finished
+    count, load = [], InterpreterBuilder.create_masked_load
+
+    def counted(self, ptrs, mask, *rest):
+        count.append(int((mask.data & (ptrs.data >= start) & (ptrs.data < start + step.q.nbytes)).sum()))
+        return load(self, ptrs, mask, *rest)
+
+    start = step.q.data_ptr()
+    with patch.object(InterpreterBuilder, "create_masked_load", counted):
+        step.run("triton")
+    # splits with a key that is seen: of row 0's prefix 3 and its own slots 1, of row 1's own 3. With the window, row 0
+    # sees slots 51 to 69 of its prefix, which are in 2 splits, and row 1 slots 50 to 69: 2 splits
+    assert sum(count) == (3 + 1 + 3 if not window else 2 + 1 + 2) * step.q.shape[2]
 
 
 @pytest.mark.parametrize("window", [0, 2, 6])

@@ -79,6 +79,13 @@ def test_a_gpu_without_bf16_units_computes_in_fp32_or_not_at_all(machine):
     assert choose_dtype("auto", "cuda") == choose_dtype("bf16", "cuda") == "bf16"
 
 
+def test_bf16_products_are_summed_in_fp32(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", True)
+    choose_device("cpu")
+    assert matmul.allow_bf16_reduced_precision_reduction is False
+
+
 @pytest.mark.isa
 def test_this_machine_without_a_cap_and_with_one(monkeypatch):
     """Under a cap on instructions, as CI sets it, bf16 is never chosen; what libraries found of it stays as it was."""

@@ -14,6 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import kernels.sample
 from nanogspo import rollout
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
@@ -346,7 +347,7 @@ def probabilities(row, temperature=1.0):
 @example(row=[0.0, 1.0, -math.inf], uniform=LAST_UNIFORM, temperature=1.0, truncation=(0, 1.0), block=2)
 def test_never_draws_what_has_no_probability(row, uniform, temperature, truncation, block):
     z = torch.tensor([row, row[::-1]])  # (2, V) ruled-out tokens at either end
-    with patch.object(rollout, "BLOCK", block):
+    with patch.object(kernels.sample, "BLOCK", block):
         token, logp = sample(z, torch.tensor([uniform, uniform], dtype=torch.float64), temperature, *truncation)
     for n in range(2):
         assert 0 <= token[n] < len(row)
@@ -357,7 +358,7 @@ def test_never_draws_what_has_no_probability(row, uniform, temperature, truncati
 @given(row=LOGITS, uniform=UNIFORMS, temperature=st.sampled_from([0.3, 1.0, 2.0]), block=BLOCKS)
 def test_inverts_the_cumulative_distribution(row, uniform, temperature, block):
     """cdf(token - 1) <= uniform < cdf(token), and logp is the token's own."""
-    with patch.object(rollout, "BLOCK", block):
+    with patch.object(kernels.sample, "BLOCK", block):
         token, logp = sample(torch.tensor([row]), torch.tensor([uniform], dtype=torch.float64), temperature)
     p = probabilities(row, temperature)
     below = math.fsum(p[: token.item()])

@@ -392,3 +392,25 @@ def test_memory_of_8192_tokens_of_qwen3(below):
     with patch.multiple(module, EPILOGUE_BELOW=below):
         token_logprob(hidden, weight, targets)
     assert torch.cuda.max_memory_allocated() - before - 2 * N * C < 350e6
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_only_bf16_on_an_h100_has_fewer_registers(hopper, monkeypatch):
+    """A limit that AMD's compiler refuses, that an A100 and fp32 do not need, and that the soft-cap's 16 warps keep
+    anyway. tests/compiled shows what it comes to: 128 registers, no spill."""
+    limits, kernel = {}, module._epilogue_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: (
+                limits.update({case: options.get("maxnreg")}),
+                kernel[grid](*arguments, **options),
+            )
+
+    monkeypatch.setattr("kernels.backend.HOPPER", hopper)
+    monkeypatch.setattr(module, "_epilogue_kernel", Recorded())
+    with small("epilogue"):
+        for case in ((torch.bfloat16, None), (torch.bfloat16, 5.0), (torch.float32, None), (torch.float16, None)):
+            score(torch.ones(3, 16, dtype=case[0]), torch.ones(5, 16, dtype=case[0]), torch.arange(3), softcap=case[1])
+    assert len(limits) == 4
+    assert {case: n for case, n in limits.items() if n} == ({(torch.bfloat16, None): 128} if hopper else {})

@@ -249,7 +249,7 @@ def lora() -> None:
 
 
 def attention() -> None:
-    """Heads of 64, 128 (Qwen 3) and 256 (Gemma, with its soft-cap and window)."""
+    """Heads of 64, 128 (Qwen 3; Gemma 2 27B, with its soft-cap and window) and 256 (Gemma)."""
     from kernels.attention import Segments, attention
 
     segments = Segments.build([40, 30, 30], [-1, 0, 0])  # a prompt and two answers
@@ -258,7 +258,7 @@ def attention() -> None:
         q, k, v = (randn(100, n, D, dtype=dtype, grad=True) for n in (4, 2, 2))
         backward(attention(q, k, v, segments, scale=D**-0.5, softcap=softcap, window=window, backend="triton"))
 
-    for D, softcap, window in ((128, None, 0), (64, None, 0), (256, 50.0, 16)):
+    for D, softcap, window in ((128, None, 0), (128, 50.0, 16), (64, None, 0), (256, 50.0, 16)):
         both(torch.bfloat16, D, softcap, window)
     both(torch.float16, 128, None, 0)
     with odd_widths():  # fp32 without tensor cores is for tests
@@ -285,6 +285,16 @@ def decode_attention() -> None:
         step(torch.float16, 128, None, 0, rows, prompts)
         with odd_widths():  # fp32 without tensor cores is for tests
             step(torch.float32, 128, None, 0, rows, prompts)
+
+
+def sample() -> None:
+    """Vocabularies of Qwen 3 and Llama 3; one that 16 does not divide; one row."""
+    from kernels.sample import sample
+
+    for N, V in ((6, 151936), (6, 128256), (1, 151936)):
+        sample(randn(N, V, dtype=torch.float32), torch.zeros(N).double(), 0.7, backend="triton")
+    with odd_widths():
+        sample(randn(6, 32001, dtype=torch.float32), torch.zeros(6).double(), backend="triton")
 
 
 def lessons() -> None:
@@ -331,6 +341,7 @@ CASES: dict[str, Callable[[], None]] = {
     "kernels/rms_norm.py": rms_norm,
     "kernels/rope.py": rope,
     "kernels/glu.py": glu,
+    "kernels/sample.py": sample,
     "decode": decode,
     "lessons/kernels/token_logp": token_logp,
     "lessons/kernels": lessons,
@@ -399,7 +410,9 @@ class Job:
         arguments = [t for t in self.signature.values() if t != "constexpr"]
         pointers = dict.fromkeys(t for t in arguments if str(t).startswith("*"))
         constants = [f"{self.kernel.arg_names[path[0]]}={value}" for path, value in self.constants.items()]
-        options = [f"{name}={self.options[name]}" for name in ("num_warps", "num_stages") if name in self.options]
+        options = [
+            f"{name}={self.options[name]}" for name in ("num_warps", "num_stages", "maxnreg") if name in self.options
+        ]
         divisible = sum(map(bool, self.attributes.values()))
         odd = " (may spill)" * self.may_spill
         return f"{' '.join([*pointers, *constants, *options])} /16: {divisible} of {len(arguments)}{odd}"
@@ -409,9 +422,9 @@ def full_name(kernel: JITFunction) -> str:
     return f"{kernel.fn.__module__}.{kernel.fn.__qualname__}"
 
 
-def record(cases: dict[str, Callable[[], None]]) -> tuple[list[Launch], list[str]]:
+def record(cases: dict[str, Callable[[], None]], hopper: bool) -> tuple[list[Launch], list[str]]:
     """Run the cases with launches caught instead of made. What an entry computes in torch it computes; what a kernel
-    would have written is nan."""
+    would have written is nan. hopper: as on an H100, for which entries choose other tiles."""
     launches, errors, current = [], [], ""
 
     def caught(self, *arguments, grid, warmup, **keywords):
@@ -425,7 +438,7 @@ def record(cases: dict[str, Callable[[], None]]) -> tuple[list[Launch], list[str
 
     run, interpreted = JITFunction.run, choice.INTERPRETED
     # choose() lets CPU tensors through where kernels are interpreted; nan, so that nothing depends on stale memory
-    JITFunction.run, choice.INTERPRETED = caught, True
+    JITFunction.run, choice.INTERPRETED, choice.HOPPER = caught, True, hopper
     torch.use_deterministic_algorithms(True)
     try:
         for current, case in cases.items():
@@ -434,7 +447,7 @@ def record(cases: dict[str, Callable[[], None]]) -> tuple[list[Launch], list[str
             except Exception as error:  # an entry that fails before its last launch has kernels nobody checks
                 errors.append(f"{current}: {type(error).__name__}: {error}")
     finally:
-        JITFunction.run, choice.INTERPRETED = run, interpreted
+        JITFunction.run, choice.INTERPRETED, choice.HOPPER = run, interpreted, False
         torch.use_deterministic_algorithms(False)
     return launches, errors
 
@@ -647,15 +660,18 @@ def gate(
     """Record, compile, print a row each; returns what is wrong, one line each. all_cases: none was left out, so that a
     kernel without a launch has no case, and an excuse that nothing needed is none. memory: what need not be compiled,
     nor shown unless something is wrong; written when nothing was left out."""
-    launches, failures = record(cases)
+    launches, failures = {}, []
+    for hopper in dict.fromkeys(target == "sm_90" for target in targets):
+        launches[hopper], errors = record(cases, hopper)
+        launches[hopper] = [launch for launch in launches[hopper] if only in full_name(launch.kernel)]
+        failures += [error for error in errors if error not in failures]
     kernels = {name: f for module in sources for name, f in kernels_of(module).items() if only in name}
-    launches = [launch for launch in launches if only in full_name(launch.kernel)]
     if all_cases:
-        launched = {full_name(x.kernel) for x in launches}
+        launched = {full_name(x.kernel) for some in launches.values() for x in some}
         failures += [f"{name}: no case launches it" for name in escaped(kernels, launched)]
     unique = {}
-    for launch in launches:
-        for target in targets:
+    for target in targets:
+        for launch in launches[target == "sm_90"]:
             try:
                 job = specialise(launch, target)
             except Exception as error:
@@ -667,7 +683,10 @@ def gate(
     JOBS = sorted(unique.values(), key=lambda job: (job.name, job.label, job.target))
     global KNOWN
     KNOWN = memory.known(JOBS) if memory else {}
-    print(f"{len(launches)} launches, {len(JOBS)} kernels to compile, triton {triton.__version__}", flush=True)
+    print(
+        f"{sum(map(len, launches.values()))} launches, {len(JOBS)} kernels to compile, triton {triton.__version__}",
+        flush=True,
+    )
     if memory:
         print(f"{len(KNOWN)} of them known from tests/compiled", flush=True)
     complete = all_cases and not only and targets == list(TARGETS)

@@ -21,10 +21,26 @@ MUTANTS = {
             "the check of the first ratio compares two passes without gradients",
         ),
         (
-            '        save(out, "suite", facts',
-            "        save(out, part, facts",
+            'save(out, "suite", facts, {',
+            "save(out, part, facts, {",
             "a file for each part and none of the whole",
         ),
+        (
+            "                keep(results)\n",
+            "                pass\n",
+            "what a part found is lost when the suite is ended in it",
+        ),
+        (
+            '        result({"name": part, "passed": False, "said": said})',
+            '        result({"name": part, "said": said})',
+            "a part that raised passes",
+        ),
+        (
+            "CHECKS = {name: CHECKS[name] for name in [*FIRST, *CHECKS]}",
+            "CHECKS = dict(CHECKS)",
+            "the checks that everything depends on come last",
+        ),
+        ('"-v", "--tb=line"', '"-q", "--tb=line"', "tests ended half-way do not say which failed"),
         (
             '        print("gpu_suite.py: got no GPU',
             '        print("gpu_suite.py: no',

@@ -50,6 +50,31 @@ MUTANTS = {
             "(key[:, None] < query[None, :])",
             "a key is not trained by its own query",
         ),
+        (
+            "is_hopper(q) and width == 128 and options.softcap is None else 64",
+            "is_hopper(q) and width == 128 else 64",
+            "an H100 spills under a soft-cap",
+        ),
+        (
+            "tl.minimum(reach, last), last)",
+            "reach, last)",
+            "under a window, each part walks to the end of the window",
+        ),
+        (
+            "if slot < 0:",
+            "if slot < 1:",
+            "the first part is stored as the whole",
+        ),
+        (
+            "min(first + part * count, last)",
+            "first + part * (count - 1)",
+            "parts of a prompt's queries overlap",
+        ),
+        (
+            "max(1, min(parts, PART_TILES // n_tiles))",
+            "max(1, parts)",
+            "a long prompt has parts without limit, a megabyte each",
+        ),
         ("(parent != i - 1 and prefix[i - 1] != parent)", "False", "answers may stand anywhere"),
     ],
 }

@@ -4,6 +4,7 @@
 FILE = "kernels/backend.py"
 MUTANTS = {
     "tests/test_backend.py": [
+        ("    return torch.version.hip is None and ", "    return ", "an MI250 is taken for an H100"),
         (
             "    finally:\n        torch.backends.mkldnn.matmul.fp32_precision = before\n",
             "    finally:\n        pass\n",

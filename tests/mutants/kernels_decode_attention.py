@@ -41,10 +41,17 @@ MUTANTS = {
             "- split * chunk, 0)  # tiles",
             "where tiles begin depends on the neighbours' window",
         ),
-        ("mask=(valid & (s > 0))[:, None]", "mask=(valid & (s > 1))[:, None]", "parts of a single key are lost"),
+        ("full = valid & (s > 0)", "full = valid & (s > 1)", "parts of a single key are lost"),
+        ("busy = i < tl.where(start < stop, G, 0)", "busy = valid", "an empty split of a row's own slots reads q"),
+        ("busy = ends > split * chunk", "busy = ends >= 0", "an empty split of the prefixes reads q"),
         (
-            "mask=full[:, None] & (d < D)[None, :]",
-            "mask=(part < PARTS)[:, None] & (d < D)[None, :]",
+            "busy = busy & (ends + length - window < split * chunk + chunk)",
+            "busy = busy & (ends + length - window < split * chunk)",
+            "the oldest keys of a window are not seen",
+        ),
+        (
+            "at, mask=full[:, None] & (d < D)[None, :]",
+            "at, mask=(part < parts)[:, None] & (d < D)[None, :]",
             "unwritten parts are read: 0 * nan",
         ),
         ("scores.add_(plan.hidden)", "scores.add_(0)", "torch: nothing is hidden"),
@@ -84,6 +91,18 @@ MUTANTS = {
             "together=len(blocks) == 1 and blocks[0][0] == slice(0, P)",
             "together=len(blocks) == 1",
             "torch: rows share in the prompts of others",
+        ),
+    ],
+    "tests/test_compile_kernels.py": [
+        (
+            '@triton.jit(do_not_specialize=["parts"])\ndef _merge_kernel',
+            "@triton.jit\ndef _merge_kernel",
+            "16 parts are another kernel than 15",
+        ),
+        (
+            "most = 1 << (2 * MAX_SPLITS - 1).bit_length()",
+            "most = 1 << (parts - 1).bit_length()",
+            "a longer cache compiles another merge in the middle of a rollout",
         ),
     ],
 }

@@ -164,5 +164,10 @@ MUTANTS = {
         ),
         ("shape[1] < EPILOGUE_BELOW", "shape[1] <= EPILOGUE_BELOW", "the wrong path at the very width"),
         ("s += tl.sum(tl.load(part + plane", "s = tl.sum(tl.load(part + plane", "only the last step of the parts"),
+        (
+            "operand.itemsize == 2 and options.softcap is None else {}",
+            "options.softcap is None else {}",
+            "fp32 products spill under a limit of registers",
+        ),
     ],
 }

@@ -20,5 +20,10 @@ MUTANTS = {
         ('return "fp32" if reason else "bf16"', 'return "bf16"', "the line is printed and bf16 used all the same"),
         ("torch.cuda.get_device_capability() < (8, 0)", "False", "bf16 emulated on a T4"),
         ('device == "cuda" and dtype != "fp32" and', 'device == "cuda" and', "an old card has no dtype at all"),
+        (
+            "allow_bf16_reduced_precision_reduction = False",
+            "allow_bf16_reduced_precision_reduction = True",
+            "cuBLAS may sum the parts of a product in bf16",
+        ),
     ],
 }

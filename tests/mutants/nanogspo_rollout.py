@@ -26,7 +26,6 @@ MUTANTS = {
         ),
     ],
     "tests/test_rollout.py": [
-        ("right=True)", "right=False)", "a token of probability 0 is drawn at uniform 0"),
         (
             "fused.logits(hidden[segments.cu_seqlens[1:].long() - 1])",
             "fused.logits(hidden[segments.cu_seqlens[:-1].long()])",
@@ -44,17 +43,6 @@ MUTANTS = {
         ),
         ("self.uniforms[:, kept]", "self.uniforms[:, : len(rows)]", "draws that depend on who has finished"),
         ("if not active or not left:", "if not active or left == 1:", "an answer one token short"),
-        (
-            "inside.masked_fill_(columns >= z.shape[1], 0.0).cumsum_(-1)",
-            "inside.cumsum_(-1)",
-            "the last token stands for what is missing of its block",
-        ),
-        (
-            "target - F.pad(cumulative, (1, 0))",
-            "target - F.pad(cumulative, (0, 1))",
-            "each block searched from the end of it",
-        ),
-        ("- best + likeliest.log()", "- best", "log-probs that are not normalised"),
         ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
         ("end or len(answer.tokens) == max_new_tokens", "end", "answers that are cut off are never counted"),
         (
@@ -80,10 +68,5 @@ MUTANTS = {
             "seed 1 draws for prompt 0 what seed 0 drew for prompt 1",
         ),
         (".view(steps, group_size)", ".view(group_size, steps).T", "a longer limit changes how an answer begins"),
-        (
-            "return token.squeeze(1), (z.gather(1, token) - best + likeliest.log()).squeeze(1)",
-            "return token.squeeze(1), logits.log_softmax(-1).gather(1, token).squeeze(1)",
-            "log-prob kept at another temperature than it was drawn with",
-        ),
     ],
 }

@@ -46,12 +46,12 @@ MUTANTS = {
             "pointers are compiled as if nothing were known of their alignment",
         ),
         (
-            "    JITFunction.run, choice.INTERPRETED = caught, True\n    torch.use_deterministic_algorithms(True)",
-            "    JITFunction.run, choice.INTERPRETED = caught, True",
+            "    JITFunction.run, choice.INTERPRETED, choice.HOPPER = caught, True, hopper\n    torch.use_deterministic_algorithms(True)",
+            "    JITFunction.run, choice.INTERPRETED, choice.HOPPER = caught, True, hopper",
             "an entry reads stale memory, another one every run",
         ),
         (
-            "        JITFunction.run, choice.INTERPRETED = run, interpreted",
+            "        JITFunction.run, choice.INTERPRETED, choice.HOPPER = run, interpreted, False",
             "        JITFunction.run = run",
             "after recording, kernels on CPU tensors would be launched",
         ),
@@ -80,6 +80,11 @@ MUTANTS = {
             'contradiction = memory.contradicts(job, result) if memory else ""',
             'contradiction = ""',
             "deep agrees with any ledger",
+        ),
+        (
+            'for launch in launches[target == "sm_90"]:',
+            "for launch in launches[min(launches)]:",
+            "an H100 is given the tiles of an A100",
         ),
         ("    if memory and complete:", "    if memory:", "compiling a part forgets the rest"),
     ],
