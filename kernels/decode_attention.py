@@ -71,14 +71,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """What the layers of one decode step have in common: worked out once a step (and window), not once a layer.
 
     blocks   (prompts, rows, slots) of each product with prefixes: a single one when all prompts have equally many rows
              and see the same slots, else one a prompt. A prompt without rows, or without slots to see, has none
     width    columns of the scores that belong to blocks: the slots of the widest
     suffix   slots of k and v that any row sees
-    together blocks is a single one, of all rows
+    one_block blocks is a single one, of all rows
     copied   None, or (prompt, slots): blocks would be many and small, so each row's prefix is copied to its own slots
     hidden   (N, 1, width + slots) fp32: 0 where a row sees a column, -inf where not; None when all rows see all
     unused   (1, N, slots, 1) bool: slots behind the end of a row, while others go on; None when all are equally long
@@ -89,13 +89,13 @@ class Plan:
     suffix: slice
     hidden: Tensor | None
     unused: Tensor | None
-    together: bool
+    one_block: bool
     copied: tuple[Tensor, slice] | None
     rows: int
     window: int
 
     @staticmethod
-    def build(prompt: Tensor, prefix_lengths: Tensor, lengths: Tensor, *, window: int = 0) -> "Plan":
+    def build(prompt: Tensor, prefix_lengths: Tensor, lengths: Tensor, *, window: int = 0) -> "DecodePlan":
         """All as in decode_attention. On a GPU this waits for it.
 
         Raises ValueError when rows are not in the order of their prompts, and for lengths that cannot be.
@@ -136,21 +136,28 @@ class Plan:
         if copied:
             unused, width = torch.cat((slot >= end, unused), dim=1), 0  # (N, width + slots) a row's own, all of them
         hidden = torch.zeros(dead.shape, device=dead.device).masked_fill_(dead, -math.inf)  # (N, width + slots)
-        return Plan(
+        return DecodePlan(
             blocks=tuple(blocks),
             width=width,
             suffix=suffix,
             hidden=hidden[:, None] if dead.any() else None,
             unused=unused[None, :, :, None] if unused.any() else None,
             copied=copied,
-            together=len(blocks) == 1 and blocks[0][0] == slice(0, P),
+            one_block=len(blocks) == 1 and blocks[0][0] == slice(0, P),
             rows=N,
             window=window,
         )
 
 
 def decode_attention_reference(
-    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Equation (1), in fp32 unless the cache is fp64: (N, H, D) in the dtype of q.
 
@@ -176,7 +183,7 @@ def decode_attention_reference(
     scores = torch.bmm(queries.view(K * N, G, D), keys.mT).view(K, N, G, -1)  # (K, N, G, slots)
 
     # the softmax is over prefix and suffix at once: two of them and their merge, (2), are 8 calls more
-    if plan.together:  # one product, and all its columns are seen
+    if plan.one_block:  # one product, and all its columns are seen
         [(_, _, slots)] = plan.blocks
         prefix_keys, prefix_values = stack(prefix_k, slots), stack(prefix_v, slots)  # (K P, slots, D) both
         shared = torch.bmm(queries.view(len(prefix_keys), -1, D), prefix_keys.mT).view(K, N, G, -1)  # (K, N, G, width)
@@ -195,7 +202,7 @@ def decode_attention_reference(
     p = scores.softmax(-1)  # (K, N, G, S)
 
     out = torch.bmm(p.view(K * N, G, -1)[..., plan.width :], values)  # (K N, G, D)
-    if plan.together:
+    if plan.one_block:
         share = p.view(len(prefix_values), -1, p.shape[-1])[..., : plan.width]  # (K P, rows G, width)
         out.view(len(prefix_values), -1, D).baddbmm_(share, prefix_values)  # (K P, rows G, D)
     else:
@@ -428,7 +435,7 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     window: int = 0,
-    plan: Plan | Callable[[], Plan] | None = None,
+    plan: DecodePlan | Callable[[], DecodePlan] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of N new tokens, each over the prefix of its prompt and then over what its own row has written.
@@ -445,8 +452,8 @@ def decode_attention(
     scale           what q . k is multiplied with, 1 / sqrt(D) for most
     softcap         Gemma 2's attn_logit_softcapping; None for none
     window          > 0: only keys whose position > query position - window; 0: all
-    plan            torch only: Plan.build(prompt, prefix_lengths, lengths, window=window) of this step, so that 30
-                    layers share it, or what gives it when called
+    plan            torch only: DecodePlan.build(prompt, prefix_lengths, lengths, window=window) of this step, or what
+                    gives it when called, so that 30 layers share it
     returns         (N, H, D) dtype of q, contiguous; carries no gradient
 
     Keys and values have one dtype: q's, or for torch fp32 under a bf16 q, where 16-bit slots in use would be widened at
@@ -464,10 +471,10 @@ def decode_attention(
         return torch.empty_like(q)  # (0, H, D) a grid of 0 programs is an error
     if backend == "triton":
         return _launch(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, scale, softcap, window)
-    plan = plan() if callable(plan) else plan or Plan.build(prompt, prefix_lengths, lengths, window=window)
+    plan = plan() if callable(plan) else plan or DecodePlan.build(prompt, prefix_lengths, lengths, window=window)
     if (plan.rows, plan.window) != (len(q), window):
         got = f"a plan of {plan.rows} rows and window {plan.window} for {len(q)} rows and window {window}"
-        raise ValueError(f"got {got}, want its own plan for every step and window; call Plan.build")
+        raise ValueError(f"got {got}, want its own plan for every step and window; call DecodePlan.build")
     longest = max((slots.stop for *_, slots in (*plan.blocks, *([plan.copied] if plan.copied else []))), default=0)
     if longest > prefix_k.shape[2] or plan.suffix.stop > k.shape[2]:
         got = f"lengths up to {longest} and {plan.suffix.stop} for {prefix_k.shape[2]} and {k.shape[2]} slots"
@@ -507,7 +514,7 @@ def _check(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, softcap
 
 
 def choose_backend(q: Tensor, k: Tensor, backend: str | None = None) -> str:
-    """ "torch", which wants a Plan, or "triton". Raises ValueError for what Triton is asked for and cannot do."""
+    """ "torch", which wants a DecodePlan, or "triton". Raises ValueError for what Triton is asked for and cannot do."""
     chosen, D = choose(backend, q), q.shape[-1]
     if chosen == "triton" and (k.dtype != q.dtype or k.dtype not in DTYPES or D > 256):
         if backend is None:

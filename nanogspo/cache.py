@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Segments
-from kernels.decode_attention import Plan as DecodePlan
-from kernels.decode_attention import decode_attention
+from kernels.decode_attention import DecodePlan, decode_attention
 from nanogspo.families import ModelConfig
 
 

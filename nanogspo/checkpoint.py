@@ -26,7 +26,7 @@ from nanogspo.families import ModelConfig, export_config, model_config, text_par
 from nanogspo.inputs import read_json, some
 from nanogspo.lora import LoRALinear, lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import KINDS, LINEAR, NF4Linear, pack, packed_layers, put
+from nanogspo.quant import KINDS, LINEAR, NF4Linear, packed_layers, put, quantize_linear
 from nanogspo.storage.bitsandbytes import COMPANION, QUANT_STATE, bitsandbytes_config, nf4_from_file, nf4_tensors
 from nanogspo.storage.files import ADAPTER, INDEX, PROCESSOR_FILES, SINGLE, atomic_write, resolve, weight_files
 from nanogspo.storage.files import read_config as read_config
@@ -199,7 +199,7 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
             put(model, parent, NF4Linear(q, module.bias, bytes(parts[QUANT_STATE].tolist())))
         elif name in packs:  # rounded to dtype first: the weights that everybody else packs
             try:
-                put(model, parent, pack(stored.read().to(dtype).to(device), module.bias, quant))
+                put(model, parent, quantize_linear(stored.read().to(dtype).to(device), module.bias, quant))
             except ValueError as e:
                 raise ValueError(f"{stored.path}: {name}: {e}") from e
         else:

@@ -14,7 +14,7 @@ from nanogspo import checkpoint, lora, tiny
 from nanogspo.config import TrainConfig, resolve
 from nanogspo.device import DTYPES
 from nanogspo.model import Transformer
-from nanogspo.quant import pack_model, packed_layers, weight_count
+from nanogspo.quant import packed_layers, quantize_model, weight_count
 from nanogspo.run import planner
 from nanogspo.tasks.base import Task
 from nanogspo.tokenizer import Tokenizer, load_tokenizer
@@ -51,7 +51,7 @@ def build(config: TrainConfig, task: Task | None) -> Transformer:
         _, model = tiny.build(task.characters, seed=config.seed)
         model.to(device, dtype)
         if quant:
-            pack_model(model, quant)
+            quantize_model(model, quant)
     else:
         model = checkpoint.load(config.model, device=device, dtype=dtype, quant=quant)
     adapt(model, config)

@@ -15,7 +15,7 @@ are, because an error there moves every logit directly; norms, because there is 
 A packed weight cannot be trained (a step of AdamW is far below the distance of two codes), so it is a buffer and no
 parameter, and a model with packed layers trains its LoRA adapter alone.
 
-Reading order: PackedLinear, NF4Linear, Int8Linear, pack_model. Files: storage/bitsandbytes.py.
+Reading order: PackedLinear, NF4Linear, Int8Linear, quantize_model. Files: storage/bitsandbytes.py.
 Left out: fp4, 8-bit bitsandbytes files (outlier columns), packed embeddings and heads.
 
 Lessons: lessons/08_four_bits.md, 09_lora_and_sft.md       Tests: tests/test_quant.py
@@ -112,7 +112,7 @@ LINEAR = (nn.Linear, PackedLinear)  # what LoRA can be put beside
 KINDS = ("nf4", "int8")
 
 
-def pack(weight: Tensor, bias: nn.Parameter | None, kind: str) -> PackedLinear:
+def quantize_linear(weight: Tensor, bias: nn.Parameter | None, kind: str) -> PackedLinear:
     """A linear layer, packed. weight (out, in) in any float dtype; it is read once and not kept. On the meta device it
     has no numbers, and the result has none either."""
     if kind not in KINDS:
@@ -143,7 +143,7 @@ def _pack_shape(weight: Tensor, bias: nn.Parameter | None, kind: str, *, double_
     return NF4Linear(q, bias)
 
 
-def pack_model(model: nn.Module, kind: str) -> None:
+def quantize_model(model: nn.Module, kind: str) -> None:
     """Pack every linear layer inside the blocks, one at a time, and freeze the model.
 
     Raises ValueError for another kind than nf4 and int8, and for a model that has an adapter or is packed already.
@@ -153,11 +153,11 @@ def pack_model(model: nn.Module, kind: str) -> None:
         raise ValueError("got a model with packed layers or a LoRA adapter, want a plain one; pack before add_lora")
     for name, linear in modules.items():
         if isinstance(linear, nn.Linear):
-            put(model, name, pack(linear.weight, linear.bias, kind))
+            put(model, name, quantize_linear(linear.weight, linear.bias, kind))
     model.requires_grad_(False)
 
 
-def pack_as_stored(model: nn.Module, stored: dict | None) -> bool:
+def quantize_as_stored(model: nn.Module, stored: dict | None) -> bool:
     """Pack a model on the meta device as a quantization_config says that its checkpoint is; whether it says so. The
     other way round: storage/bitsandbytes.py."""
     if not isinstance(stored, dict) or not stored.get("load_in_4bit"):

@@ -28,7 +28,7 @@ from nanogspo import rollout
 from nanogspo.fast import cuda_graph, fused_linear
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import pack_model
+from nanogspo.quant import quantize_model
 from nanogspo.rollout import generate
 from tests import test_rollout
 from tests.test_rollout import FAMILIES, PROMPTS
@@ -109,7 +109,7 @@ def test_with_adapters_on_packed_weights(packed, small, monkeypatch):
     """Few rows multiply straight from the packed weights; more than `small` of them from weights that are unpacked."""
     monkeypatch.setattr(kernels.lora, "SMALL", small)
     model = tiny()
-    pack_model(model, packed)
+    quantize_model(model, packed)
     add_lora(model, r=3, alpha=6.0)
     for layer in lora_layers(model).values():
         layer.lora_B.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))

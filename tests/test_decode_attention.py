@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import decode_attention as module
 from kernels.backend import INTERPRETED
-from kernels.decode_attention import Plan, decode_attention
+from kernels.decode_attention import DecodePlan, decode_attention
 from tests.strategies import SEEDS
 
 if INTERPRETED:
@@ -397,25 +397,25 @@ def test_a_plan_serves_all_layers():
     for window, copied in itertools.product((0, 9), (0, 10**9)):
         step = build([2, 0, 3], [20, 7, 33], [17, 3, 1, 33, 2], window=window, copied=copied).to(torch.float32)
         with patch.object(module, "COPIED", copied):
-            plan = Plan.build(step.prompt, step.prefix_lengths, step.lengths, window=window)
+            plan = DecodePlan.build(step.prompt, step.prefix_lengths, step.lengths, window=window)
         assert torch.equal(step.run("torch", plan=plan), step.run("torch"))
 
 
 def test_equal_prompts_are_one_product_and_need_no_mask():
     lengths = torch.tensor([5] * 6)
-    plan = Plan.build(torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([7, 7, 7]), lengths)
+    plan = DecodePlan.build(torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([7, 7, 7]), lengths)
     assert plan.blocks == ((slice(0, 3), slice(0, 6), slice(0, 7)),)
     assert (plan.width, plan.suffix, plan.hidden, plan.unused) == (7, slice(0, 5), None, None)
     # one row less, or one token: a product for each prompt that has rows and tokens
     ragged = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([7, 7, 7, 0]), lengths[:5]
     with patch.object(module, "COPIED", 0):
-        plan = Plan.build(*ragged)
+        plan = DecodePlan.build(*ragged)
     assert plan.blocks == ((slice(0, 1), slice(0, 2), slice(0, 7)), (slice(1, 2), slice(2, 3), slice(0, 7)))
     assert plan.hidden is not None and plan.unused is None
     # unless copying is less work: 5 rows x 7 slots for 2 products
     for few, copied in ((17, False), (18, True)):
         with patch.object(module, "COPIED", few):
-            plan = Plan.build(*ragged)
+            plan = DecodePlan.build(*ragged)
         assert (plan.copied is not None) == copied and (plan.blocks == ()) == copied
     assert plan.copied[1] == slice(0, 7) and plan.width == 0
     assert plan.unused[0, :, :, 0].tolist() == [[n > 2] * 7 + [False] * 5 for n in range(5)]
@@ -423,9 +423,9 @@ def test_equal_prompts_are_one_product_and_need_no_mask():
 
 def test_only_slots_in_use_are_read():
     """A capacity of 10^6 slots costs nothing; nor does what a window has left behind."""
-    plan = Plan.build(torch.tensor([0, 0]), torch.tensor([100]), torch.tensor([50, 60]), window=70)
+    plan = DecodePlan.build(torch.tensor([0, 0]), torch.tensor([100]), torch.tensor([50, 60]), window=70)
     assert plan.blocks == ((slice(0, 1), slice(0, 2), slice(80, 100)),) and plan.suffix == slice(0, 60)
-    plan = Plan.build(torch.tensor([0, 0]), torch.tensor([100]), torch.tensor([50, 60]), window=20)
+    plan = DecodePlan.build(torch.tensor([0, 0]), torch.tensor([100]), torch.tensor([50, 60]), window=20)
     assert plan.blocks == () and plan.width == 0 and plan.suffix == slice(30, 60)
 
 
@@ -504,12 +504,12 @@ def test_says_what_is_wrong(changes, message):
 
 def test_a_plan_of_another_step_is_refused():
     step = build([2, 1], [20, 33], [17, 3, 1]).to(torch.float32)
-    plan = Plan.build(step.prompt[:2], step.prefix_lengths, step.lengths[:2])
+    plan = DecodePlan.build(step.prompt[:2], step.prefix_lengths, step.lengths[:2])
     with pytest.raises(
         ValueError, match="got a plan of 2 rows and window 0 for 3 rows and window 0, want its own plan"
     ):
         step.run("torch", plan=plan)
-    plan = Plan.build(step.prompt, step.prefix_lengths, step.lengths, window=3)
+    plan = DecodePlan.build(step.prompt, step.prefix_lengths, step.lengths, window=3)
     with pytest.raises(ValueError, match="got a plan of 3 rows and window 3 for 3 rows and window 0"):
         step.run("torch", plan=plan)
 

@@ -17,7 +17,7 @@ from nanogspo import checkpoint
 from nanogspo.fast import fused_linear
 from nanogspo.fast.fused_linear import ConcatenatedLinear, FusedAdapters, FusedLinears, fuse, groups
 from nanogspo.lora import ALL_LINEAR, LoRALinear, add_lora, lora_layers
-from nanogspo.quant import pack as pack_weight
+from nanogspo.quant import quantize_linear
 from nanogspo.rollout import generate
 from tests.strategies import SEEDS
 from tests.test_lora import drawn_layer
@@ -51,7 +51,7 @@ def test_the_model_with_fused_layers_is_the_model(mode, dtype, targets, monkeypa
     tokens = references.tokens(1, 12)  # (1, T)
     with torch.no_grad():
         mlp = model.layers[1].mlp
-        mlp.up_proj = pack_weight(mlp.up_proj.weight.data, None, "int8")  # beside a plain gate_proj
+        mlp.up_proj = quantize_linear(mlp.up_proj.weight.data, None, "int8")  # beside a plain gate_proj
         base = model(tokens).float()  # (1, T, C)
         if targets:
             add_lora(model, r=4, alpha=8.0, targets=targets)

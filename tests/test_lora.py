@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nanogspo.families import export_config, model_config
 from nanogspo.lora import ALL_LINEAR, LoRALinear, add_lora, describe, lora_layers, merge_lora, unmerge_lora
 from nanogspo.model import Transformer
-from nanogspo.quant import dense_weight, pack
+from nanogspo.quant import dense_weight, quantize_linear
 from tests.strategies import SEEDS
 
 # 4 query heads on 2 key/value heads and an MLP wider than the model: no matrix is square, none has another's shape
@@ -99,7 +99,7 @@ def drawn_layer(seed, dtype, kind, r, sizes, bias):
     for p in base.parameters():
         p.data.normal_(generator=g)
     base = base.to(dtype).requires_grad_(False)
-    layer = LoRALinear(pack(base.weight, base.bias, kind) if kind else base, r, scale=1.5)
+    layer = LoRALinear(quantize_linear(base.weight, base.bias, kind) if kind else base, r, scale=1.5)
     for p in (layer.lora_A.weight, layer.lora_B.weight):
         p.data.normal_(generator=g)
     return layer, g

@@ -37,7 +37,7 @@ from nanogspo.families import model_config
 from nanogspo.lora import add_lora, describe, lora_layers, merge_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
-from nanogspo.quant import Int8Linear, NF4Linear, pack, pack_model, packed_layers
+from nanogspo.quant import Int8Linear, NF4Linear, packed_layers, quantize_model
 from nanogspo.run.planner import memory_parts
 from nanogspo.storage import bitsandbytes as formats
 from tests.test_checkpoint import refused, sparse_checkpoint
@@ -133,7 +133,7 @@ def equal(a, b):
 def test_a_layer_is_a_dense_one_with_the_unpacked_weight(kind, dtype, bias, seed, sizes, batch):
     """Value and gradients, to the bit: whatever a dense layer would have trained, this one trains."""
     (K, N), b = sizes, nn.Parameter(normal(sizes[1], seed=seed + 1, dtype=dtype)) if bias else None
-    layer = pack(normal(N, K, seed=seed, dtype=dtype), b, kind)
+    layer = quantize_linear(normal(N, K, seed=seed, dtype=dtype), b, kind)
     W = layer.unpack(dtype)  # (N, K)
     assert (layer.in_features, layer.out_features, W.dtype, W.shape) == (K, N, dtype, (N, K))
     x, dy = (
@@ -166,7 +166,7 @@ def test_a_layer_is_a_dense_one_with_the_unpacked_weight(kind, dtype, bias, seed
 def test_up_to_64_rows_multiply_straight_from_the_packed_weights(kind, dtype, seed, rows, sizes, bias):
     """What a GPU decodes with: the same W, unpacked inside the matmul and never into memory."""
     (K, N), b = sizes, normal(sizes[1], seed=seed + 1, dtype=dtype) if bias else None
-    layer, x = pack(normal(N, K, seed=seed), None, kind), normal(*rows, K, seed=seed + 2, dtype=dtype)
+    layer, x = quantize_linear(normal(N, K, seed=seed), None, kind), normal(*rows, K, seed=seed + 2, dtype=dtype)
     W = layer.unpack(dtype)
     with patch.object(frozen, f"dequantize_{kind}", None):
         y = frozen.frozen_linear(x, layer.q, b, backend="triton")
@@ -184,7 +184,7 @@ def test_up_to_64_rows_multiply_straight_from_the_packed_weights(kind, dtype, se
 @KINDS
 def test_nothing_wide_is_kept_for_the_backward_pass(kind):
     """Not the unpacked weight (it would be the memory of a model in 16 bits) and not x (the weight has no gradient)."""
-    layer, saved = pack(normal(96, 64), None, kind), []
+    layer, saved = quantize_linear(normal(96, 64), None, kind), []
     x = normal(3, 64).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x).sum().backward()
@@ -201,7 +201,7 @@ def test_nothing_wide_is_kept_for_the_backward_pass(kind):
 @pytest.mark.parametrize("convert", ["bfloat16", "half", "double", "to", "deepcopy", "cpu"])
 def test_packed_bits_are_moved_and_never_converted(kind, convert):
     """A scale rounded to bf16 is another weight: off by 0.2 %, in silence."""
-    layer = pack(normal(33, 70), nn.Parameter(normal(33, seed=1)), kind)
+    layer = quantize_linear(normal(33, 70), nn.Parameter(normal(33, seed=1)), kind)
     before = {name: t.clone() for name, t in tensors_of(layer.q).items()}
     W = layer.unpack(torch.float32)
     model = nn.ModuleDict({"layer": layer})
@@ -222,7 +222,7 @@ def test_packed_bits_are_moved_and_never_converted(kind, convert):
 
 @KINDS
 def test_a_state_dict_is_whole(kind):
-    a, b = pack(normal(33, 70), None, kind), pack(normal(33, 70, seed=1), None, kind)
+    a, b = quantize_linear(normal(33, 70), None, kind), quantize_linear(normal(33, 70, seed=1), None, kind)
     b.load_state_dict(a.state_dict())
     assert equal(tensors_of(a.q), tensors_of(b.q)) and torch.equal(a.unpack(torch.bfloat16), b.unpack(torch.bfloat16))
     assert not list(a.parameters())  # nothing an optimiser could move
@@ -237,7 +237,7 @@ def test_a_state_dict_is_whole(kind):
 @KINDS
 def test_only_the_linear_layers_of_blocks_are_packed(kind):
     model, plain = tiny(tie_word_embeddings=False), tiny(tie_word_embeddings=False)
-    pack_model(model, kind)
+    quantize_model(model, kind)
     leaves = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     leaves += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert list(packed_layers(model)) == [f"layers.{i}.{leaf}" for i in range(2) for leaf in leaves]
@@ -249,21 +249,21 @@ def test_only_the_linear_layers_of_blocks_are_packed(kind):
         Optimizer(model)
     assert quant.weight_count(model) == quant.weight_count(plain) == sum(p.numel() for p in plain.parameters())
     with refused("packed layers or a LoRA adapter"):
-        pack_model(model, kind)
+        quantize_model(model, kind)
     add_lora(plain, r=2, alpha=2)
     with refused("packed layers or a LoRA adapter"):
-        pack_model(plain, kind)
+        quantize_model(plain, kind)
     with refused("got quant 'nf5', want 'nf4', 'int8' or None"):
-        pack_model(tiny(), "nf5")
+        quantize_model(tiny(), "nf5")
 
 
 def test_bytes_a_weight():
     """A layer of Qwen3-0.6B: half a byte, 1/64 for scales, 4/16384 for their scales, 1.1 kB of tables."""
-    layer = pack(normal(1024, 3072, dtype=torch.bfloat16), None, "nf4")
+    layer = quantize_linear(normal(1024, 3072, dtype=torch.bfloat16), None, "nf4")
     each = layer.nbytes / (1024 * 3072)
     assert layer.nbytes == sum(t.nbytes for t in layer.buffers())
     assert 0.5159 <= each <= 0.5165 and each < 0.56
-    eight = pack(normal(1024, 3072, dtype=torch.bfloat16), None, "int8")
+    eight = quantize_linear(normal(1024, 3072, dtype=torch.bfloat16), None, "int8")
     assert eight.nbytes == 1024 * 3072 + 4 * 1024
 
 
@@ -273,7 +273,7 @@ def test_bytes_a_weight():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_over_packed_weights_gets_the_gradients_of_lora_over_unpacked_ones(kind, dtype, checkpointing):
     model = tiny(dtype=dtype)
-    pack_model(model, kind)
+    quantize_model(model, kind)
     twin = dense_twin(model)
     for m in (model, twin):
         touched = add_lora(m, r=3, alpha=6)
@@ -293,7 +293,7 @@ def test_lora_over_packed_weights_gets_the_gradients_of_lora_over_unpacked_ones(
 @KINDS
 def test_merging_is_for_files(kind):
     model = tiny()
-    pack_model(model, kind)
+    quantize_model(model, kind)
     add_lora(model, r=3, alpha=6, targets=["up_proj"])
     trained_adapter(model)
     bits = packed_bits(model)
@@ -312,7 +312,7 @@ def test_merging_is_for_files(kind):
 def test_the_plan_counts_packed_bytes(kind, dtype):
     model = tiny(dtype=dtype)
     plain = memory_parts(TrainConfig(lora_r=4), tiny(dtype=dtype), 7)
-    pack_model(model, kind)
+    quantize_model(model, kind)
     add_lora(model, r=4, alpha=8)
     parts = memory_parts(TrainConfig(lora_r=4), model, 7)
     assert parts[f"{kind} weights"] == sum(t.nbytes for m in packed_layers(model).values() for t in m.buffers())
@@ -400,7 +400,7 @@ def test_packed_while_loading_is_packed_after_loading(kind, stored, dtype):
     """And again with the same bits: a resumed run trains its adapter over the very same weights."""
     folder = plain_folder("qwen2", stored)
     want = load(folder, dtype=dtype)
-    pack_model(want, kind)
+    quantize_model(want, kind)
     for model in (load(folder, dtype=dtype, quant=kind), load(folder, dtype=dtype, quant=kind)):
         assert equal(packed_bits(model), packed_bits(want)) and not model.training
         assert equal(dict(model.named_parameters()), dict(want.named_parameters()))

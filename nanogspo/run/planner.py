@@ -20,7 +20,7 @@ from nanogspo.fast.fused_linear import prepacked_groups
 from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Transformer
 from nanogspo.packing import SHARE_PROMPT_FROM
-from nanogspo.quant import NF4Linear, pack_as_stored, pack_model, packed_layers, weight_count
+from nanogspo.quant import NF4Linear, packed_layers, quantize_as_stored, quantize_model, weight_count
 
 # Parts of the memory that only a rollout holds, and those that only an update does
 CACHE, PREPACKED, SCORES = "KV cache of a rollout", "prepacked weights", "scores of a decode step (estimate)"
@@ -40,8 +40,8 @@ def outline(raw: dict, dtype: torch.dtype, quant: str | None) -> Transformer:
     """
     with torch.device("meta"):
         model = Transformer(model_config(raw)).to(dtype)
-    if not pack_as_stored(model, raw.get("quantization_config")) and quant:
-        pack_model(model, quant)
+    if not quantize_as_stored(model, raw.get("quantization_config")) and quant:
+        quantize_model(model, quant)
     return model
 
 

@@ -88,8 +88,8 @@ MUTANTS = {
             "torch: copies begin at slot 0",
         ),
         (
-            "together=len(blocks) == 1 and blocks[0][0] == slice(0, P)",
-            "together=len(blocks) == 1",
+            "one_block=len(blocks) == 1 and blocks[0][0] == slice(0, P)",
+            "one_block=len(blocks) == 1",
             "torch: rows share in the prompts of others",
         ),
     ],

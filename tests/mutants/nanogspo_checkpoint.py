@@ -66,8 +66,8 @@ MUTANTS = {
         ),
         ("    return [] if q.shape == shape else", "    return [] if True else", "a transposed weight is loaded"),
         (
-            "pack(stored.read().to(dtype).to(device)",
-            "pack(stored.read().to(device)",
+            "quantize_linear(stored.read().to(dtype).to(device)",
+            "quantize_linear(stored.read().to(device)",
             "packed from fp32 here, from bf16 by everybody else",
         ),
         ('    if found.companions and quant == "int8":', "    if False:", "--quant int8 of a 4-bit folder is ignored"),

@@ -27,7 +27,7 @@ MUTANTS = {
             "groups = size // G",
             "updates that begin within a group",
         ),
-        ("if not pack_as_stored(", "if pack_as_stored(", "a 4-bit folder is planned in 16 bits"),
+        ("if not quantize_as_stored(", "if quantize_as_stored(", "a 4-bit folder is planned in 16 bits"),
         (
             'raw.get("quantization_config")) and quant:',
             "None) and quant:",
