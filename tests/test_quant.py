@@ -37,7 +37,7 @@ from nanogspo.families import model_config
 from nanogspo.lora import add_lora, describe, lora_layers, merge_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
-from nanogspo.quant import Int8Linear, NF4Linear, packed_layers, quantize_model
+from nanogspo.quant import Int8Linear, NF4Linear, packed_layers, quantize_linear, quantize_model
 from nanogspo.run.planner import memory_parts
 from nanogspo.storage import bitsandbytes as formats
 from tests.test_checkpoint import refused, sparse_checkpoint
