@@ -236,7 +236,7 @@ def test_hopper_is_recorded_with_its_own_tiles(report):
 
 
 def test_a_longer_cache_compiles_nothing(report):
-    """Eleven storages of a decode step, three launches each: prompts of 192, 20 and 2032 slots, rows of up to 14 splits.
+    """Eleven caches of a decode step, three launches each: prompts of 192, 20 and 2032 slots, rows of up to 14 splits.
     20 is not a multiple of 16, so the kernel that reads these prompts is another one."""
     assert report["rollout"] == [[[], 33, 4], [[], 33, 4]]
 
