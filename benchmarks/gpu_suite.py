@@ -230,28 +230,30 @@ def check_decode_attention(device: torch.device, big: bool) -> str:
 def check_decode_graph(device: torch.device, big: bool) -> str:
     """Answers sampled by a replayed CUDA graph, and step by step: the same tokens, and how much faster."""
     from nanogspo import rollout
+    from nanogspo.fast import cuda_graph
     from nanogspo.rollout import generate
 
     model, _ = small_model(device)
     prompts, seconds, answers = [[1, 2, 3], list(range(40))], {}, {}
     settings = {"group_size": 32 if big else 2, "max_new_tokens": 200 if big else 4, "eos_ids": range(20)}
-    recordings, record, can_record = [], rollout.record, rollout.can_record
-    for name, can in (("step by step", lambda cache: False), ("replayed", can_record)):
-        counted = lambda step: recordings.append(1) or record(step)  # noqa: E731
+    captures, capture, can_capture = [], cuda_graph.capture, rollout.can_capture
+    for name, can in (("step by step", lambda cache: False), ("replayed", can_capture)):
+        counted = lambda step: captures.append(1) or capture(step)  # noqa: E731
         # batches of equal sizes: cuBLAS may choose another kernel for another size
-        with patch.multiple(rollout, KEEP=rollout.KEEP_RECORDED, can_record=can, record=counted):
+        below = {"COMPACT_BELOW": rollout.COMPACT_CAPTURED_BELOW, "can_capture": can}
+        with patch.multiple(rollout, **below), patch.object(cuda_graph, "capture", counted):
             for _ in range(2):  # the first compiles
                 started = time.perf_counter()
                 answers[name] = generate(model, prompts, seed=1, **settings)
                 seconds[name] = time.perf_counter() - started
     if device.type == "cuda":
-        assert len(recordings) >= 4, f"{len(recordings)} recordings in two rollouts whose rows leave at all times"
+        assert len(captures) >= 4, f"{len(captures)} captures in two rollouts whose rows leave at all times"
     for a, b in zip(*answers.values(), strict=True):
         assert a.tokens == b.tokens, f"tokens differ: {a.tokens[:9]} and {b.tokens[:9]}"
         off = max(abs(x - y) for x, y in zip(a.logp, b.logp, strict=True))
         assert off < 1e-5, f"log-probs differ by {off:.1e}"
     ratio = seconds["step by step"] / seconds["replayed"]
-    return f"{len(answers['replayed'])} answers, {len(recordings)} recordings in 2 rollouts, {ratio:.1f} x as fast"
+    return f"{len(answers['replayed'])} answers, {len(captures)} captures in 2 rollouts, {ratio:.1f} x as fast"
 
 
 def check_products_come_out_as_fp32(device: torch.device, big: bool) -> str:
@@ -618,30 +620,31 @@ def part_decode_profile(device: torch.device, file: dict, shape: dict) -> Iterat
 
 def part_decode(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
     from nanogspo import rollout
+    from nanogspo.fast import cuda_graph
 
     last = shape["tokens"] - 1
     slots = tuple(sorted({min(slot, last - 9) for slot in (32, 256, 512, 1000)}))
     all_rows = shape["prompts"] * shape["group"]
-    record, seconds = rollout.record, []
+    capture, seconds = cuda_graph.capture, []
 
     def timed(step):
         started = now(device)
-        replay = record(step)
+        replay = capture(step)
         seconds.append(now(device) - started)
         return replay
 
     for adapter, rows in ((True, all_rows), (False, all_rows), (True, all_rows // 4), (True, all_rows // 16)):
         model, rows = policy(device, file, adapter), max(1, rows)
-        with patch.object(rollout, "record", timed):
+        with patch.object(cuda_graph, "capture", timed):
             found = step_ms(steps_of(model, shape, shape["tokens"], rows), slots, device)
         said = ", ".join(f"{ms:.2f} ms at {slot}" for slot, ms in found.items())
         name = f"{rows} rows, {'adapters' if adapter else 'no adapters'}"
-        yield {"name": name, "ms": found, "recording_ms": [1e3 * x for x in seconds], "said": said}
-    with patch.object(rollout, "can_record", lambda cache: False):
+        yield {"name": name, "ms": found, "capture_ms": [1e3 * x for x in seconds], "said": said}
+    with patch.object(rollout, "can_capture", lambda cache: False):
         [(slot, ms)] = step_ms(steps_of(model, shape, slots[0] + 9, all_rows), slots[:1], device).items()
     yield {"name": "eager", "ms": ms, "said": f"{all_rows} rows with adapters: {ms:.2f} ms at {slot}"}
     worst = max(seconds, default=0.0) * 1e3
-    yield {"name": "recording", "ms": worst, "said": f"{len(seconds)} recordings, the longest {worst:.1f} ms"}
+    yield {"name": "capture", "ms": worst, "said": f"{len(seconds)} captures, the longest {worst:.1f} ms"}
 
 
 def micro_batch(file: dict, shape: dict, device: torch.device):
@@ -685,29 +688,30 @@ def part_micro_batch(device: torch.device, file: dict, shape: dict) -> Iterator[
 def part_rollouts(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
     """Rows leave at all times: one token of 200 ends an answer."""
     from nanogspo import rollout
+    from nanogspo.fast import cuda_graph
 
-    model, record, count = policy(device, file), rollout.record, []
-    counted = lambda step: count.append(1) or record(step)  # noqa: E731
+    model, capture, count = policy(device, file), cuda_graph.capture, []
+    counted = lambda step: count.append(1) or capture(step)  # noqa: E731
     for number in range(3):
         prompts = torch.randint(0, file["vocab_size"], (shape["prompts"], shape["prompt_tokens"])).tolist()
-        with patch.object(rollout, "record", counted):
+        with patch.object(cuda_graph, "capture", counted):
             rollout.generate(
                 model, prompts, group_size=shape["group"], max_new_tokens=shape["tokens"] // 4 + 1,
                 eos_ids=range(file["vocab_size"] // 200), seed=number,
             )  # fmt: skip
         stats = torch.cuda.memory_stats() if device.type == "cuda" else {}
         reserved, retries = (stats.get(f"{x}", 0) for x in ("reserved_bytes.all.current", "num_alloc_retries"))
-        said = f"{reserved / 1e9:.2f} GB reserved, {len(count)} recordings so far, {retries} allocation retries"
-        yield {"name": f"rollout {number}", "reserved": reserved, "recordings": len(count), "said": said}
+        said = f"{reserved / 1e9:.2f} GB reserved, {len(count)} captures so far, {retries} allocation retries"
+        yield {"name": f"rollout {number}", "reserved": reserved, "captures": len(count), "said": said}
     if device.type == "cuda":
-        said, passed = "a recording that waits for the GPU raised nothing", False
+        said, passed = "a capture that waits for the GPU raised nothing", False
         try:
-            record(lambda: (torch.empty(2**20, device=device), torch.cuda.synchronize()))
+            capture(lambda: (torch.empty(2**20, device=device), torch.cuda.synchronize()))
         except RuntimeError as error:
             said, passed = f"raised {type(error).__name__}; empty_cache() and a product work after it", True
         torch.cuda.empty_cache()
         torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item()
-        yield {"name": "a recording that fails", "passed": passed, "said": said}
+        yield {"name": "a capture that fails", "passed": passed, "said": said}
 
 
 def part_waits(device: torch.device, file: dict, shape: dict) -> Iterator[dict]:
