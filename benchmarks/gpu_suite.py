@@ -3,9 +3,9 @@
      1 card            bandwidth, product rates, time of the smallest kernel and of a replayed graph of 1,000
      2 checks          what the interpreter cannot see: fp32 products, a model that scores itself, a decode graph, ...
      3 decode_profile  one replayed decode step by kernel, its floor, the gap between steps
-     4 decode          ms a step by slots, rows, adapter; eager against replayed; ms a recording
+     4 decode          ms a step by slots, rows, adapter; eager against replayed; ms a capture
      5 micro_batch     one of 16k tokens by kernel, tokens a second and peak memory, checkpointing off and on
-     6 rollouts        memory after rollouts whose rows leave; a recording made to fail
+     6 rollouts        memory after rollouts whose rows leave; a capture made to fail
      7 kernels         benchmarks/kernels.py's cases, ours alone, against their floors
      8 waits           how often the host waits, kernels compiled and their seconds
      9 cycle           rollout, score, train; first ratios; sampling against what it must read
