@@ -19,7 +19,7 @@ Exit codes: 0 done, or saved after Ctrl-C, SIGTERM or SIGHUP · 2 one line on st
 130 a second Ctrl-C, or one before the model is loaded · 1 with a traceback: a bug.
 
 Reading order: run, set_up, phases_of, Trainer: loop, run_phase, update, sft_update, rl_update, and what they call.
-Lessons: lessons/00_setup.md, lessons/10_gspo.md
+Lessons: lessons/00_setup.md, lessons/12_gspo.md
 """
 
 import contextlib

@@ -37,7 +37,7 @@ The file reads top to bottom:
 Left out: dropout, sinks, bidirectional parts, prefixes of prefixes, other head widths of v, gradients of gradients,
 float64 in Triton, a loop without masks for tiles that need none (a few percent), thread-block clusters and TMA.
 
-Lessons: lessons/11_packing.md      Tests: tests/test_attention.py
+Lessons: lessons/13_packing.md      Tests: tests/test_attention.py
 Shapes: S tokens of the packed row, H query heads, K key/value heads, D head width; a piece has n blocks of T queries
 and as many of J keys.
 """

@@ -25,7 +25,7 @@ The file reads top to bottom:
 Left out: the exact (erf) GELU and ReLU^2, which none of our families uses; the projections themselves (their matrix
 products are cuBLAS's); gradients of gradients (the reference has them).
 
-Lesson: lessons/15_counting_bytes.md       Tests: tests/test_glu.py
+Lesson: lessons/07_counting_bytes.md       Tests: tests/test_glu.py
 Shapes: N rows (= all tokens), F width of the MLP.
 """
 

@@ -18,7 +18,7 @@ Decoding reads 1 byte a weight and writes 2 (bf16). The product for M rows reads
 Left out: int8 activations (a product of int8 by int8), outlier columns in fp16 (LLM.int8), a Triton kernel for
 quantising (a model is quantised once; torch does it on either device).
 
-Lesson: lessons/08_four_bits.md       Tests: tests/test_int8.py
+Lesson: lessons/10_four_bits.md       Tests: tests/test_int8.py
 Shapes: N rows of K weights; M rows of a product.
 """
 

@@ -27,7 +27,7 @@ The file reads top to bottom:
 
 Left out: dropout (nanogspo/lora.py adds it in torch), gradients of W, gradients of gradients.
 
-Lesson: lessons/09_lora_and_sft.md       Tests: tests/test_lora_kernel.py
+Lesson: lessons/11_lora_and_sft.md       Tests: tests/test_lora_kernel.py
 Shapes: N rows (= all tokens), R rank.
 """
 

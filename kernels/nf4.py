@@ -26,7 +26,7 @@ Decoding by hand in CUDA C++: kernels/nf4.cu, backend="cuda".
 Left out: a Triton kernel for quantising (a model is quantised once; torch does it on either device), FP4, the product
 kernel for rows of weights that 16 does not divide (they are dequantised first).
 
-Lesson: lessons/08_four_bits.md       Tests: tests/test_nf4.py
+Lesson: lessons/10_four_bits.md       Tests: tests/test_nf4.py
 Shapes: n weights in a tensor, b of its blocks; M rows of a product, N x K weights.
 """
 

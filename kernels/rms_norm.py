@@ -26,7 +26,7 @@ The file reads top to bottom:
 Left out: rows wider than 8192 (backward would spill its registers; torch takes them), biases, LayerNorm's mean,
 gradients of gradients (the reference has them).
 
-Lesson: lessons/15_counting_bytes.md       Tests: tests/test_rms_norm.py
+Lesson: lessons/07_counting_bytes.md       Tests: tests/test_rms_norm.py
 Shapes: N rows (= all tokens, or all heads of all tokens), W width of a row.
 """
 

@@ -29,7 +29,7 @@ The file reads top to bottom:
 Left out: gradients of cos and sin, neighbouring pairs (2 i, 2 i + 1), writing over q and k (as many bytes, and an input
 that others may still read), gradients of gradients (the reference has them).
 
-Lesson: lessons/15_counting_bytes.md       Tests: tests/test_rope.py
+Lesson: lessons/07_counting_bytes.md       Tests: tests/test_rope.py
 Shapes: B rows, T positions, H query heads, K key heads, D head width, R = rotary_dim, the channels that turn.
 """
 

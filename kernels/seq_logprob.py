@@ -49,7 +49,7 @@ Left out: gradients of gradients, label smoothing, gradients through infinite we
 entropy's own G (a third product in every forward, for a bonus few people use), float64 in Triton, skipping tiles whose
 p_v are all tiny (CCE; it buys little once (4) runs at the full rate, and rounds).
 
-Lessons: lessons/06_never_build_the_logits.md, lessons/07_its_backward.md
+Lessons: lessons/08_never_build_the_logits.md, lessons/09_its_backward.md
 Tests: tests/test_seq_logprob.py, tests/test_seq_logprob_triton.py
 Shapes: N rows (= scored tokens), C model width, V vocabulary; (r, v) one tile of (N, V); S tokens of a packed row.
 """

@@ -12,7 +12,7 @@ Each has `positions` (B or 1, T), the RoPE position of every token, and
         q        (B, T, H, D);  k, v (B, T, K, D), all turned by RoPE already
         softcap  None for none;  window  keys a query sees, itself included; 0 for all
 
-Lessons: lessons/02_gqa_rope_softcap.md, 11_packing.md       Tests: tests/test_layouts.py
+Lessons: lessons/02_gqa_rope_softcap.md, 13_packing.md       Tests: tests/test_layouts.py
 """
 
 import torch

@@ -9,7 +9,7 @@ A and B stay in fp32 under a bf16 base and are multiplied in fp32. With 8 bits o
 by less than 6e-5: AdamW steps of 1e-5, usual in RL, would be rounded away.
 
 Reading order: LoRALinear, add_lora, merge_lora, unmerge_lora, describe.
-Lesson: lessons/09_lora_and_sft.md       Tests: tests/test_lora.py
+Lesson: lessons/11_lora_and_sft.md       Tests: tests/test_lora.py
 Source: LoRA, arXiv 2106.09685, equation 3. Names and initialisation as in PEFT, so that adapters can be exchanged.
 """
 

@@ -15,7 +15,7 @@ Left out: the KL term (no reference model is kept in memory; the GSPO paper sets
 advantages. A ratio overflows to inf at a log-ratio of 88.7, where a loss of inf (A < 0) or a gradient of nan (A > 0) is
 returned as it is: no update should be made from such a batch, and a clamp would hide it.
 
-Lesson: lessons/10_gspo.md       Tests: tests/test_objectives.py
+Lesson: lessons/12_gspo.md       Tests: tests/test_objectives.py
 Shapes: P prompts, G answers to each; N sequences; S their tokens, packed end to end.
 """
 

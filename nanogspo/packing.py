@@ -15,7 +15,7 @@ The same plan is used for every pass over a rollout. GSPO needs that: a matrix p
 of its batch, and at a clip range of 3e-4 such noise is as large as the signal (in bf16, up to 96 % of 64-token answers
 fall outside the range from batch shape alone).
 
-Lessons: lessons/10_gspo.md, 11_packing.md       Tests: tests/test_packing.py
+Lessons: lessons/12_gspo.md, 13_packing.md       Tests: tests/test_packing.py
 """
 
 from collections.abc import Iterator

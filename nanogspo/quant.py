@@ -18,7 +18,7 @@ parameter, and a model with packed layers trains its LoRA adapter alone.
 Reading order: PackedLinear, NF4Linear, Int8Linear, quantize_model. Files: storage/bitsandbytes.py.
 Left out: fp4, 8-bit bitsandbytes files (outlier columns), packed embeddings and heads.
 
-Lessons: lessons/08_four_bits.md, 09_lora_and_sft.md       Tests: tests/test_quant.py
+Lessons: lessons/10_four_bits.md, 11_lora_and_sft.md       Tests: tests/test_quant.py
 Source: QLoRA, arXiv 2305.14314. Elsewhere: bitsandbytes nn.Linear4bit; peft tuners/lora/bnb.py
 """
 

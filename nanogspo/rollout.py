@@ -16,7 +16,7 @@ Sampling inverts the cumulative distribution with one uniform number per row and
 prompt has its own generator. A row's randomness therefore depends neither on which other rows are still running nor on
 which prompts are decoded beside it, in one batch, in several (max_rows) or by other processes.
 
-Lessons: lessons/04_sampling_and_cache.md, 16_a_decode_step.md       Tests: tests/test_rollout.py, test_cuda_graph.py
+Lessons: lessons/04_sampling_and_cache.md, 05_a_decode_step.md       Tests: tests/test_rollout.py, test_cuda_graph.py
 """
 
 import math

@@ -142,7 +142,7 @@ def test_finished_rows_read_nothing_while_they_wait_to_be_dropped():
 
 @needs_interpreter
 def test_how_many_launches_a_layer_is():
-    """Lesson 16 multiplies by it."""
+    """Lesson 05 multiplies by it."""
     launches = {}
     for layers, r in itertools.product((1, 2), (0, 3)):
         model = tiny(layers=layers)

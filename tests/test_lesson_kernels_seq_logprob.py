@@ -1,4 +1,4 @@
-"""The slow versions of lessons 06 and 07 and the real one: the same tests for all of them.
+"""The slow versions of lessons 08 and 09 and the real one: the same tests for all of them.
 
 Run: python -m pytest tests/test_lesson_kernels_seq_logprob.py
 """

@@ -1,4 +1,4 @@
-"""The three kernels of lesson 05 against float64: one set of tests for all versions, and for their torch reference.
+"""The three kernels of lesson 06 against float64: one set of tests for all versions, and for their torch reference.
 
 Run: python -m pytest tests/test_lesson_kernels_token_logp.py
 """

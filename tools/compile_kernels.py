@@ -121,7 +121,7 @@ MAY_SPILL = False
 
 
 def token_logp() -> None:
-    """Lesson 05. A width that 16 does not divide is another kernel: without wide loads."""
+    """Lesson 06. A width that 16 does not divide is another kernel: without wide loads."""
     for version, width in (("v1", 16384), ("v2", 151936), ("v3", 151936)):
         entry = importlib.import_module(f"lessons.kernels.token_logp_{version}").token_logp
         for dtype in FLOATS:
@@ -298,7 +298,7 @@ def sample() -> None:
 
 
 def lessons() -> None:
-    """The slow versions of lessons 06, 08 and 15, in bf16: what their lessons speak of."""
+    """The slow versions of lessons 08, 10 and 07, in bf16: what their lessons speak of."""
     from kernels.nf4 import quantize_nf4
     from lessons.kernels import nf4_v2, nf4_v3, rms_norm_v1, rms_norm_v2, rms_norm_v3, seq_logprob_v3
 

@@ -15,7 +15,7 @@ device to another (x.to("cpu"), or the other way), because all tensors here are 
 
     replay = record(step)           as nanogspo/fast/cuda_graph.py::capture
 
-Used by tests/test_cuda_graph.py, lessons/16_a_decode_step.md and its exercise.
+Used by tests/test_cuda_graph.py, lessons/05_a_decode_step.md and its exercise.
 """
 
 import contextlib

@@ -1,34 +1,35 @@
-"""Exercise 5. The entropy of each row of logits, in one walk over the row: your own Triton kernel.
+"""Exercise 5. A decode step that can be replayed: what a CUDA graph would capture, and run again and again.
 
-    p = softmax(logits[n])          entropy[n] = -sum_v p[v] log p[v]
+The model is a table: table[t] (V,) are the scores of what follows token t. Every row takes the likeliest.
 
-Make this pass:  python -m pytest lessons/exercises/test_ex05.py        (about 10 lines)
+    slot                 where this step's tokens go in answers: the same column for all rows
+    a row that is done   writes -1, and stays done
+    a row that samples the stop token writes it, and is done from then on
 
-With m the maximum, s = sum exp(x - m) as in the lesson, and one more running sum, a = sum exp(x - m) (x - m):
+Make this pass:  python -m pytest lessons/exercises/test_ex05.py        (about 6 lines)
 
-    log p[v] = (x[v] - m) - log s           so          entropy = log s - a / s
+Hints: a replay repeats what Python did during capture, on the same memory. Which of your numbers would stay as they
+were? An `if` on a tensor, .item() and answers[:, int(slot)] are refused; torch has an operation in place of each.
+Tensors that you compute on the way may live anywhere, those of State may not.
 
-Yours to decide: what becomes of a when the maximum rises from m to m_new (write x - m_new as (x - m) + (m - m_new)), in
-which order a and s are updated, what the sums start from, and what a tile's masked lanes add to a.
-
-Hint: lessons/kernels/token_logp_v3.py::_forward_kernel is the walk. 0 * -inf is nan.
+Source: lessons/05_a_decode_step.md
 """
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from kernels.backend import tl, triton
+
+@dataclass
+class State:
+    """Everything that a step changes; each tensor stays where it is."""
+
+    token: Tensor  # (n,) int64, sampled last
+    done: Tensor  # (n,) bool
+    slot: Tensor  # (1,) int64
+    answers: Tensor  # (n, T) int64
 
 
-@triton.jit
-def _entropy_kernel(logits_ptr, entropy_ptr, stride_n, V, BLOCK_V: tl.constexpr):
-    """Which row, m, s and a, the walk, one store."""
-
-
-def row_entropy(logits: Tensor) -> Tensor:
-    """(N, V) finite logits, bf16, fp16 or fp32, contiguous along V -> (N,) float32."""
-    raise NotImplementedError("exercise 5: lessons/exercises/ex05.py; delete this line when the kernel is written")
-    N, V = logits.shape
-    entropy = torch.full((N,), float("nan"), device=logits.device)  # (N,) what the kernel forgets stays nan
-    _entropy_kernel[(N,)](logits, entropy, logits.stride(0), V, BLOCK_V=1024)
-    return entropy
+def step(table: Tensor, stop: int, state: State) -> None:
+    """One token more for every row. table (V, V) float32."""
+    raise NotImplementedError("exercise 5: lessons/exercises/ex05.py")

@@ -1,25 +1,21 @@
-"""Exercise 08. Where do the 16 numbers of NF4 come from? Make them, for any number of bits.
+"""Exercise 8. Joining what the tiles found: the last step of a log-prob whose tiles were computed side by side.
 
-Trained weights are close to normal. A code of b bits has 2^b values; each should stand for an equally likely range, so
-they are quantiles of the normal distribution at evenly spaced probabilities. Three facts bend that a little. -1, 0 and
-1 must be exact. With 0 among them, 2^b values cannot be symmetric: the positive side gets one value more than the
-negative. And the quantile at probability 1 is infinite, so the probabilities end just below it, for 4 bits at
+Every tile i of a row has looked at its own share of the other tokens (the target is in none of them), and left
 
-    p_last = 1 - (1 / 30 + 1 / 32) / 2 = 0.9677        30 = 2 * 15, 32 = 2 * 16
+    m[i] = max z        s[i] = sum exp(z - m[i])                    a tile without any token leaves m = -inf, s = 0
 
-On each side they go from 1/2, whose quantile is 0, to p_last in equal steps. Yours to decide: how many steps each side
-takes, how 0 comes in once and not three times, what all is divided by, and what 15 and 16 are for b bits.
+Tiles were finished in any order, and no maximum was known before. Join them to the log-prob of the target, whose logit
+is z_y, with all the digits it has: equation (3) of the lesson. Yours to decide: relative to which maximum the sums are
+added, and what becomes of a row that has tiles without tokens, or (V = 1) no other token at all. Its logp is then 0.
 
-Make this pass:  python -m pytest lessons/exercises/test_ex08.py        (about 7 lines)
+Make this pass:  python -m pytest lessons/exercises/test_ex08.py        (about 5 lines)
 
-Hint: torch.special.ndtri is the quantile function; work in float64.
-
-Source: QLoRA, arXiv:2305.14314, section 3 and appendix E.
+Hint: look up what torch makes of -inf - -inf, exp(-inf), log(0) and logsigmoid(inf) before you write a case for each.
 """
 
 from torch import Tensor
 
 
-def normal_float(bits: int = 4) -> Tensor:
-    """(2^bits,) float64, rising from -1 to 1."""
-    raise NotImplementedError("exercise 08: lessons/exercises/ex08.py")
+def join(z_y: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    """z_y (N,), m (N, tiles), s (N, tiles), all fp32 -> logp (N,)."""
+    raise NotImplementedError("exercise 8: lessons/exercises/ex08.py")

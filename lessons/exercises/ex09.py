@@ -1,18 +1,25 @@
-"""Exercise 9. Two adapters of one layer as one: what both add to W, in a single A, B and scale.
+"""Exercise 9. A differentiable entropy bonus at the price of two matmuls, when its weight is known in advance.
 
-    scale * B A  =  scale1 * B1 A1  +  scale2 * B2 A2
+At the first update of a rollout the ratio is 1, so what each token's logp and entropy will be multiplied with, c and e,
+is known *before* forward. Then one weighted sum over weight holds both gradients:
 
-Make this pass:  python -m pytest lessons/exercises/test_ex09.py        (about 4 lines)
+    direction[n] = d (c[n] logp[n] + e[n] entropy[n]) / d hidden[n] = dz[n] @ weight
 
-The ranks may differ. Do not form the (out, in) products: for Qwen3-0.6B they are 48 times as large as the adapters.
-Hint: write B1 A1 and B2 A2 as sums over their inner index. What does that index have to run over in B A?
+    dz[v] = -p[v] (c + e (log p[v] + entropy))                                     v != y
+    dz[y] = c (1 - p[y]) - e p[y] (logp + entropy)
+
+Make this pass:  python -m pytest lessons/exercises/test_ex09.py        (about 8 lines)
+
+The tests have confident tokens, 1 - p[y] = 1e-12, and want three digits of each row, where log_softmax in fp32 gives a
+logp of 0. Yours to decide: how logp is computed, how 1 - p[y] and the p[v] of the others follow from it, and of which
+parts the entropy is summed.
+
+Hint: lesson 08, equation (3).
 """
 
 from torch import Tensor
 
-Adapter = tuple[Tensor, Tensor, float]  # A (r, in) float32, B (out, r) float32, scale = alpha / r
 
-
-def stack(first: Adapter, second: Adapter) -> Adapter:
-    """One adapter of rank r1 + r2. Its scale is 1.0: the two scales have to go somewhere else."""
+def direction(hidden: Tensor, weight: Tensor, targets: Tensor, c: Tensor, e: Tensor) -> Tensor:
+    """hidden (N, C), weight (V, C), both fp32, targets (N,), c (N,), e (N,) -> (N, C), without autograd."""
     raise NotImplementedError("exercise 9: lessons/exercises/ex09.py")

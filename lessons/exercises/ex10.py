@@ -1,26 +1,25 @@
-"""Exercise 10. GSPO-token: GSPO's ratio and clip, with an advantage for each token.
+"""Exercise 10. Where do the 16 numbers of NF4 come from? Make them, for any number of bits.
 
-    s[i]    = exp(mean_{t in i} (logp[t] - old_logp[t]))                    one number an answer, as in GSPO
-    s[i, t] = sg[s[i]] * exp(logp[t] - sg[logp[t]])                         its value is s[i], its gradient is token t's
-    loss    = -mean_i mean_{t in i} min(s[i, t] A[t], clip(s[i, t], 1 - clip_low, 1 + clip_high) A[t])
+Trained weights are close to normal. A code of b bits has 2^b values; each should stand for an equally likely range, so
+they are quantiles of the normal distribution at evenly spaced probabilities. Three facts bend that a little. -1, 0 and
+1 must be exact. With 0 among them, 2^b values cannot be symmetric: the positive side gets one value more than the
+negative. And the quantile at probability 1 is infinite, so the probabilities end just below it, for 4 bits at
 
-sg is "stop gradient", detach() in torch. With one advantage for a whole answer, loss and gradient are GSPO's.
+    p_last = 1 - (1 / 30 + 1 / 32) / 2 = 0.9677        30 = 2 * 15, 32 = 2 * 16
 
-Make this pass:  python -m pytest lessons/exercises/test_ex10.py        (about 6 lines)
+On each side they go from 1/2, whose quantile is 0, to p_last in equal steps. Yours to decide: how many steps each side
+takes, how 0 comes in once and not three times, what all is divided by, and what 15 and 16 are for b bits.
 
-Hints: sequence_sums(values, cu_seqlens) adds up each answer; torch.repeat_interleave is its opposite. Value and
-gradient come from different factors of s[i, t]: clipping sg[s[i]] instead gives the same loss. And the same gradient?
+Make this pass:  python -m pytest lessons/exercises/test_ex10.py        (about 7 lines)
 
-Source: GSPO, arXiv:2507.18071, section 4.3; verl core_algos.py compute_policy_loss_gspo.
+Hint: torch.special.ndtri is the quantile function; work in float64.
+
+Source: QLoRA, arXiv:2305.14314, section 3 and appendix E.
 """
 
 from torch import Tensor
 
-from kernels.seq_logprob import sequence_sums  # noqa: F401  (you will want it)
 
-
-def gspo_token_loss(
-    logp: Tensor, old_logp: Tensor, cu_seqlens: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
-) -> Tensor:
-    """logp (S,) with gradient, old_logp (S,), cu_seqlens (N + 1,), advantages (S,), one for each token -> a scalar."""
+def normal_float(bits: int = 4) -> Tensor:
+    """(2^bits,) float64, rising from -1 to 1."""
     raise NotImplementedError("exercise 10: lessons/exercises/ex10.py")

@@ -7,7 +7,7 @@
 Both count what leaves for memory, so they are what a bandwidth is divided into. Not the launches: a kernel costs a GPU
 some 3 us even where it moves nothing.
 
-Lesson: lessons/15_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
+Lesson: lessons/07_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ goes through memory with int64 indices, values in fp32 and a scale for every wei
 The nearest number is found by distance here and by thresholds in kernels/nf4.py: a weight half-way between two, give or
 take a rounding, may get the other one. That is no worse, but they are not the bytes of a checkpoint.
 
-Lesson: lessons/08_four_bits.md       Tests: tests/test_lesson_kernels_nf4.py
+Lesson: lessons/10_four_bits.md       Tests: tests/test_lesson_kernels_nf4.py
 Shapes: n weights, b blocks.
 """
 

@@ -8,7 +8,7 @@ Nothing of size n exists any more but the codes and the result. What is still sl
     high halves go to even addresses, low halves to odd ones: every 32 bytes of memory are written twice, half each time
     scales are decoded before, by torch: five more launches, that move 49 bytes a block; version 3 moves 1
 
-Lesson: lessons/08_four_bits.md       Tests: tests/test_lesson_kernels_nf4.py
+Lesson: lessons/10_four_bits.md       Tests: tests/test_lesson_kernels_nf4.py
 """
 
 import torch

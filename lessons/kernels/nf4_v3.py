@@ -9,7 +9,7 @@ for kernels/nf4.py, which is this with two changes:
     Compared with a count of bytes, which it knows to be a multiple of 16, it loads 16 at once
     look-ups are addresses to load from; as a gather they stay on the chip, also where the product kernel needs them
 
-Lesson: lessons/08_four_bits.md       Tests: tests/test_lesson_kernels_nf4.py
+Lesson: lessons/10_four_bits.md       Tests: tests/test_lesson_kernels_nf4.py
 """
 
 import torch

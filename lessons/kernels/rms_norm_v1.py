@@ -10,7 +10,7 @@ Bytes a row, bf16: 2 W + 4 for the first, 2 W + 4 + 2 W for the second: 6 W + 8,
 and in kernels/rms_norm.py: the weight, which all rows share and the cache keeps.)
 
 No gradients in these versions: backward is in kernels/rms_norm.py, and reads and writes by the same rules.
-Lesson: lessons/15_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
+Lesson: lessons/07_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
 """
 
 import torch

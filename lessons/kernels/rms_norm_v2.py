@@ -7,7 +7,7 @@ One launch, and rstd never leaves the chip. The kernel still loads the row twice
 it is probably in the cache of its multiprocessor: 16 rows of W = 1024 are 32 KB, and there are 256. Probably: the cache
 belongs to everybody, and at W = 8192 sixteen rows are 256 KB. Nothing in the code says that it works.
 
-Lesson: lessons/15_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
+Lesson: lessons/07_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
 """
 
 import torch

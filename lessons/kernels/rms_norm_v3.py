@@ -7,7 +7,7 @@ bytes, by construction. What is left is the heads of a qk-norm: a row of 128 num
 number to load, 1 byte where it could ask for 16, and there are 196,608 such programs in 8192 tokens of Qwen3-0.6B.
 kernels/rms_norm.py lets 32 such rows share a program.
 
-Lesson: lessons/15_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
+Lesson: lessons/07_counting_bytes.md       Tests: tests/test_lesson_kernels_rms_norm.py
 """
 
 import torch

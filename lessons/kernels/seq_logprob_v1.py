@@ -5,7 +5,7 @@
 Autograd does the rest. For N = 8192, V = 151,936 each matrix is 5 GB in fp32, and backward holds three of them: the
 log-softmax, its gradient and the logits' gradient. The model itself is 1.2 GB.
 
-Lesson: lessons/06_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
+Lesson: lessons/08_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
 Shapes: N rows, C model width, V vocabulary.
 """
 

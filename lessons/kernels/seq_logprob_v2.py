@@ -10,10 +10,10 @@ and forgets every slice. Backward makes them again, for
 
 Products of 2 N V C operations: one forward; three backward, two with a frozen weight. Memory: N * WIDTH logits.
 
-Two things are still wrong with it, and lesson 07 is about them: dz is formed as onehot - p, which loses the digits of
+Two things are still wrong with it, and lesson 09 is about them: dz is formed as onehot - p, which loses the digits of
 confident tokens, and with a frozen weight one of the three products is not needed.
 
-Lesson: lessons/06_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
+Lesson: lessons/08_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
 Source: online softmax, arXiv:1805.02867; recomputing in backward, arXiv:2411.09009 (CCE).
 """
 

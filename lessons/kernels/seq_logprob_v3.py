@@ -7,7 +7,7 @@ Why it is not the last version: N / BLOCK_N programs must feed the whole GPU (64
 each reads all of weight, so weight comes from memory or cache N / BLOCK_N times. kernels/seq_logprob.py gives each tile
 a program of its own and adds up what they found afterwards. Backward is version 2's.
 
-Lesson: lessons/06_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
+Lesson: lessons/08_never_build_the_logits.md       Tests: tests/test_lesson_kernels_seq_logprob.py
 """
 
 import torch

@@ -10,7 +10,7 @@
 Bytes, forward: N V logits read, once; 4 N written. Nothing else of size (N, V) exists, which is the point: plain torch
 in bf16 writes an fp32 copy of the logits and reads it back, more than once.
 
-Lesson: lessons/05_your_first_triton_kernel.md       Tests: tests/test_lesson_kernels_token_logp.py
+Lesson: lessons/06_your_first_triton_kernel.md       Tests: tests/test_lesson_kernels_token_logp.py
 Shapes: N rows (= tokens), V vocabulary.
 """
 

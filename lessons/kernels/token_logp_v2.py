@@ -8,7 +8,7 @@ Any V, with the registers of one tile. The price: every logit is read twice. A r
 than the 256 KB of fast memory beside each multiprocessor, so the second walk reads from L2 or beyond.
 
 Sections as in version 1, which has the reference and the checks.
-Lesson: lessons/05_your_first_triton_kernel.md       Tests: tests/test_lesson_kernels_token_logp.py
+Lesson: lessons/06_your_first_triton_kernel.md       Tests: tests/test_lesson_kernels_token_logp.py
 """
 
 import torch

@@ -11,7 +11,7 @@ attention is the same two lines with a matrix product behind them.
 Backward gets a program for every tile of every row: also a single row keeps a whole GPU busy.
 
 Sections as in version 1, which has the reference and the checks.
-Lesson: lessons/05_your_first_triton_kernel.md       Tests: tests/test_lesson_kernels_token_logp.py
+Lesson: lessons/06_your_first_triton_kernel.md       Tests: tests/test_lesson_kernels_token_logp.py
 Source: online softmax, arXiv:1805.02867.
 """
 

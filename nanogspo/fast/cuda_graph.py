@@ -7,7 +7,7 @@ Python (rollout.DecodeBatch, cache.KVCache).
 All graphs of a process allocate from one memory pool. With a pool each, a dead graph's memory is free only for
 allocations outside of a capture, and a run of some twenty rollouts ends out of memory (24 GB, 256 rows).
 
-Lesson: lessons/16_a_decode_step.md       Tests: tests/test_cuda_graph.py, with tools/recorder.py in place of a GPU
+Lesson: lessons/05_a_decode_step.md       Tests: tests/test_cuda_graph.py, with tools/recorder.py in place of a GPU
 """
 
 import functools

@@ -13,7 +13,7 @@ The head becomes fp32 on a CPU, because its scores are. Training multiplies each
 For Qwen3-0.6B in bf16 a CPU's copies are 0.9 GB and the head's 0.6, a GPU's copies are those of the adapter, 20 MB.
 Later updates of the weights do not reach the copies: make a FusedLinears for each rollout.
 
-Lesson: lessons/16_a_decode_step.md       Tests: tests/test_fused_linear.py
+Lesson: lessons/05_a_decode_step.md       Tests: tests/test_fused_linear.py
 """
 
 from collections.abc import Iterator, Sequence

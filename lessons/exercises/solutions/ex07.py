@@ -1,18 +1,26 @@
-import math
-
+import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+
+from kernels.backend import tl, triton
 
 
-def direction(hidden: Tensor, weight: Tensor, targets: Tensor, c: Tensor, e: Tensor) -> Tensor:
-    z = hidden @ weight.T  # (N, V)
-    y = targets[:, None]  # (N, 1)
-    z_y = z.gather(1, y)  # (N, 1)
-    logp = logsigmoid(z_y - z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True))  # (N, 1)
-    log_p = (z - z_y + logp).scatter(1, y, logp)  # (N, V)
-    p = log_p.exp()  # (N, V)
-    others = p.scatter(1, y, 0.0)  # (N, V)
-    entropy = -(others * log_p).sum(1, keepdim=True) - logp.exp() * logp  # (N, 1)
-    dz = -others * (c[:, None] + e[:, None] * (log_p + entropy))  # (N, V)
-    own = -logp.expm1() * c[:, None] - logp.exp() * e[:, None] * (logp + entropy)  # (N, 1)
-    return dz.scatter(1, y, own) @ weight  # (N, C)
+@triton.jit
+def _kernel(x_ptr, delta_ptr, weight_ptr, y_ptr, W, eps, BLOCK_W: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, BLOCK_W)  # (BLOCK_W,)
+    at = n * W + w  # (BLOCK_W,)
+    x = tl.load(x_ptr + at, mask=w < W, other=0.0).to(tl.float32)  # (BLOCK_W,)
+    delta = tl.load(delta_ptr + at, mask=w < W, other=0.0).to(tl.float32)  # (BLOCK_W,)
+    weight = tl.load(weight_ptr + w, mask=w < W, other=0.0).to(tl.float32)  # (BLOCK_W,)
+    rstd = tl.rsqrt(tl.sum(delta * delta, axis=0) / W + eps)
+    y = x + (1.0 + weight) * delta * rstd  # (BLOCK_W,)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=w < W)
+
+
+def add_normed(x: Tensor, delta: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    N, W = x.shape
+    y = torch.empty_like(x)  # (N, W)
+    if N:
+        block = 1 << (W - 1).bit_length()
+        _kernel[(N,)](x, delta, weight, y, W, eps, BLOCK_W=block, num_warps=8, enable_fp_fusion=False)
+    return y

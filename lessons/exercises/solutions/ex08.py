@@ -1,13 +1,8 @@
-import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
-def normal_float(bits: int = 4) -> Tensor:
-    count = 2**bits
-    last = 1 - (1 / (2 * (count - 1)) + 1 / (2 * count)) / 2
-    sides = []
-    for steps in (count // 2 - 1, count // 2):
-        p = torch.linspace(last, 0.5, steps + 1, dtype=torch.float64)[:-1]  # (steps,)
-        sides.append(torch.special.ndtri(p))
-    values = torch.cat([-sides[0], torch.zeros(1, dtype=torch.float64), sides[1]]).sort().values  # (count,)
-    return values / values.max()
+def join(z_y: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    top = m.amax(1).clamp_min(-1e30)  # (N,)
+    total = (s * (m - top[:, None]).exp()).sum(1)  # (N,) a tile at -inf gets exp(-inf) = 0
+    return logsigmoid(z_y - top - total.log())  # (N,)

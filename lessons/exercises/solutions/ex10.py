@@ -1,14 +1,13 @@
 import torch
 from torch import Tensor
 
-from kernels.seq_logprob import sequence_sums
 
-
-def gspo_token_loss(
-    logp: Tensor, old_logp: Tensor, cu_seqlens: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
-) -> Tensor:
-    lengths = cu_seqlens.diff()  # (N,)
-    s = (sequence_sums(logp - old_logp, cu_seqlens) / lengths).exp().detach()  # (N,)
-    ratio = s.repeat_interleave(lengths) * (logp - logp.detach()).exp()  # (S,)
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # (S,)
-    return -(sequence_sums(objective, cu_seqlens) / lengths).mean()
+def normal_float(bits: int = 4) -> Tensor:
+    count = 2**bits
+    last = 1 - (1 / (2 * (count - 1)) + 1 / (2 * count)) / 2
+    sides = []
+    for steps in (count // 2 - 1, count // 2):
+        p = torch.linspace(last, 0.5, steps + 1, dtype=torch.float64)[:-1]  # (steps,)
+        sides.append(torch.special.ndtri(p))
+    values = torch.cat([-sides[0], torch.zeros(1, dtype=torch.float64), sides[1]]).sort().values  # (count,)
+    return values / values.max()
