@@ -226,7 +226,7 @@ class Trainer:
         total, metrics = sum(len(batch.targets) for batch in batches), []
         for batch in batches:
             batch = batch.to(config.device)
-            logp, entropy, right = score(self.model, batch)  # (S,), (S,), (S,)
+            logp, entropy, right = score(self.model, batch)  # (M,), (M,), (M,)
             loss, facts = sft_loss(logp)
             weight = len(logp) / total  # the weights of an update sum to 1
             (loss * weight).backward()
@@ -267,13 +267,13 @@ class Trainer:
         for batch, old_logp in zip(batches, old, strict=True):
             A = rollout.advantages[batch.index].to(config.device, non_blocking=True)  # (N,)
             batch = batch.to(config.device)
-            logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (S,), (S,), (S,)
-            old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (S,)
+            logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (M,), (M,), (M,)
+            old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (M,)
             loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch, A, config)
             weight, loss = len(batch.index) / trained, loss * trained_fraction  # both average over answers, of all
             (loss * weight).backward()
             self.optimizer.accumulate()
-            entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()  # over answers, too
+            entropy = (sequence_sums(entropy, batch.cu_scored) / batch.lengths).mean()  # over answers, too
             metrics.append((weight, {"loss": loss, "entropy": entropy}))
             ratios.append((len(log_ratio) / ratios_total, facts))
             log_ratios.append(log_ratio)
@@ -362,11 +362,11 @@ class Trainer:
 def policy_loss(
     algo: str, logp: Tensor, old_logp: Tensor, batch: MicroBatch, advantages: Tensor, config: TrainConfig
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(loss, what its ratios look like, log-ratios of answers (N,) for GSPO or of tokens (S,) for GRPO)."""
+    """(loss, what its ratios look like, log-ratios of answers (N,) for GSPO or of tokens (M,) for GRPO)."""
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
     if algo == "grpo":  # one ratio per token
-        return *grpo_loss(logp, old_logp, batch.cu_seqlens, advantages, **clip), logp.detach() - old_logp
-    seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
-    old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
+        return *grpo_loss(logp, old_logp, batch.cu_scored, advantages, **clip), logp.detach() - old_logp
+    seq_logp = sequence_sums(logp, batch.cu_scored)  # (N,)
+    old_seq_logp = sequence_sums(old_logp, batch.cu_scored)  # (N,)
     log_ratio = (seq_logp.detach() - old_seq_logp) / batch.lengths  # (N,)
     return *gspo_loss(seq_logp, old_seq_logp, batch.lengths, advantages, **clip), log_ratio

@@ -70,9 +70,9 @@ def train_on(rollout, model, optimizer, device) -> tuple[list[tuple[float, float
         for batch, old_logp in zip(batches, old, strict=True):
             batch, A = batch.to(device), rollout.advantages[batch.index].to(device)  # (N,)
             logp, _, _ = score(model, batch)  # (S,)
-            seq_logp = sequence_sums(logp, batch.cu_seqlens)  # (N,)
+            seq_logp = sequence_sums(logp, batch.cu_scored)  # (N,)
             old_logp = logp.detach() if old_logp is None else old_logp.to(device)  # (S,)
-            old_seq_logp = sequence_sums(old_logp, batch.cu_seqlens)  # (N,)
+            old_seq_logp = sequence_sums(old_logp, batch.cu_scored)  # (N,)
             loss, facts = gspo_loss(seq_logp, old_seq_logp, batch.lengths, A, clip_low=3e-4, clip_high=4e-4)
             (loss * (len(batch.index) / total)).backward()
             optimizer.accumulate()

@@ -99,7 +99,7 @@ def held_out_loss(
         if stop:
             sums.fill_(math.nan)
             break
-        logp, _, right = score(model, batch.to(config.device))  # (S,), (S,)
+        logp, _, right = score(model, batch.to(config.device))  # (M,), (M,)
         sums += torch.tensor([len(logp), logp.double().sum().item(), right.sum().item()], dtype=torch.float64)
     model.train(was_training)
     tokens, logp, right = sums.tolist()

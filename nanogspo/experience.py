@@ -38,7 +38,7 @@ class Experience:
     minibatches: list[list[MicroBatch]]  # one entry per update
     old_logp: list[
         list[Tensor | None]
-    ]  # like minibatches: (S,) log-probs before any update, on any device; None: not scored apart
+    ]  # like minibatches: (M,) log-probs before any update, on any device; None: not scored apart
     facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
 
@@ -182,7 +182,7 @@ def sampler_gap(experience: Experience, sampled: list[list[float]]) -> float:
     gap = 0.0
     for batches, old in zip(experience.minibatches[1:], experience.old_logp[1:], strict=True):
         for batch, logp in zip(batches, old, strict=True):
-            means = sequence_sums(logp.cpu(), batch.cu_seqlens) / batch.lengths  # (N,)
+            means = sequence_sums(logp.cpu(), batch.cu_scored) / batch.lengths  # (N,)
             drawn = torch.tensor([sum(sampled[i]) / len(sampled[i]) for i in batch.index.tolist()])  # (N,)
             gap = max(gap, (means - drawn).abs().max().item())
     return gap

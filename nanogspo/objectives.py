@@ -16,7 +16,7 @@ advantages. A ratio overflows to inf at a log-ratio of 88.7, where a loss of inf
 returned as it is: no update should be made from such a batch, and a clamp would hide it.
 
 Lesson: lessons/12_gspo.md       Tests: tests/test_objectives.py
-Shapes: P prompts, G answers to each; N sequences; S their tokens, packed end to end.
+Shapes: P prompts, G answers to each; N sequences; M their scored tokens, end to end.
 """
 
 import math
@@ -98,8 +98,8 @@ def grpo_loss(
         r[t] = exp(logp[t] - old_logp[t])
         loss = -mean_i mean_{t in i} min(r[t] * A[i], clip(r[t], 1 - clip_low, 1 + clip_high) * A[i])
 
-    logp        (S,) float32, logp of every scored token under the current weights; carries the gradient
-    old_logp    (S,) float32, the same under the weights that sampled, from the same scorer; no gradient
+    logp        (M,) float32, logp of every scored token under the current weights; carries the gradient
+    old_logp    (M,) float32, the same under the weights that sampled, from the same scorer; no gradient
     cu_seqlens  (N + 1,) int32 or int64: answer i is logp[cu_seqlens[i] : cu_seqlens[i + 1]], never empty
     advantages  (N,) float32, no gradient
     clip_low/_high  >= 0; DAPO and the GSPO paper's baseline use 0.2 / 0.27 or so
@@ -114,9 +114,9 @@ def grpo_loss(
     _check("lengths", lengths, advantages=advantages)
     _check("logp", logp, old_logp=old_logp)
     _check_lengths(lengths, len(logp))
-    per_token = advantages.repeat_interleave(lengths, output_size=len(logp))  # (S,)
-    log_ratio = _at_least_float32(logp) - old_logp.detach()  # (S,)
-    objective, metrics = _clipped(log_ratio, per_token, clip_low, clip_high)  # (S,)
+    per_token = advantages.repeat_interleave(lengths, output_size=len(logp))  # (M,)
+    log_ratio = _at_least_float32(logp) - old_logp.detach()  # (M,)
+    objective, metrics = _clipped(log_ratio, per_token, clip_low, clip_high)  # (M,)
     return -(sequence_sums(objective, cu_seqlens) / lengths).mean(), metrics
 
 
@@ -162,7 +162,7 @@ def sft_loss(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
         loss = -mean_t logp[t]
 
-    logp     (S,) float32, logp of the scored tokens only: an ignored one has logp 0 and would bias the mean towards 0
+    logp     (M,) float32, logp of the scored tokens only: an ignored one has logp 0 and would bias the mean towards 0
     returns  loss, a scalar; metrics: perplexity = exp(loss), "as unsure as between that many tokens"
 
     Raises ValueError when there is no token.

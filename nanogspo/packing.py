@@ -53,24 +53,24 @@ class Example:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """N examples in one row of T tokens. S = scored tokens, in the order of the examples."""
+    """N examples in one row of S tokens. M = scored tokens, in the order of the examples."""
 
-    tokens: Tensor  # (T,) int64
-    segments: Segments  # of T tokens
-    scored: Tensor  # (S,) int64, the hidden state that predicts each scored token
-    targets: Tensor  # (S,) int64, the scored tokens
-    cu_seqlens: Tensor  # (N + 1,) int64, where each example's scored tokens start in S
+    tokens: Tensor  # (S,) int64
+    segments: Segments  # of S tokens
+    scored: Tensor  # (M,) int64, the hidden state that predicts each scored token
+    targets: Tensor  # (M,) int64, the scored tokens
+    cu_scored: Tensor  # (N + 1,) int64, where each example's scored tokens start in M
     index: Tensor  # (N,) int64, which of the examples given to pack() each is; stays on the CPU
 
     @property
     def lengths(self) -> Tensor:
-        return self.cu_seqlens.diff()  # (N,) scored tokens of each example
+        return self.cu_scored.diff()  # (N,) scored tokens of each example
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """All numbers in one copy, which the CPU does not wait for: from pinned memory, to a GPU."""
         if torch.device(device).type == self.tokens.device.type:
             return self
-        names, s = ("tokens", "scored", "targets", "cu_seqlens"), self.segments
+        names, s = ("tokens", "scored", "targets", "cu_scored"), self.segments
         parts = [getattr(self, name) for name in names] + [s.cu_seqlens, s.prefix, s.positions]
         numbers = torch.cat([part.long() for part in parts])
         if torch.device(device).type == "cuda":
@@ -144,18 +144,18 @@ def _micro_batch(examples: list[Example], families: list[list[int]]) -> MicroBat
             tokens += own[:-1]
             lengths.append(len(own) - 1)
             parents.append(parent)
-    cu_seqlens = torch.tensor([0, *counts]).cumsum(0)  # (N + 1,)
+    cu_scored = torch.tensor([0, *counts]).cumsum(0)  # (N + 1,)
     index = torch.tensor([i for family in families for i in family])  # (N,)
     columns = (torch.tensor(x) for x in (scored, targets))
-    return MicroBatch(torch.tensor(tokens), Segments.build(lengths, parents), *columns, cu_seqlens, index)
+    return MicroBatch(torch.tensor(tokens), Segments.build(lengths, parents), *columns, cu_scored, index)
 
 
 def score(model: Transformer, batch: MicroBatch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob and entropy of every scored token under the model: the one scorer behind old and new log-probs.
 
-    returns  (S,) fp32 logp, (S,) fp32 entropy, both differentiable in the model's parameters; (S,) bool, True where the
+    returns  (M,) fp32 logp, (M,) fp32 entropy, both differentiable in the model's parameters; (M,) bool, True where the
              token is the model's own first choice
     """
-    hidden = model(batch.tokens[None], segments=batch.segments)[0, batch.scored]  # (S, C)
+    hidden = model(batch.tokens[None], segments=batch.segments)[0, batch.scored]  # (M, C)
     cap = model.config.final_softcap or None
     return token_logprob(hidden, model.head_weight, batch.targets, temperature=temperature, softcap=cap, with_top=True)

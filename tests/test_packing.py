@@ -92,7 +92,7 @@ def runs(rows, share_from):
 def pieces(batch):
     """Example's index, hidden states that score it and its targets."""
     for n, i in enumerate(batch.index.tolist()):
-        piece = slice(*batch.cu_seqlens[n : n + 2].tolist())
+        piece = slice(*batch.cu_scored[n : n + 2].tolist())
         yield i, batch.scored[piece].tolist(), batch.targets[piece].tolist()
 
 
@@ -119,7 +119,7 @@ def test_a_micro_batch_moves_in_one_copy_that_nobody_waits_for():
     [batch] = packed([Example.answered([1, 2, 3, 4], [5] * n) for n in (1, 2, 3)], NEVER, 1)
     with Moves() as moves:
         moved = batch.to("meta")
-    names = ["tokens", "scored", "targets", "cu_seqlens"]
+    names = ["tokens", "scored", "targets", "cu_scored"]
     pairs = [(getattr(batch, name), getattr(moved, name)) for name in names]
     names = ["cu_seqlens", "prefix", "positions"]
     pairs += [(getattr(batch.segments, name), getattr(moved.segments, name)) for name in names]
@@ -133,7 +133,7 @@ def test_a_micro_batch_moves_in_one_copy_that_nobody_waits_for():
         again = batch.to("meta")
     assert all(
         torch.equal(getattr(again, name), here)
-        for name, (here, _) in zip(["tokens", "scored", "targets", "cu_seqlens"], pairs[:4], strict=True)
+        for name, (here, _) in zip(["tokens", "scored", "targets", "cu_scored"], pairs[:4], strict=True)
     )
     assert all(
         torch.equal(getattr(again.segments, name), here) for name, (here, _) in zip(names, pairs[4:], strict=True)
@@ -153,14 +153,14 @@ def test_every_scored_token_is_there_exactly_once(rows, budget, share_from):
         seen = [[*b, *o[: t + 1]] for b, o in zip(before, own, strict=True) for t in range(len(o))]  # by each token
         assert len(seen) == len(tokens) == sum(segments.lengths)
         assert segments.positions.tolist() == [len(context) - 1 for context in seen]
-        assert len(batch.scored) == len(batch.targets) == batch.cu_seqlens[-1]
-        assert len(batch.cu_seqlens) == len(batch.index) + 1 and batch.cu_seqlens[0] == 0
+        assert len(batch.scored) == len(batch.targets) == batch.cu_scored[-1]
+        assert len(batch.cu_scored) == len(batch.index) + 1 and batch.cu_scored[0] == 0
         for (i, at, targets), length in zip(pieces(batch), batch.lengths.tolist(), strict=True):
             assert length == len(targets) == len(scored(rows[i]))
             assert [(len(seen[s]) - 1, token) for s, token in zip(at, targets, strict=True)] == scored(rows[i])
             assert all(seen[s] == rows[i].tokens[: len(seen[s])] for s in at)
         assert len(set(batch.scored.tolist())) == len(batch.scored)
-        for x in (batch.tokens, batch.scored, batch.targets, batch.cu_seqlens, batch.index):
+        for x in (batch.tokens, batch.scored, batch.targets, batch.cu_scored, batch.index):
             assert x.dtype == torch.int64
 
 

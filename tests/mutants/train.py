@@ -38,7 +38,7 @@ MUTANTS = {
             "a resume that fails has changed config.yaml",
         ),
         (
-            "entropy = (sequence_sums(entropy, batch.cu_seqlens) / batch.lengths).mean()",
+            "entropy = (sequence_sums(entropy, batch.cu_scored) / batch.lengths).mean()",
             "entropy = entropy.mean()",
             "an entropy that depends on how answers fall into micro-batches",
         ),
