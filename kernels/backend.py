@@ -22,7 +22,9 @@ try:
 except ImportError:
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda kernel: kernel, cdiv=lambda a, b: -(-a // b))
+    triton = SimpleNamespace(
+        jit=lambda kernel=None, **options: kernel or (lambda kernel: kernel), cdiv=lambda a, b: -(-a // b)
+    )
     tl = SimpleNamespace(constexpr=None)  # annotations are evaluated when a kernel is defined
 
 HAVE_TRITON = hasattr(triton, "__version__")

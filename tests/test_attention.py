@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kernels.attention
 from kernels.attention import Segments, attention
-from nanogspo.model import attend
+from nanogspo.layouts import attend
 from tests.strategies import SEEDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -79,11 +79,15 @@ def test_a_gpu_without_bf16_units_computes_in_fp32_or_not_at_all(machine):
     assert choose_dtype("auto", "cuda") == choose_dtype("bf16", "cuda") == "bf16"
 
 
-def test_bf16_products_are_summed_in_fp32(monkeypatch):
+def test_bf16_products_are_summed_in_fp32():
     matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", True)
-    choose_device("cpu")
-    assert matmul.allow_bf16_reduced_precision_reduction is False
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = True
+        choose_device("cpu")
+        assert matmul.allow_bf16_reduced_precision_reduction is False
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 @pytest.mark.isa

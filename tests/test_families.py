@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 from nanogspo.checkpoint import our_name
 from nanogspo.families import FAMILIES, MODEL_TYPES, WRAPPERS, export_config, model_config, text_part
-from nanogspo.model import Transformer, inverse_frequencies
+from nanogspo.layers.rope import inverse_frequencies
+from nanogspo.model import Transformer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # real files

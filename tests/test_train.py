@@ -898,7 +898,7 @@ DAMAGES = {
         lambda f: rewrite(f, lambda t: {**t, NORM: t[NORM][:-1]}),
         "has shape [31], config.json wants [32]",
     ),
-    "truncated": (truncate, "ends at byte"),
+    "truncated": (truncate, "file not fully covered"),
     "pickle": (to_pickle, "pickles that can run code"),
     "renamed pickle": (lambda f: torch.save({}, f / "model.safetensors"), "got a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "missing weight files model.safetensors"),
