@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.lora import frozen_linear
 from kernels.prepacked import Layer, PrepackedLinear, can_prepack, can_prepack_head
 from nanogspo.lora import LoRALinear
 from nanogspo.model import MLP, Attention, Transformer, separate
@@ -165,15 +166,16 @@ class FusedAdapters:
         adapted = [m for m in layers if isinstance(m, LoRALinear) and not m.merged]
         self._A = torch.cat([m.lora_A.weight for m in adapted]).to(dtype)  # (sum of r, in)
         self._ranks = [m.r for m in adapted]
-        self._bases = [m.base if isinstance(m, LoRALinear) else m for m in layers]
+        bases = [m.base if isinstance(m, LoRALinear) else m for m in layers]
+        self._bases = [(base.q if isinstance(base, PackedLinear) else base.weight, base.bias) for base in bases]
         self._B = [(m.lora_B.weight * m.scale).to(dtype).T if m in adapted else None for m in layers]  # (r, out) each
 
     def linear(self, x: Tensor) -> list[Tensor]:
         """x (..., in) -> (..., out) of each layer."""
         u = iter(F.linear(x, self._A).flatten(0, -2).split(self._ranks, dim=-1))  # (n, r) each
         out = []
-        for base, B in zip(self._bases, self._B, strict=True):
-            y = base(x)  # (..., out)
+        for (weight, bias), B in zip(self._bases, self._B, strict=True):
+            y = frozen_linear(x, weight, bias)  # (..., out)
             if B is not None:
                 y.flatten(0, -2).addmm_(next(u), B)
             out.append(y)
