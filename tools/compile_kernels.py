@@ -422,7 +422,7 @@ def full_name(kernel: JITFunction) -> str:
     return f"{kernel.fn.__module__}.{kernel.fn.__qualname__}"
 
 
-def record(cases: dict[str, Callable[[], None]], hopper: bool) -> tuple[list[Launch], list[str]]:
+def record(cases: dict[str, Callable[[], None]], hopper: bool = False) -> tuple[list[Launch], list[str]]:
     """Run the cases with launches caught instead of made. What an entry computes in torch it computes; what a kernel
     would have written is nan. hopper: as on an H100, for which entries choose other tiles."""
     launches, errors, current = [], [], ""
