@@ -4,10 +4,10 @@
     python train.py --model Qwen/Qwen3-0.6B --algo gspo         LoRA on a real checkpoint
     python train.py --config configs/sft_qwen3_0.6b.yaml --data rows.jsonl
 
-One update of GSPO (arXiv 2507.18071), which is the whole file in six lines:
+One rollout of GSPO (arXiv 2507.18071) and its U updates, which is the whole file in six lines:
 
-    sample G answers to each prompt  ->  rewards  ->  advantages: how much better than the rest of the group
-    score the answers once, before any update moves a weight                       old log-probs
+    sample G answers to each prompt  ->  rewards  ->  advantages: (reward - mean) / std of the group
+    score the answers, before any update moves a weight                            old log-probs
     for each of the U minibatches:
         ratio = exp((seq_logp - old_seq_logp) / length), one per answer            exactly 1.0 for the first minibatch
         loss  = -mean(min(ratio * A, clip(ratio, 1 - 3e-4, 1 + 4e-4) * A))
@@ -18,6 +18,7 @@ The printed loss is about 0 by construction (the advantages of a group sum to 0)
 Exit codes: 0 done, or saved after Ctrl-C, SIGTERM or SIGHUP · 2 one line on stderr says what is wrong and what to do ·
 130 a second Ctrl-C, or one before the model is loaded · 1 with a traceback: a bug.
 
+Letters: P prompts, G answers to each; N answers of a micro-batch, M their scored tokens; A advantages.
 Reading order: run, set_up, phases_of, Trainer: loop, run_phase, update, sft_update, rl_update, and what they call.
 Lessons: lessons/00_setup.md, lessons/12_gspo.md
 """
@@ -128,7 +129,7 @@ class Phase:
     steps: int
     lr: float
     seconds: float = float("inf")  # the control stops by the clock
-    until: float = 1.1  # the warm-up stops at this fraction of right answers
+    until: float = 1.1  # the warm-up stops at this fraction of right answers; above 1: never
 
 
 def phases_of(config: TrainConfig) -> list[Phase]:
@@ -158,7 +159,7 @@ class Trainer:
     log: RunLog
     started: float
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
-    proved: bool = False  # a first update's ratios were exactly 1 when its old log-probs were scored apart
+    proved: bool = False  # True once separately scored old log-probs have given ratios of exactly 1; not saved
 
     def loop(self) -> None:
         """Phase after phase, from where the run stands; ends early when asked to stop."""
@@ -207,7 +208,7 @@ class Trainer:
             facts, batches = self.sft_update()
         else:
             if progress.update == 0 and not self.new_rollout():
-                return  # nothing has changed since the last update, and that is what is saved
+                return  # the state is still that of the last update, so it can be saved
             facts, batches = self.rl_update(phase.algo)
         norm = self.optimizer.step(lr, config.grad_clip)
         progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
@@ -237,7 +238,8 @@ class Trainer:
         return combine(metrics), batches
 
     def new_rollout(self) -> bool:
-        """Sample answers and score them. False when stopped meanwhile: the answers are thrown away."""
+        """Sample answers and score them: minibatches 2 to U always, the first only until its ratios are `proved`.
+        False when stopped meanwhile: the answers are thrown away."""
         config, progress = self.config, self.progress
         self.rollout = sample_rollout(
             self.model,
@@ -268,9 +270,10 @@ class Trainer:
             A = rollout.advantages[batch.index].to(config.device, non_blocking=True)  # (N,)
             batch = batch.to(config.device)
             logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (M,), (M,), (M,)
+            # None: no weight has moved yet, so this forward pass is also the old one
             old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (M,)
             loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch, A, config)
-            weight, loss = len(batch.index) / trained, loss * trained_fraction  # both average over answers, of all
+            weight, loss = len(batch.index) / trained, loss * trained_fraction  # the average over all answers
             (loss * weight).backward()
             self.optimizer.accumulate()
             entropy = (sequence_sums(entropy, batch.cu_scored) / batch.lengths).mean()  # over answers, too
@@ -296,7 +299,7 @@ class Trainer:
         """Held-out problems or rows. Stopped in the middle it logs nothing, and the resumed run makes it anew."""
         config, data, log = self.config, self.data, self.log
         where = {"step": self.progress.step, "phase": name}
-        if log.has(**where, eval_count=config.eval_size):  # killed after this row
+        if log.has(**where, eval_count=config.eval_size):  # already logged: the run was killed after this row
             return
         if data.held_out:
             loss, accuracy = held_out_loss(self.model, data.held_out, config, self.stop)

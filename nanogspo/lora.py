@@ -5,8 +5,8 @@
 so a wrapped model starts out exactly equal to its base. Only A and B get gradients and optimiser state: 10.1 M numbers
 instead of 596 M for Qwen3-0.6B at r = 16 on every linear layer.
 
-A and B stay in fp32 under a bf16 base and are multiplied in fp32. With 8 bits of mantissa an entry of 1/32 cannot move
-by less than 6e-5: AdamW steps of 1e-5, usual in RL, would be rounded away.
+A and B stay in fp32 under a bf16 base and are multiplied in fp32. In bf16 a change under 6e-5 to an entry of
+1/32 is rounded away, and AdamW steps of 1e-5 are usual in RL.
 
 Reading order: LoRALinear, add_lora, merge_lora, unmerge_lora, describe.
 Lesson: lessons/11_lora_and_sft.md       Tests: tests/test_lora.py
@@ -44,9 +44,10 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base(x)  # (..., out)
-        if self.dropout and self.training:
+        if self.dropout and self.training:  # SFT alone; W and A read different x, so the two products stay apart
             update = self.lora_B(self.lora_A(F.dropout(x, self.dropout).float()))  # (..., out) fp32
             return (self.base(x) + update * self.scale).to(x.dtype)  # (..., out)
+        # a packed weight is unpacked inside the matmul, forward and backward, and is never trained
         weight = self.base.q if isinstance(self.base, PackedLinear) else self.base.weight
         return frozen_linear(x, weight, self.base.bias, self.lora_A.weight, self.lora_B.weight, scale=self.scale)
 

@@ -6,9 +6,9 @@
     hidden = norm(x);   logits = cap(hidden @ head.T)
 
 Reading order: RMSNorm, Attention, MLP, Block, Transformer. What norm, rotation and gate compute is in kernels/
-(rms_norm.py, rope.py, glu.py): plain torch on a CPU, Triton on a GPU. Two things are arguments of `forward`:
+(rms_norm.py, rope.py, glu.py): plain torch on a CPU, Triton on a GPU. Two things are arguments of every layer:
 
-    layout    how tokens attend to each other: dense rows, a packed row, or a cache (layouts.py, chosen in one line)
+    layout    how tokens attend to each other: dense rows, a packed row, or a cache (layouts.py; forward chooses it)
     linear    how the linear layers that share an input are multiplied: here each by itself (`separate`); a rollout
               passes fused ones (fast/fused_linear.py)
 
@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
     """x / rms(x), then a learned scale. Two rounding orders, one flag.
 
     Llama and Qwen round to the model dtype and then multiply by w; Gemma multiplies by (1 + w) in fp32 and rounds last.
-    In bf16 swapping them moves logits by about 1e-2, and (1 + w) itself is not representable near w = 0.001.
+    In bf16 swapping them moves logits by about 1e-2, and 1 + 0.001 rounds to 1.
     """
 
     def __init__(self, width: int, eps: float, plus_one: bool):
@@ -127,7 +127,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: each half reads norm(x) and adds to x.
 
-    The last sum could be fused with the next block's norm, for a second tensor kept between the two.
+    The last sum could be fused with the next block's norm; blocks would then pass two tensors.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        # filled by `load` or `init_weights`: the usual normal_ on the meta device imports 800 modules, a second long
+        # filled by `load` or `init_weights`: nn.Embedding's own start imports 800 modules, for a second
         rows = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows)  # (V, C)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -203,16 +203,16 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Final hidden states, normalised, ready for `logits` or for kernels/seq_logprob.py.
 
-        tokens     (B, T) int64. Rows may be padded on the right with any id: attention is causal, so what stands
-                   behind a row's end cannot reach what stands before it
+        tokens     (B, T) int64. Rows may be padded on the right with any id: attention is causal, so real tokens
+                   never see the padding behind them
         positions  (B, T) int64, RoPE position of each token; default 0 .. T - 1, or what segments or the cache say
         segments   Segments of T tokens: the one row (B = 1) is packed, and these say who sees whom and where they stand
-        cache      KVCache. With segments: the prompts it was made for, to be stored. Without: T tokens (B = 1), the
-                   next one of each of its rows; they are stored and see all that came before them
+        cache      KVCache. With segments: the prompts it was made for, to be stored. Without: (1, n), one new
+                   token for each of its n rows; they are stored and see all that came before them
         linear     how the linear layers that share an input are multiplied
         returns    (B, T, C) in the model's dtype
 
-        Raises ValueError for segments or a cache with several rows, and for a cache that is full or meets gradients.
+        Raises ValueError for segments or a cache with B > 1, and for a cache that is full or meets gradients.
         """
         config, layout = self.config, choose(tokens, segments, cache)
         positions = layout.positions if positions is None else positions  # (B or 1, T)
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) float32, final soft-cap applied.
 
-        16-bit weights are widened a slice of rows at a time: products of two bf16 numbers are exact in fp32, so only
+        A CPU widens 16-bit weights a slice of rows at a time: products of two bf16 numbers are exact in fp32, so only
         the order of summation rounds, and no fp32 copy of the whole head is ever held. Rounding the scores to bf16
         instead would move a log-prob by 1e-2, thirty times GSPO's clip range.
         """

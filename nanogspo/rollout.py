@@ -2,10 +2,13 @@
 
     prefill   every prompt once, whatever the group size; its keys and values are stored once for all its answers
     decode    one token per row and step: hidden -> fp32 logits -> sample -> log-prob of what was drawn
-    finish    a row that drew a stop token leaves the batch, so short answers stop costing
+    compact   rows that drew a stop token are dropped, once a quarter of the batch (with a CUDA graph half) has done so
 
 Linear layers that share an input are fused (fast/fused_linear.py), and on a GPU a decode step is one CUDA graph
-(fast/cuda_graph.py). `_decode` reads the same without either.
+(fast/cuda_graph.py). You can read `_decode` as if neither existed.
+
+A prompt is shared three times: prefill and cache (once a group), decode attention (its keys are read once a group), and
+in training, where it stands once in the packed row for all its answers (packing.py).
 
 Token ids are kept as drawn (the stop token too: the model has to learn to produce it) and are never re-tokenised.
 The log-probs kept here are a *measurement*. "Old" log-probs for the ratio come from the training forward
@@ -16,6 +19,7 @@ Sampling inverts the cumulative distribution with one uniform number per row and
 prompt has its own generator. A row's randomness therefore depends neither on which other rows are still running nor on
 which prompts are decoded beside it, in one batch, in several (max_rows) or by other processes.
 
+Letters: P prompts, G answers to each; N = P G rows, n of them still in the batch; S prompt tokens in all; T steps.
 Lessons: lessons/04_sampling_and_cache.md, 05_a_decode_step.md       Tests: tests/test_rollout.py, test_cuda_graph.py
 """
 
@@ -72,19 +76,18 @@ def generate(
     eos_ids         tokens that end an answer
     seed            of the run; with a prompt's number, counted from first_prompt, it decides what is drawn for it
     max_rows        rows decoded at a time, rounded down to whole groups (one at least); 0: all
-    on_step         called after every decode step with the number of answers that are complete and the tokens of those
-                    that are not; a true return ends the sampling there, with the answers as far as they have got
+    on_step         called after every decode step: how many answers are complete, how many tokens each unfinished one has; a true return ends the sampling there, with the answers as far as they have got
     returns         P * group_size Answers, prompt-major
 
-    Raises ValueError for an empty prompt, for sampling settings outside their range, and for a prompt that leaves no
-    room under the model's max_positions.
+    Raises ValueError for no prompts, an empty one, ids outside the vocabulary, settings outside their range, and a
+    prompt that leaves no room under the model's max_positions; FloatingPointError when scores are not finite.
     """
     if group_size < 1:
         raise ValueError(f"got group_size {group_size}, want at least 1")
     answers = [Answer(p) for p in range(len(prompts)) for _ in range(group_size)]
     per_slice = max(1, max_rows // group_size) if max_rows else max(1, len(prompts))
     complete = 0
-    fused = FusedLinears(model)  # once for all slices
+    fused = FusedLinears(model)  # once for all slices; anew for each rollout, because the weights have moved
     for first in range(0, len(prompts), per_slice):
         part = prompts[first : first + per_slice]
         steps = _decode(
@@ -114,7 +117,8 @@ def generate(
 
 
 def decode(model: Transformer, prompts: list[list[int]], **settings) -> Iterator[Step]:
-    """The sampling loop, a step at a time. settings: all of `generate` but max_rows, which have no defaults here."""
+    """The sampling loop, a step at a time. settings: those of `generate` but max_rows and on_step; here
+    only first_prompt has a default."""
     yield from _decode(model, prompts, FusedLinears(model), **settings)
 
 
@@ -152,7 +156,8 @@ def _decode(
         batch = DecodeBatch(cache, uniforms.to(device), (temperature, top_k, top_p), sorted(eos_ids))
         batch.sample_next(logits.repeat_interleave(group_size, dim=0))  # (N, V)
 
-        # and one more at every step
+        # one more at every step. What `step` reads and writes keeps its address and size until rows are compacted:
+        # the cache has all its slots from the start, and how many are in use is a number on the device
         def step() -> None:
             hidden = model(batch.tokens[None], cache=cache, linear=fused)  # (1, n, C)
             batch.sample_next(fused.logits(hidden[0]))  # (n, V)
@@ -160,7 +165,7 @@ def _decode(
         next_step = CapturedStep(step, cache, enabled=cache.capturable)
         rows = list(range(batch.size))  # which answer each row of the batch is
         active = rows  # rows of the batch that have not drawn a stop token
-        for left in reversed(range(max_new_tokens)):  # steps that may follow
+        for left in reversed(range(max_new_tokens)):  # how many more steps are allowed
             drawn, logp, ends = batch.drawn.tolist()  # the one time in a step that Python waits for a GPU
             kept = [logp[n] for n in active]
             if not all(map(math.isfinite, kept)):
@@ -223,7 +228,9 @@ class DecodeBatch:
         uniform = self.uniforms.index_select(0, self.number)[0]  # (n,)
         tokens, logp = sample(logits, uniform, *self.settings)  # (n,), (n,)
         ends = (tokens[:, None] == self.stop).any(1)  # (n,)
-        self.drawn.copy_(torch.stack((tokens.double(), logp.double(), ends.double())))  # (3, n) an id is exact
+        self.drawn.copy_(
+            torch.stack((tokens.double(), logp.double(), ends.double()))
+        )  # (3, n) float64 holds an id exactly
         self.tokens.copy_(tokens)
         self.number += 1
         if self.cache.capturable:
@@ -236,8 +243,8 @@ class DecodeBatch:
         self.tokens, self.drawn, self.uniforms = self.tokens[kept], self.drawn[:, kept], self.uniforms[:, kept]
 
 
-# The batch is compacted once this fraction of its rows, or less, is active. Copying their cache costs about a step. A
-# graph has to be captured anew besides; but there finished rows read nothing (KVCache.mark_finished).
+# The batch is compacted once this fraction of its rows, or less, is active. Copying their cache costs about a step.
+# With a graph it costs a new capture too, while finished rows cost little: they read no cache (KVCache.mark_finished).
 COMPACT_BELOW = 0.75
 COMPACT_CAPTURED_BELOW = 0.5
 

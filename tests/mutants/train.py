@@ -90,7 +90,7 @@ MUTANTS = {
             "two scorers that differ a little",
         ),
         (
-            "                return  # nothing has changed",
+            "                return  # the state is still",
             "                pass  # nothing has changed",
             "a rollout that was thrown away is trained on",
         ),
