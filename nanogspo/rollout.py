@@ -76,7 +76,7 @@ def generate(
     eos_ids         tokens that end an answer
     seed            of the run; with a prompt's number, counted from first_prompt, it decides what is drawn for it
     max_rows        rows decoded at a time, rounded down to whole groups (one at least); 0: all
-    on_step         called after every decode step with how many answers are complete, and how many tokens each unfinished
+    on_step         called after every decode step with how many answers are complete, and how many tokens each other
                     one has; a true return ends the sampling there, with the answers as far as they have got
     returns         P * group_size Answers, prompt-major
 
