@@ -40,7 +40,7 @@ def gspo(batch, clip, index=None):
 def grpo(batch, clip):
     logp = batch.logp.clone().requires_grad_(True)
     loss, metrics = grpo_loss(
-        logp, batch.old_logp, batch.cu_scored, batch.advantages, clip_low=clip[0], clip_high=clip[1]
+        logp, batch.old_logp, batch.cu_seqlens, batch.advantages, clip_low=clip[0], clip_high=clip[1]
     )
     loss.backward()
     return loss.detach(), metrics, logp.grad
@@ -146,7 +146,7 @@ def test_gspo_is_the_loop(batch, clip):
 @given(answers(), CLIPS)
 def test_grpo_is_the_loop(batch, clip):
     loss, metrics, gradient = grpo(batch, clip)
-    lists = [x.tolist() for x in (batch.logp, batch.old_logp, batch.cu_scored, batch.advantages)]
+    lists = [x.tolist() for x in (batch.logp, batch.old_logp, batch.cu_seqlens, batch.advantages)]
     want, slope = oracles.grpo(*lists, *clip)
     close(loss, want)
     close(gradient, slope)
@@ -338,10 +338,10 @@ def test_first_update_has_a_ratio_of_exactly_one(batch, clip, seed):
         torch.randint(0, 50, (S,)),
     )
     with torch.no_grad():
-        old = seq_logprob(hidden, weight, targets, batch.cu_scored)
+        old = seq_logprob(hidden, weight, targets, batch.cu_seqlens)
         old_logp, _ = token_logprob(hidden, weight, targets)
     hidden.requires_grad_(True)
-    seq_logp = seq_logprob(hidden, weight, targets, batch.cu_scored)
+    seq_logp = seq_logprob(hidden, weight, targets, batch.cu_seqlens)
     seq_logp.retain_grad()
     A = batch.advantages.float()
     loss, metrics = gspo_loss(seq_logp, old, batch.lengths, A, clip_low=clip[0], clip_high=clip[1])
@@ -349,7 +349,7 @@ def test_first_update_has_a_ratio_of_exactly_one(batch, clip, seed):
     assert torch.equal(loss, -A.mean())
     torch.testing.assert_close(seq_logp.grad, -A / (len(A) * batch.lengths))
     logp, _ = token_logprob(hidden, weight, targets)
-    _, per_token = grpo_loss(logp, old_logp, batch.cu_scored, A, clip_low=clip[0], clip_high=clip[1])
+    _, per_token = grpo_loss(logp, old_logp, batch.cu_seqlens, A, clip_low=clip[0], clip_high=clip[1])
     for m in (metrics, per_token):
         assert m["ratio_min"] == m["ratio_mean"] == m["ratio_max"] == 1 and m["ratio_std"] == 0
         assert m["clip_low_frac"] == m["clip_high_frac"] == 0
@@ -367,7 +367,7 @@ def test_micro_batches_add_up(batch, clip, cut):
             n = part.stop - part.start
             if n == 0:
                 continue
-            tokens = slice(batch.cu_scored[part.start], batch.cu_scored[part.stop])
+            tokens = slice(batch.cu_seqlens[part.start], batch.cu_seqlens[part.stop])
             lengths, A = batch.lengths[part], batch.advantages[part]
             bounds = {"clip_low": clip[0], "clip_high": clip[1]}
             if name == "gspo":
@@ -407,7 +407,7 @@ def test_padding_on_either_side_changes_nothing(batch, clip, seed):
     rectangle = torch.arange(N + 1) * T
     right = torch.cat([i * T + torch.arange(n) for i, n in enumerate(lengths)])
     left = torch.cat([i * T + T - n + torch.arange(n) for i, n in enumerate(lengths)])
-    want = loss_and_gradient(torch.arange(S), batch.cu_scored)
+    want = loss_and_gradient(torch.arange(S), batch.cu_seqlens)
     for rows in (right, left):
         got = loss_and_gradient(rows, rectangle)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -418,7 +418,7 @@ def test_nothing_flows_back_to_the_old_policy(batch, clip):
     frozen = [x.clone().requires_grad_(True) for x in (batch.old_logp, batch.advantages)]
     bounds = {"clip_low": clip[0], "clip_high": clip[1]}
     logp = batch.logp.clone().requires_grad_(True)
-    grpo_loss(logp, frozen[0], batch.cu_scored, frozen[1], **bounds)[0].backward()
+    grpo_loss(logp, frozen[0], batch.cu_seqlens, frozen[1], **bounds)[0].backward()
     gspo_loss(batch.sums(logp), batch.sums(frozen[0]), batch.lengths, frozen[1], **bounds)[0].backward()
     assert frozen[0].grad is None and frozen[1].grad is None
 
