@@ -47,7 +47,7 @@ MUTANTS = {
         ("end or len(answer.tokens) == max_new_tokens", "end", "answers that are cut off are never counted"),
         (
             "                return answers\n    return",
-            "                    break\n    return",
+            "                break\n    return",
             "stopped, and the next slice of prompts begins",
         ),
         (
