@@ -52,10 +52,12 @@ def run(config: SampleConfig) -> None:
     quant = None if config.quant == "none" else config.quant
     outline = planner.outline(checkpoint.read_config(folder), dtype, quant)
     slots = min(len(ids), MAX_ROWS) * (max(map(len, ids)) + config.max_new_tokens - 1)
-    refused = planner.too_large(planner.sampling_parts(outline, slots, device), available_memory(device))
+    parts, free = planner.sampling_parts(outline, slots, device), available_memory(device)
+    refused = planner.too_large(parts, free, (planner.PREPACKED,))
     if refused and not config.ignore_memory_plan:
         raise ValueError(f"{refused}; or --ignore-memory-plan")
     model = checkpoint.load(folder, device=device, dtype=dtype, quant=quant)
+    model.prepack = not planner.too_large(parts, free)  # faster, where the copies fit
     if config.adapter:
         checkpoint.load_adapter(model, config.adapter)
     if config.chat:

@@ -196,7 +196,7 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
         if name in found.companions:
             parts = {part: s.read() for part, s in found.companions[name].items()}
             q = nf4_from_file(name, {"weight": stored.read(), **parts}).to(device)
-            put(model, parent, NF4Linear(q, module.bias, bytes(parts[QUANT_STATE].tolist())))
+            put(model, parent, NF4Linear(q, module.bias, bytes(parts[QUANT_STATE].flatten().tolist())))
         elif name in packs:  # rounded to dtype first: the weights that everybody else packs
             try:
                 put(model, parent, quantize_linear(stored.read().to(dtype).to(device), module.bias, quant))

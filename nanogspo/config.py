@@ -125,6 +125,11 @@ class TrainConfig:
         "keep one tensor per layer and recompute the rest, about a third slower; auto: where memory needs it",
         ("auto", "on", "off"),
     )
+    prepack: str = flag(
+        "auto",
+        "on a CPU, copy weights into the order it reads fastest while answers are sampled; auto: where memory allows",
+        ("auto", "on", "off"),
+    )
     lora_r: int = flag(16, "LoRA rank; 0: full fine-tuning", high=10**5, group="adapter and weights")
     lora_alpha: float = flag(32.0, "LoRA scale is alpha / r")
     lora_targets: str = flag(

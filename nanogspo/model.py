@@ -156,12 +156,14 @@ class Transformer(nn.Module):
     """A decoder: token ids in, final hidden states out; `logits` turns hidden states into scores.
 
     gradient_checkpointing  keep only each block's input for the backward pass and recompute the rest
+    prepack                 sampling on a CPU may copy weights into the order it reads fastest (fast/fused_linear.py)
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.prepack = True
         # filled by `load` or `init_weights`: nn.Embedding's own start imports 800 modules, for a second
         rows = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows)  # (V, C)

@@ -57,6 +57,7 @@ def build(config: TrainConfig, task: Task | None) -> Transformer:
     adapt(model, config)
     model.train()
     model.gradient_checkpointing = config.gradient_checkpointing == "on"
+    model.prepack = config.prepack != "off"
     return model
 
 

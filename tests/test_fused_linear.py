@@ -113,6 +113,16 @@ def test_a_new_one_sees_updated_weights(mode, monkeypatch):
     assert generate(model, PROMPTS, **settings) == after != before
 
 
+def test_no_copies_where_they_do_not_fit(monkeypatch):
+    """The planner says so; adapters are fused all the same."""
+    only(monkeypatch, "prepacked")
+    model = tiny("qwen3")
+    add_lora(model, r=2, alpha=4.0)
+    model.prepack = False
+    fused = FusedLinears(model)
+    assert fused._head is None and {type(f) for f in fused._fused.values()} == {FusedAdapters}
+
+
 def test_every_linear_layer_is_in_one_group():
     model = tiny("qwen3")
     found = [f"{type(module).__name__}.{name}" for module, names in groups(model) for name in names]

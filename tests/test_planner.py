@@ -47,6 +47,7 @@ from nanogspo.run.planner import (
     SCORES,
     batch_tokens,
     decide_checkpointing,
+    decide_prepacking,
     human,
     layer_bytes,
     memory_parts,
@@ -201,6 +202,30 @@ def test_gradient_checkpointing_keeps_one_layer_and_every_input():
     whole = memory_parts(config, model, 64)["activations (estimate)"]
     less = memory_parts(dataclasses.replace(config, gradient_checkpointing="on"), model, 64)["activations (estimate)"]
     assert less == whole / 3 + 3 * 256 * 64 * 4  # layers; tokens, width, fp32
+
+
+def test_weights_are_prepacked_where_the_copies_fit(monkeypatch, capsys):
+    """For SFT too, whose evaluations sample; never on a GPU, and where somebody says so it is not asked."""
+    monkeypatch.setattr("kernels.prepacked.FP32_FROM", 1)
+    if not can_prepack(torch.ones(1, 1)):
+        pytest.skip("no oneDNN on this machine")
+    for algo in ("gspo", "sft"):
+        model, config = tiny(), TrainConfig(algo=algo, lora_r=0, gradient_checkpointing="on")
+        parts = memory_parts(config, model, 7)
+        assert parts["prepacked weights"] > 0
+        enough = most(parts) / FILL
+        assert decide_prepacking(config, model, 7, enough + 1).prepack == "on" and not capsys.readouterr().out
+        decided = decide_prepacking(config, model, 7, enough - 1)
+        assert decided.prepack == "off" and "prepacked weights" not in memory_parts(decided, model, 7)
+        assert capsys.readouterr().out.startswith("weights are not prepacked for sampling: ")
+        for word in ("on", "off"):
+            asked = dataclasses.replace(config, prepack=word)
+            assert decide_prepacking(asked, model, 7, 1) == decide_prepacking(asked, model, 7, 10**15) == asked
+        gpu = dataclasses.replace(config, device="cuda")
+        assert (
+            "prepacked weights" not in memory_parts(gpu, model, 7)
+            and decide_prepacking(gpu, model, 7, 1).prepack == "on"
+        )
 
 
 def test_checkpointing_is_chosen_where_training_needs_it(capsys):

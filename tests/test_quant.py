@@ -618,6 +618,12 @@ def test_a_missing_companion_is_named(part, damaged):
         load(folder)
 
 
+def test_a_quant_state_of_another_shape_is_read(damaged):
+    """As its check reads it: flat."""
+    name = f"{LAST}.weight.{formats.QUANT_STATE}"
+    load(damaged(lambda tensors: tensors.update({name: tensors[name][None]})))
+
+
 def test_weights_without_any_companion_are_named(damaged):
     def change(tensors):
         for name in [name for name in tensors if name.startswith(f"{LAST}.weight.")]:

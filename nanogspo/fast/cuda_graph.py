@@ -10,6 +10,7 @@ allocations outside of a capture, and a run of some twenty rollouts ends out of 
 Lesson: lessons/05_a_decode_step.md       Tests: tests/test_cuda_graph.py, with tools/recorder.py in place of a GPU
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -61,6 +62,8 @@ class CapturedStep:
                         f"decoding without a CUDA graph, which could not be captured: {error!r:.300}", file=sys.stderr
                     )
                     self.enabled = False  # for this rollout: the next one may find more memory
+                    with contextlib.suppress(RuntimeError):  # one that ends well, or generators stay in capture mode
+                        capture(torch.zeros(1, device=self._cache.slot.device).zero_)
                 else:
                     torch.cuda.empty_cache()  # a capture may not release cached memory itself
             finally:
@@ -89,9 +92,11 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
         finally:
             try:
                 graph.capture_end()
-            except RuntimeError:
+            except RuntimeError as error:
                 # the driver has ended the capture, the allocator has not: it would never release cached memory again
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool.id)
+                if isinstance(error.__context__, KeyboardInterrupt):  # no failure: the reader of Ctrl-C wants it
+                    raise error.__context__ from None
                 raise
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay

@@ -36,9 +36,10 @@ class FusedLinears:
     def __init__(self, model: Transformer):
         self.model, self._fused = model, {}
         for module, names in groups(model):
-            self._fused[module, names] = fuse([getattr(module, name) for name in names], model.norm.weight.dtype)
+            layers = [getattr(module, name) for name in names]
+            self._fused[module, names] = fuse(layers, model.norm.weight.dtype, model.prepack)
         head = model.head_weight
-        self._head = PrepackedLinear([Layer(head.float())]) if can_prepack_head(head) else None
+        self._head = PrepackedLinear([Layer(head.float())]) if model.prepack and can_prepack_head(head) else None
 
     def __call__(self, module: nn.Module, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
         """What the layers of these names make of x (..., in): (..., out) each."""
@@ -69,13 +70,14 @@ def prepacked_groups(model: Transformer) -> Iterator[list[Layer]]:
             yield layers
 
 
-def fuse(layers: list[nn.Module], dtype: torch.dtype):
+def fuse(layers: list[nn.Module], dtype: torch.dtype, prepack: bool = True):
     """These layers of one x as something with .linear(x); None where each is best on its own.
 
-    dtype  the model's, in which copies of adapters are kept
+    dtype    the model's, in which copies of adapters are kept
+    prepack  False: no copies of weights
     """
     plain = [weights_of(layer) for layer in layers]
-    if all(layer is not None and can_prepack(layer.weight) for layer in plain):
+    if prepack and all(layer is not None and can_prepack(layer.weight) for layer in plain):
         return PrepackedLinear(plain)
     if all(layer is not None and can_concatenate(layer.weight) for layer in plain):
         return ConcatenatedLinear(plain)

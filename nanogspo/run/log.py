@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nanogspo.checkpoint import atomic_write
 from nanogspo.config import TrainConfig
+from nanogspo.storage.files import atomic_write
 
 BAR_EVERY, LINE_EVERY = 1.0, 30.0  # seconds between two words about a rollout: on a terminal, and in a log
 NO_REWARD = (

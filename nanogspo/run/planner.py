@@ -27,7 +27,7 @@ CACHE, PREPACKED, SCORES = "KV cache of a rollout", "prepacked weights", "scores
 GRAPH, WORKSPACES = "CUDA graph of a decode step (estimate)", "library workspaces"
 GRADIENTS, ACTIVATIONS, TILES = "gradients", "activations (estimate)", "vocabulary tiles"
 MOMENTS, MASTERS = "optimiser (two moments)", "fp32 masters"
-ROLLOUT, UPDATE = (CACHE, PREPACKED, SCORES, GRAPH), (GRADIENTS, ACTIVATIONS, TILES)
+ROLLOUT, UPDATE = (CACHE, PREPACKED, SCORES), (GRADIENTS, ACTIVATIONS, TILES)
 ESTIMATES = (SCORES, GRAPH, WORKSPACES, ACTIVATIONS, TILES)
 WORKSPACE = 32 * 2**20  # bytes cuBLAS takes on sm_90 for each stream that multiplies (torch's :4096:2:16:8)
 
@@ -69,12 +69,13 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     }
     on_gpu = config.device == "cuda"
     parts[WORKSPACES] = 2 * WORKSPACE if on_gpu else 0  # the default stream's and the capture stream's
+    # evaluations sample, too
+    parts[PREPACKED] = 0 if on_gpu or config.prepack == "off" else prepacked_bytes(model)
     if rl:
         parts[CACHE] = cache_slots(config, longest_prompt) * slot_bytes(c, element, on_gpu)
-        parts[PREPACKED] = 0 if on_gpu else prepacked_bytes(model)
         copies = 2 if config.temperature == 1 else 3  # logits, those divided by the temperature, probabilities
         parts[SCORES] = copies * rollout_rows(config) * c.vocab_size * 4
-        parts[GRAPH] = parts[SCORES] if on_gpu else 0  # its pool of memory keeps what a step makes
+        parts[GRAPH] = parts[SCORES] if on_gpu else 0  # the pool of all graphs keeps what a step makes, for good
     return {name: size for name, size in parts.items() if size}
 
 
@@ -107,6 +108,7 @@ def most(parts: dict[str, int], without: tuple[str, ...] = ()) -> int:
 
 LOWER = {
     CACHE: "a lower --rollout-rows, --group-size or --max-new-tokens",
+    PREPACKED: "--prepack off",
     **dict.fromkeys((SCORES, GRAPH), "a lower --rollout-rows or --group-size"),
     ACTIVATIONS: "a lower --micro-batch-tokens, or --gradient-checkpointing on",
     **dict.fromkeys((GRADIENTS, MOMENTS, MASTERS), "an adapter (--lora-r 16)"),
@@ -127,6 +129,18 @@ def too_large(parts: dict[str, int], available: int, without: tuple[str, ...] = 
         f"got a run of {'at least' if without else 'about'} {human(needed)} ({largest}: {human(parts[largest])}) where "
         f"{human(available)} are free; want {LOWER.get(largest, '--quant nf4, --dtype bf16 or a smaller --model')}"
     )
+
+
+def decide_prepacking(config: TrainConfig, model: Transformer, longest_prompt: int, available: float) -> TrainConfig:
+    """The config with prepack "on" or "off" where it said "auto": off where the copies would not fit. The sums of
+    prepacked matmuls are in another order, so a resumed run keeps what was decided."""
+    if config.prepack != "auto":
+        return config
+    parts = memory_parts(config, model, longest_prompt)
+    fits = parts.get(PREPACKED, 0) == 0 or most(parts) <= FILL * available
+    if not fits:
+        print(f"weights are not prepacked for sampling: {human(parts[PREPACKED])} more, {human(available)} are free")
+    return dataclasses.replace(config, prepack="on" if fits else "off")
 
 
 def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt: int, available: int) -> TrainConfig:
@@ -239,8 +253,10 @@ def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) 
 
 
 def approve(config: TrainConfig, model: Transformer, longest_prompt: int, available: float) -> TrainConfig:
-    """Print what the run will take, and refuse one that cannot fit. Returns the config with checkpointing decided."""
+    """Print what the run will take, and refuse one that cannot fit. Returns the config with checkpointing and
+    prepacking decided."""
     config = decide_checkpointing(config, model, longest_prompt, available)
+    config = decide_prepacking(config, model, longest_prompt, available)
     print(memory_report(config, model, longest_prompt))
     parts = memory_parts(config, model, longest_prompt)
     refused = too_large(parts, available, ESTIMATES)

@@ -12,9 +12,11 @@ Slow version, standard library alone: lessons/checkpoints/read_safetensors.py   
 """
 
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
@@ -23,12 +25,12 @@ from torch import Tensor
 from nanogspo.inputs import some
 from nanogspo.storage.files import whole_file
 
-DTYPES = {
+DTYPES = {  # in the order in which the package lays tensors out: wide ones first, so that all are aligned
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
+    "F16": torch.float16,
     "I8": torch.int8,
     "U8": torch.uint8,
 }
@@ -61,15 +63,21 @@ class Stored:
             raise ValueError(f"{self.path}: tensor {some([self.name])} cannot be read ({e}); fetch it again") from e
 
 
-def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file, in file order, and its free-form metadata.
+FETCH = "the download is incomplete or damaged: delete the file and fetch it again"
+BACKEND = "pread" if hasattr(os, "pread") else "mmap"  # Windows has none
+
+
+def read_header(path: str | os.PathLike, *, want: str = FETCH) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file, in file order, and its free-form metadata. want: what to do about a bad file.
 
     Raises ValueError for anything the format does not allow, before any tensor is read: a truncated file, offsets that
     overlap or disagree with shape and dtype, a pickle with the wrong name.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: got a folder, want a safetensors file")
     try:
-        file = safe_open(path, "pt", backend="pread")
+        file = safe_open(path, "pt", backend=BACKEND)
         found = [(name, file.get_slice(name)) for name in file.offset_keys()]
         tensors = {name: (t.get_dtype(), tuple(t.get_shape())) for name, t in found}
     except SafetensorError as e:
@@ -79,8 +87,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, s
         if first == b"PK" or first[:1] == b"\x80" and first[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors") from e
         raise ValueError(
-            f"{path}: got {path.stat().st_size} bytes that are not safetensors ({some([e])}); the download is "
-            "incomplete or damaged: delete the file and fetch it again"
+            f"{path}: got {path.stat().st_size} bytes that are not safetensors ({some([e])}); {want}"
         ) from e
     for name, (code, shape) in tensors.items():
         if code not in DTYPES:
@@ -94,7 +101,20 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Stored], dict[str, s
 
 def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a whole file or nothing. Tensors may be on any device and of any layout; those that are on the CPU and
-    contiguous are not copied."""
+    contiguous are not copied, those on a GPU are copied one at a time (a full fine-tune's state is 14 bytes a
+    parameter)."""
+    with whole_file(path) as f:
+        try:
+            if all(t.device.type == "cpu" for t in tensors.values()):
+                _write(f.name, tensors, metadata)
+            else:
+                _stream(f, tensors, metadata)
+            safe_open(f.name, "pt", backend=BACKEND)  # on a full disk the package loses its last bytes without a word
+        except SafetensorError as e:
+            raise OSError(f"{path}: cannot be written ({e}): is the disk full?") from e
+
+
+def _write(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     tensors = {
         name: t.detach().cpu().contiguous() for name, t in tensors.items()
     }  # held while pointers to them are used
@@ -104,9 +124,21 @@ def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metad
         )
         for name, t in tensors.items()
     }
-    with whole_file(path) as f:
-        try:
-            serialize_file(specs, f.name, metadata)
-            safe_open(f.name, "pt", backend="pread")  # on a full disk the package loses its last bytes without a word
-        except SafetensorError as e:
-            raise OSError(f"{path}: cannot be written ({e}): is the disk full?") from e
+    serialize_file(specs, path, metadata)
+
+
+def _stream(f: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The same bytes as `_write`: a header padded to 8, then tensors by dtype and name."""
+    ranks = list(DTYPES.values())
+    names = sorted(tensors, key=lambda name: (ranks.index(tensors[name].dtype), name))
+    header, end = {"__metadata__": metadata}, 0
+    for name in names:
+        t, start = tensors[name], end
+        end += t.nbytes
+        header[name] = {"dtype": DTYPE_CODES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    f.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        f.write(memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    f.flush()

@@ -205,7 +205,7 @@ def read_facts(path: pathlib.Path) -> tuple[dict[str, Stored], dict]:
     """The tensors of a saved state as read_header gives them, and its JSON, every entry of the type it is saved as."""
     if not path.exists():
         raise ValueError(f"{path}: no state to resume from; want the folder of a run that has saved at least once")
-    header, metadata = read_header(path)
+    header, metadata = read_header(path, want="it is incomplete or damaged; want a whole copy")
     if "state" not in metadata or "rng.cpu" not in header:
         raise ValueError(f"{path}: got a safetensors file that no run saved as its state; want one of this program")
     text = metadata["state"]
@@ -213,7 +213,7 @@ def read_facts(path: pathlib.Path) -> tuple[dict[str, Stored], dict]:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         facts = None
-    if isinstance(facts, dict) and ("examples" in facts or "checksums" not in facts):
+    if "crc32" in metadata or (isinstance(facts, dict) and ("examples" in facts or "checksums" not in facts)):
         raise ValueError(f"{path}: an older version of this program saved it; finish the run with that version")
     _refuse(path, ["state"] if not isinstance(facts, dict) or text != _sealed(text[:-22] + "}") else [])
     dicts = ("config", "files", "checksums", "progress", *(["rollout"] if "rollout" in facts else []))

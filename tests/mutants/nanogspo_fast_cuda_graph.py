@@ -4,6 +4,16 @@
 FILE = "nanogspo/fast/cuda_graph.py"
 MUTANTS = {
     "tests/test_cuda_graph.py": [
+        (
+            "                        capture(torch.zeros(1, device=self._cache.slot.device).zero_)\n",
+            "                        pass\n",
+            "generators that capture for ever: dropout raises",
+        ),
+        (
+            "                    raise error.__context__ from None\n",
+            "                    pass\n",
+            "Ctrl-C taken for a failed capture",
+        ),
         ("            self._cache.advance_host()\n", "", "a cache that leaves no trace of replayed steps to copy"),
         (
             "                self._cache.extent = extent  # capturing ran nothing but Python\n",

@@ -4,6 +4,12 @@
 FILE = "nanogspo/fast/fused_linear.py"
 MUTANTS = {
     "tests/test_fused_linear.py": [
+        ("    if prepack and all(", "    if all(", "copies that do not fit are made all the same"),
+        (
+            "if model.prepack and can_prepack_head(head)",
+            "if can_prepack_head(head)",
+            "a copy of the head that does not fit",
+        ),
         ("layer.lora_B.weight, layer.scale)", "layer.lora_B.weight, 0.0)", "sampled without the adapter"),
         ("    if base is layer or layer.merged:\n", "    if base is layer:\n", "a merged adapter is sampled twice"),
         ("(m.lora_B.weight * m.scale).to(dtype)", "m.lora_B.weight.to(dtype)", "sampling forgets the scale"),

@@ -44,9 +44,19 @@ MUTANTS = {
         ),
         ("element if on_gpu else max", "element if False else max", "a GPU's cache counted in fp32"),
         (
-            "0 if on_gpu else prepacked_bytes(model)\n        copies",
-            "prepacked_bytes(model)\n        copies",
+            '0 if on_gpu or config.prepack == "off" else prepacked_bytes(model)\n    if rl',
+            '0 if config.prepack == "off" else prepacked_bytes(model)\n    if rl',
             "a GPU prepacks nothing",
+        ),
+        (
+            'replace(config, prepack="on" if fits else "off")',
+            'replace(config, prepack="on")',
+            "copies that do not fit are made all the same",
+        ),
+        (
+            "(CACHE, PREPACKED, SCORES), (GRADIENTS",
+            "(CACHE, PREPACKED, SCORES, GRAPH), (GRADIENTS",
+            "the pool of the graphs counted as free in an update",
         ),
         ("attended = 2 * queries + 2 * keys", "attended = 3 * queries + 2 * keys", "a second copy of out"),
         ("and not config.ignore_memory_plan", "", "--ignore-memory-plan does not"),
