@@ -53,23 +53,11 @@ class PrepackedLinear:
 
     @torch.no_grad()
     def __init__(self, layers: list[Layer]):
-        weight, biases = torch.cat([layer.weight for layer in layers]), [layer.bias for layer in layers]  # (out, in)
+        weight = torch.cat([layer.weight for layer in layers])  # (out, in)
         self.outs = [len(layer.weight) for layer in layers]
-        self._bias = None
-        if any(bias is not None for bias in biases):
-            zeros = (weight.new_zeros(out) for out in self.outs)
-            self._bias = torch.cat([zero if b is None else b for zero, b in zip(zeros, biases, strict=True)])  # (out,)
-        adapters = [layer for layer in layers if layer.A is not None]
-        self._A, start, column = None, 0, 0
-        if adapters:
-            A = torch.cat([layer.A for layer in adapters]).to(weight.dtype)  # (sum of r, in)
-            B = weight.new_zeros(len(weight), len(A))  # (out, sum of r): a block of it for each adapter
-            for layer, out in zip(layers, self.outs, strict=True):
-                if layer.A is not None:
-                    r = len(layer.A)
-                    B[start : start + out, column : column + r] = layer.B * layer.scale
-                    column += r
-                start += out
+        self._bias, self._A = concatenated_bias(layers), None
+        if any(layer.A is not None for layer in layers):
+            A, B = concatenated_adapters(layers)  # (sum of r, in), (out, sum of r)
             self._A, weight = _prepack(A), torch.cat((weight, B), dim=1)  # (out, in + sum of r)
         self._weight = _prepack(weight)
 
@@ -78,6 +66,21 @@ class PrepackedLinear:
         if self._A is not None:
             x = torch.cat((x, _linear(x, self._A, None)), dim=-1)  # (..., in + sum of r)
         return _linear(x, self._weight, self._bias).split(self.outs, dim=-1)  # (..., out) each
+
+
+def concatenated_bias(layers: list[Layer]) -> Tensor | None:
+    """(sum of out,), 0 for a layer without one; None where none has one."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in layers])
+
+
+def concatenated_adapters(layers: list[Layer]) -> tuple[Tensor, Tensor]:
+    """(sum of r, in) and (sum of out, sum of r) in the weights' dtype: all A, and s B block by block."""
+    A = torch.cat([layer.A for layer in layers if layer.A is not None])  # (sum of r, in)
+    B = [A.new_zeros(len(m.weight), 0) if m.A is None else m.B * m.scale for m in layers]
+    dtype = layers[0].weight.dtype
+    return A.to(dtype), torch.block_diag(*B).to(dtype)
 
 
 def nbytes(layers: list[Layer]) -> int:

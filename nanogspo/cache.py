@@ -69,21 +69,12 @@ class KVCache:
     prompts     the packed row of prompts that `Transformer.forward` will prefill: a segment each
     capacity    tokens that a row can add
     dtype       the model's
-    capturable  the step's slot is read on the device alone, as a CUDA graph needs it
+    capturable  attribute: the step's slot is read on the device alone, as a CUDA graph needs it
 
     Raises ValueError for segments that have a prefix themselves.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        prompts: Segments,
-        group_size: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype,
-        capturable: bool = False,
-    ):
+    def __init__(self, config: ModelConfig, prompts: Segments, group_size: int, capacity: int, *, dtype: torch.dtype):
         if any(parent >= 0 for parent in prompts.parents):
             raise ValueError(f"got segments with prefixes {prompts.parents}, want prompts, which have none")
         device, P = prompts.positions.device, len(prompts.lengths)
@@ -94,7 +85,7 @@ class KVCache:
         self.active = torch.ones_like(self.prompt)  # (N,) 1, or 0 where a row has finished and reads nothing any more
         self.slot = torch.full((1,), -1, device=device)  # the newest token's
         self.extent, self.capacity = 0, capacity  # slots in use as a Python number: reading it never waits for a GPU
-        self.capturable = capturable
+        self.capturable = False  # the rollout asks the cache that is made (fast/cuda_graph.py)
         segment = torch.arange(P, device=device).repeat_interleave(self.prefix_lengths)  # (S,)
         self._prefill_at = (segment, prompts.positions)  # where each token of the packed row belongs
         shape, longest = (config.num_kv_heads, config.head_dim), max(prompts.lengths)

@@ -23,7 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.lora import frozen_linear
-from kernels.prepacked import Layer, PrepackedLinear, can_prepack, can_prepack_head
+from kernels.prepacked import (
+    Layer,
+    PrepackedLinear,
+    can_prepack,
+    can_prepack_head,
+    concatenated_adapters,
+    concatenated_bias,
+)
 from nanogspo.lora import LoRALinear
 from nanogspo.model import MLP, Attention, Transformer, separate
 from nanogspo.quant import PackedLinear
@@ -113,15 +120,10 @@ class ConcatenatedLinear:
         self._weight = adjacent([layer.weight for layer in layers])  # (sum of out, in)
         self._outs = [len(layer.weight) for layer in layers]
         self._bias = concatenated_bias(layers)
-        adapted, dtype = [layer for layer in layers if layer.A is not None], self._weight.dtype
         self._A = self._B = None
-        if adapted:
-            self._A = torch.cat([layer.A for layer in adapted]).to(dtype)  # (sum of r, in)
-            empty = self._weight.new_zeros
-            blocks = [
-                empty(out, 0) if m.A is None else m.B * m.scale for out, m in zip(self._outs, layers, strict=True)
-            ]
-            self._B = torch.block_diag(*blocks).to(dtype).T  # (sum of r, sum of out)
+        if any(layer.A is not None for layer in layers):
+            self._A, B = concatenated_adapters(layers)  # (sum of r, in)
+            self._B = B.T  # (sum of r, sum of out)
 
     def linear(self, x: Tensor) -> Sequence[Tensor]:
         """x (..., in) -> (..., out) of each layer, views of one tensor."""
@@ -129,13 +131,6 @@ class ConcatenatedLinear:
         if self._A is not None:
             y.flatten(0, -2).addmm_(F.linear(x, self._A).flatten(0, -2), self._B)
         return y.split(self._outs, dim=-1)  # (..., out) each
-
-
-def concatenated_bias(layers: list[Layer]) -> Tensor | None:
-    """(sum of out,), 0 for a layer without one; None where none has one."""
-    if all(layer.bias is None for layer in layers):
-        return None
-    return torch.cat([m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in layers])
 
 
 def adjacent(weights: list[Tensor]) -> Tensor:

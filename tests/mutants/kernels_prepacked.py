@@ -4,14 +4,6 @@
 FILE = "kernels/prepacked.py"
 MUTANTS = {
     "tests/test_prepacked.py": [
-        ("layer.B * layer.scale", "layer.B", "the adapter's scale is forgotten"),
-        ("                    column += r\n", "", "adapters share the columns of the first"),
-        (
-            "                start += out\n",
-            "                start += out if layer.A is not None else 0\n",
-            "an adapter beside the layer before its own",
-        ),
-        ("zero if b is None else b", "zero", "biases are dropped"),
         (
             "weight.dtype == torch.float32 and weight.shape[1] >= FP32_FROM",
             "weight.shape[1] >= FP32_FROM",
@@ -19,5 +11,33 @@ MUTANTS = {
         ),
         ("weight.shape[1] >= FP32_FROM", "weight.shape[1] > FP32_FROM", "256 channels are not wide enough"),
         ('weight.device.type in ("cpu", "meta") and', "", "prepacked weights on a GPU"),
+        ("else m.B * m.scale for m in layers]", "else m.B for m in layers]", "the adapter's scale is forgotten"),
+        (
+            "B = [A.new_zeros(len(m.weight), 0) if m.A is None else",
+            "B = [A.new_zeros(0, 0) if m.A is None else",
+            "an adapter beside the layer before its own",
+        ),
+        (
+            "torch.block_diag(*B).to(dtype)",
+            "torch.block_diag(*B).flip(1).to(dtype)",
+            "an adapter that reads the A of another",
+        ),
+        (
+            "torch.cat([m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in layers])",
+            "torch.cat([m.weight.new_zeros(len(m.weight)) for m in layers])",
+            "biases are dropped",
+        ),
+    ],
+    "tests/test_fused_linear.py": [
+        (
+            "else m.B * m.scale for m in layers]",
+            "else m.B for m in layers]",
+            "concatenated adapters without their scale",
+        ),
+        (
+            "torch.cat([m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in layers])",
+            "torch.cat([m.weight.new_zeros(len(m.weight)) for m in layers])",
+            "concatenated biases are dropped",
+        ),
     ],
 }

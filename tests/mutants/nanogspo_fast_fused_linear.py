@@ -18,7 +18,6 @@ MUTANTS = {
             ".to(dtype).T if isinstance(m, LoRALinear) else None",
             "a merged adapter is added once more",
         ),
-        ("else m.B * m.scale for", "else m.B for", "concatenated adapters without their scale"),
         ("        return self.model.cap(z)\n", "        return z\n", "logits without their soft-cap"),
         ("    if same:\n", "    if False:\n", "weights are moved at every rollout"),
         ("        w.data = part\n", "        pass\n", "weights are stored twice, and updates reach one of them"),
@@ -26,11 +25,6 @@ MUTANTS = {
             "w.storage_offset() == first.storage_offset() + stops",
             "True",
             "weights of one tensor in another order, taken as they are",
-        ),
-        (
-            "torch.cat([m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in layers])",
-            "torch.cat([m.weight.new_zeros(len(m.weight)) for m in layers])",
-            "concatenated biases are dropped",
         ),
         (
             "            yield module, module.OUTPUT\n",
