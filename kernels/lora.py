@@ -176,6 +176,12 @@ def _gradients(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tup
 # 3. autograd
 
 
+def unpack(weight: NF4Tensor | Int8Tensor, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:
+    """W, (out, in) in dtype, in fresh memory."""
+    dequantize = dequantize_nf4 if isinstance(weight, NF4Tensor) else dequantize_int8
+    return dequantize(weight, dtype, backend=backend)
+
+
 @dataclass(frozen=True)
 class _Frozen:
     """What has no gradient. backend: "torch" or "triton"."""
@@ -188,7 +194,6 @@ class _Frozen:
         """W, (out, in): as it is, or unpacked into dtype."""
         if isinstance(self.weight, Tensor):
             return self.weight.detach()
-        unpack = dequantize_nf4 if isinstance(self.weight, NF4Tensor) else dequantize_int8
         return unpack(self.weight, dtype, backend=self.backend)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

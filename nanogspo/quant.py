@@ -27,13 +27,13 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from kernels.int8 import Int8Tensor, dequantize_int8, quantize_int8
-from kernels.lora import frozen_linear
-from kernels.nf4 import NESTED, NF4Tensor, dequantize_nf4, quantize_nf4
+from kernels.int8 import Int8Tensor, quantize_int8
+from kernels.lora import frozen_linear, unpack
+from kernels.nf4 import NESTED, NF4Tensor, quantize_nf4
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer without a wide weight. Subclasses say how to unpack.
+    """A frozen linear layer without a wide weight. Subclasses say what its buffers are called.
 
     q     the packed weight, whose tensors are also the buffers of this module
     bias  (out,) parameter in the model's dtype, or None
@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """W, (out, in) in dtype, in fresh memory."""
-        raise NotImplementedError
+        return unpack(self.q, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.q, self.bias)  # (..., out)
@@ -95,17 +95,11 @@ class NF4Linear(PackedLinear):
         super().__init__(q, bias)
         self.quant_state = quant_state  # a file's own, which is written back unchanged: storage/bitsandbytes.py
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_nf4(self.q, dtype)  # (out, in)
-
 
 class Int8Linear(PackedLinear):
     """One byte a weight and a scale for every row (kernels/int8.py)."""
 
     BUFFERS = {"codes": "weight", "scale": "scale"}
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_int8(self.q, dtype)  # (out, in)
 
 
 LINEAR = (nn.Linear, PackedLinear)  # what LoRA can be put beside
