@@ -29,6 +29,7 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 from nanogspo.config import TrainConfig, check, dump, resolve
 from nanogspo.run import program
@@ -45,9 +46,9 @@ from torch import Tensor  # noqa: E402
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
-from nanogspo.data import Data  # noqa: E402
+from nanogspo.data import Data, choose_rewards, choose_task  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
-from nanogspo.evaluation import count_exact, held_out_loss, sample_answers  # noqa: E402
+from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience, sample_rollout  # noqa: E402
 from nanogspo.objectives import combine, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
@@ -55,24 +56,40 @@ from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.quant import packed_layers  # noqa: E402
 from nanogspo.run import curves, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
+from nanogspo.run.rewards import Rewards  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
 from nanogspo.storage.state import Progress  # noqa: E402
-from nanogspo.tasks import get_task  # noqa: E402
+from nanogspo.tasks.base import Task  # noqa: E402
 
 PROBE_EVERY = 5  # updates; the fraction of right answers climbs by about 1 % an update once it moves, so look often
 
 
-def run(config: TrainConfig) -> None:
-    """One run, from a checked configuration to saved weights. Bad input raises ValueError."""
+def run(
+    config: TrainConfig, *, task: Task | None = None, rewards: Sequence[Callable] = (), weights: Sequence[float] = ()
+) -> tuple[pathlib.Path, dict] | None:
+    """One run, from a configuration to saved weights. Bad input raises ValueError.
+
+    task     an object with the members of nanogspo.tasks.base.Task, instead of --task and --data
+    rewards  functions, instead of --reward; weights: one number for each, 1 if left out
+    returns  the run's folder, and the last row of every kind of metrics.jsonl in one; None with plan_only
+    """
     with contextlib.ExitStack() as held:  # the run's folder and its log are closed however the run ends
-        trainer = set_up(config, held)
-        if trainer:
-            trainer.loop()
-            trainer.finish()
+        trainer = set_up(config, held, task, rewards, weights)
+        if trainer is None:
+            return None
+        trainer.loop()
+        trainer.finish()
+        return trainer.folder, {k: v for row in read_rows(trainer.folder / "metrics.jsonl") for k, v in row.items()}
 
 
-def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
+def set_up(
+    config: TrainConfig,
+    held: contextlib.ExitStack,
+    task: Task | None = None,
+    rewards: Sequence[Callable] = (),
+    weights: Sequence[float] = (),
+) -> "Trainer | None":
     """Everything before the first update. What is cheap to check comes first: no weights are read and no folder is made
     for a run that is refused. None with --plan-only."""
     started = time.perf_counter()
@@ -85,7 +102,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     # tokenizer, the model's outline (shapes without numbers), data, memory
-    task = None if config.data else get_task(config.task, config.task_size or None)
+    task = task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
     if task:
@@ -95,6 +112,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
+    judge = choose_rewards(config, data, rewards, weights, held)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -113,7 +131,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
     steps = sum(phase.steps for phase in phases if phase.name != "control")
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
-    trainer = Trainer(config, data, model, optimizer, phases, progress, rollout, inputs, folder, log, started)
+    trainer = Trainer(config, data, judge, model, optimizer, phases, progress, rollout, inputs, folder, log, started)
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these
@@ -149,6 +167,7 @@ class Trainer:
 
     config: TrainConfig
     data: Data
+    rewards: Rewards | None  # None: the task's own
     model: torch.nn.Module
     optimizer: Optimizer
     phases: list[Phase]
@@ -186,7 +205,7 @@ class Trainer:
             done = progress.phase_step
             if phase.until <= 1 and done and done % PROBE_EVERY == 0:
                 probe = self.data.probe(config.warm_probe)
-                right = self.count_exact(probe)
+                right, _ = self.examine(probe)
                 progress.phase_done = not self.stop and right >= phase.until * len(probe)  # groups are mixed enough
             if config.eval_every and done and done % config.eval_every == 0 and not progress.phase_done:
                 self.evaluate(phase.name)
@@ -246,6 +265,7 @@ class Trainer:
             self.data.chat,
             self.data.task,
             config,
+            rewards=self.rewards,
             first_problem=progress.rl_cursor,
             step=progress.step + 1,
             score_first=not self.proved,
@@ -263,11 +283,11 @@ class Trainer:
         batches, old = rollout.minibatches[update], rollout.old_logp[update]
         trained = sum(len(batch.index) for batch in batches)
         # answers without an advantage are not scored: their gradient is 0, and they count in the average
-        trained_fraction = trained / (len(rollout.examples) // config.updates_per_rollout)
+        trained_fraction = rollout.trained_fraction(update)
         ratios_total = trained if algo == "gspo" else sum(len(batch.targets) for batch in batches)
         metrics, ratios, log_ratios = [], [], []
         for batch, old_logp in zip(batches, old, strict=True):
-            A = rollout.advantages[batch.index].to(config.device, non_blocking=True)  # (N,)
+            A = rollout.advantages[batch.index].nan_to_num().to(config.device, non_blocking=True)  # (N,)
             batch = batch.to(config.device)
             logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (M,), (M,), (M,)
             # None: no weight has moved yet, so this forward pass is also the old one
@@ -291,9 +311,10 @@ class Trainer:
         self.progress.update = (update + 1) % config.updates_per_rollout
         return facts | rollout.facts | {"trained_frac": trained_fraction}, batches
 
-    def count_exact(self, problems: list) -> int:
+    def examine(self, problems: list) -> tuple[int, dict[str, float]]:
         on_step = self.log.sampling(len(problems), self.stop)
-        return count_exact(self.model, self.data.chat, self.data.task, problems, self.config, on_step)
+        judges = self.data.task, self.rewards
+        return examine(self.model, self.data.chat, *judges, problems, self.config, on_step, self.progress.step)
 
     def evaluate(self, name: str, last: bool = False) -> None:
         """Held-out problems or rows. Stopped in the middle it logs nothing, and the resumed run makes it anew."""
@@ -309,9 +330,9 @@ class Trainer:
                 log.answers(self.progress.step, answers)
                 log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
         if data.problems:
-            right = self.count_exact(data.problems)
+            right, facts = self.examine(data.problems)
             if not self.stop:
-                log.evaluation(**where, successes=right, count=config.eval_size)
+                log.evaluation(**where, successes=right, count=config.eval_size, **facts)
 
     def next_phase(self) -> None:
         """A fresh optimiser; the control also goes back to the weights at the end of the warm-up."""

@@ -44,11 +44,33 @@ class TrainConfig:
         path=True,
     )
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft"))
-    task: str = flag("reverse", "where prompts and rewards come from: reverse, addition, or jsonl (with --data)")
+    task: tuple[str, ...] = flag(
+        ("reverse",),
+        "where prompts and rewards come from: reverse, addition, or your FILE.py[:Class]; given several times, as NAME="
+        "SHARE, they are mixed; jsonl: the rows of --data",
+        path=True,
+    )
     task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default", high=1000)
     data: str = flag(
-        "", "JSONL file for --algo sft: rows with messages, prompt + completion, or title ... solution", path=True
+        "",
+        "JSONL file; for sft rows with messages, prompt + completion, or title ... solution; in RL rows with a prompt "
+        "and whatever columns the --reward reads",
+        path=True,
     )
+    reward: tuple[str, ...] = flag(
+        (),
+        "what scores an answer, instead of the task's own reward: your FILE.py:function or a name (exact, numeric, "
+        "regex:PATTERN, ...), with =WEIGHT if it is not 1; may be given several times",
+        path=True,
+    )
+    reward_mix: str = flag(
+        "sum_then_normalize",
+        "advantages from the weighted sum of the rewards, or the weighted sum of each reward's advantages",
+        ("sum_then_normalize", "normalize_then_sum"),
+    )
+    reward_timeout: float = flag(10.0, "seconds a call of a --reward may take", high=86400, exclude=0)
+    system: str = flag("", "system message for rows of --data that have none (in RL)")
+    max_prompt_tokens: int = flag(0, "longer prompts of --data are left out, and counted; 0: what the model has room for")
     adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one", path=True)
     out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...", path=True)
     resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win", path=True)
@@ -150,6 +172,11 @@ class TrainConfig:
     plan_only: bool = flag(False, "print what the run would take and end: no weights are read, no folder is made")
     ignore_memory_plan: bool = flag(False, "start although the plan says that the memory cannot suffice")
 
+    def __post_init__(self) -> None:
+        for f in filter(repeatable, dataclasses.fields(self)):  # from Python, one name may stand alone; JSON has lists
+            value = getattr(self, f.name)
+            object.__setattr__(self, f.name, (value,) if isinstance(value, str) else tuple(value))
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -201,8 +228,17 @@ def flag_name(field: str) -> str:
 
 
 def reader(field: dataclasses.Field) -> Any:
-    """What makes a field's value of its text."""
-    return os.path.expanduser if field.metadata["path"] else field.type
+    """What makes a field's value, or one of its values, of its text."""
+    return os.path.expanduser if field.metadata["path"] else scalar(field)
+
+
+def scalar(field: dataclasses.Field) -> type:
+    """The type of one value: a flag of type tuple[str, ...] may be given several times."""
+    return str if repeatable(field) else field.type
+
+
+def repeatable(field: dataclasses.Field) -> bool:
+    return field.type == tuple[str, ...]
 
 
 def parser(config_class: type, prog: str) -> Parser:
@@ -221,7 +257,8 @@ def parser(config_class: type, prog: str) -> Parser:
             del defaults["tiny"]
         defaults = {k: {True: "on", False: "off"}[v] if f.type is bool else v for k, v in defaults.items() if v != ""}
         shown = "; ".join(f"{name}: {value}" for name, value in defaults.items())
-        kind = {"type": reader(f), "choices": choices or None, "metavar": None if choices else f.type.__name__}
+        kind = {"type": reader(f), "choices": choices or None, "metavar": None if choices else scalar(f).__name__}
+        kind |= {"action": "append"} if repeatable(f) else {}
         if f.metadata["group"]:
             group = p.add_argument_group(f.metadata["group"])
         group.add_argument(
@@ -245,8 +282,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], p._option_string_actions, n=1, cutoff=0.5)
         p.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-    given = vars(args)
-    if empty := [flag_name(name) for name, value in given.items() if value in ("", [])]:  # argparse makes [] of --
+    given = {name: tuple(value) if isinstance(value, list) and value else value for name, value in vars(args).items()}
+    if empty := [flag_name(name) for name, value in given.items() if value in ("", []) or value == ("",)]:  # -- gives []
         p.error(f"got an empty {empty[0]}, want a value, or no such flag")
     file = given.pop("config", "")
     if "words" in given:
@@ -272,7 +309,7 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     if base.get("resume"):
         raise ValueError("got resume in a --config file, want --resume DIR on the command line")
     if given.get("data") and "task" not in given:
-        given["task"] = "jsonl"  # nothing else it could mean
+        given["task"] = ("jsonl",)  # nothing else it could mean
     if given.get("resume"):
         changed = [name for name in given if name in base and given[name] != base[name]]
         if "eval_size" in changed and base.get("data"):
@@ -323,7 +360,11 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
         if name in values:
             raise ValueError(f"{where}: got {name} a second time, want every field once")
         try:
-            values[name] = read_value(fields[name], node)
+            if repeatable(fields[name]):
+                nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+                values[name] = tuple(read_value(fields[name], item) for item in nodes)
+            else:
+                values[name] = read_value(fields[name], node)
         except ValueError as e:
             raise ValueError(f"{where}: {name} is {e}") from None
     return values
@@ -337,7 +378,7 @@ def read_value(field: dataclasses.Field, node) -> Any:
     """A YAML node as the field's type. ValueError says what it is instead, and what to write."""
     import yaml
 
-    kind, choices, tag = field.type, field.metadata["choices"], node.tag.removeprefix("tag:yaml.org,2002:")
+    kind, choices, tag = scalar(field), field.metadata["choices"], node.tag.removeprefix("tag:yaml.org,2002:")
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"a {node.id}, want one value ({kind.__name__})")
     text, shown = node.value, f"{node.value[:80]!r} ({tag})" if node.value else "empty"
@@ -397,7 +438,7 @@ def check_fields(config: TrainConfig | SampleConfig) -> None:
     """Every field by itself, by what stands beside it. nan passes no comparison; infinity is beyond every bound."""
     for f in dataclasses.fields(config):
         name, value, (low, high, exclude) = flag_name(f.name), getattr(config, f.name), f.metadata["bounds"]
-        if f.type is str and re.search("[\0\ud800-\udfff]", value):
+        if scalar(f) is str and re.search("[\0\ud800-\udfff]", "".join(value)):
             raise ValueError(f"got {name} {value!a}, want UTF-8 text")
         if f.metadata["choices"] and value not in f.metadata["choices"]:
             raise ValueError(f"got {name} {value!r:.40}, want one of {', '.join(f.metadata['choices'])}")
@@ -422,20 +463,25 @@ def check(config: TrainConfig) -> None:
         raise ValueError("got --accept-changes without --resume RUN, want both, or neither: a new run has no changes")
     if config.resume and config.out not in ("", config.resume):
         raise ValueError(f"got --out {config.out} with --resume {config.resume}, want one: a run goes on in its folder")
-    if (config.task == "jsonl") != bool(config.data):
+    if ("jsonl" in config.task) != bool(config.data) or (config.data and len(config.task) > 1):
         raise ValueError(
             "got --task jsonl without --data FILE.jsonl"
             if not config.data
-            else f"got --data with --task {config.task}, want --task jsonl"
+            else f"got --data with --task {', '.join(config.task)}, want --task jsonl"
         )
-    if config.epochs and not config.data:
-        raise ValueError(f"got --epochs {config.epochs:g} without --data: a task's problems do not end; want --steps")
+    if config.epochs and (not config.data or rl):
+        why = "with RL on --data" if config.data else "without --data: a task's problems do not end"
+        raise ValueError(f"got --epochs {config.epochs:g} {why}; want --steps")
     if config.epochs and config.steps != TrainConfig.steps:
         raise ValueError(f"got --epochs {config.epochs:g} and --steps {config.steps}, want one of them")
-    if config.data and rl:
+    if config.data and rl and not config.reward:
         raise ValueError(
-            f"got --data with --algo {config.algo}: a JSONL file holds answers, not rewards; want --algo sft"
+            f"got --data with --algo {config.algo} and no --reward: rows do not say what a good answer is; want --reward "
+            "FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate the rows' own answers"
         )
+    if not rl and (config.reward or config.system or config.max_prompt_tokens):
+        name = next(name for name in ("reward", "system", "max_prompt_tokens") if getattr(config, name))
+        raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo, or no such flag")
     if config.quant != "none" and not config.lora_r:
         raise ValueError(
             f"got --quant {config.quant} with --lora-r 0 (full fine-tuning{', as configs/tiny.yaml says' * tiny}): "

@@ -5,13 +5,18 @@ The n-th example is a function of n and the seed, so a cursor is one integer, an
 Tests: tests/test_data.py, tests/test_train.py
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Sequence
 
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.evaluation import split
+from nanogspo.experience import group_of
 from nanogspo.families import ModelConfig
 from nanogspo.packing import Example
+from nanogspo.run.rewards import Rewards
+from nanogspo.tasks import build_task
 from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.jsonl import load_jsonl
 
@@ -56,7 +61,15 @@ class Data:
                 f"got prompts of {longest} tokens + --max-new-tokens {config.max_new_tokens}, "
                 f"want at most {model.max_positions} together (max_position_embeddings)"
             )
-        longest_answer = max(sum(data.sft_example(n).loss_mask) for n in range(50))
+        drawn, imitated = [task.train_problem(n, config.seed) for n in range(50)], config.warm_steps or config.algo == "sft"
+        if imitated and not all(problem.answer for problem in drawn):
+            raise ValueError(
+                f"got {'--algo sft' if config.algo == 'sft' else f'--warm-steps {config.warm_steps}'}, which imitates the "
+                "task's own answers, with problems that have none; want an `answer` in every row, or --warm-steps 0"
+            )
+        # the answer of a row may be a solution, which nobody is to say word for word
+        said = [p for p in drawn if p.answer and (imitated or not p.row)]
+        longest_answer = max((sum(chat.demonstration(p).loss_mask) for p in said), default=0)
         if longest_answer > config.max_new_tokens:
             raise ValueError(
                 f"got --max-new-tokens {config.max_new_tokens} for answers of up to {longest_answer} tokens; "
@@ -81,3 +94,25 @@ class Data:
             return None
         example = self.problems[0] if self.problems else self.task.train_problem(0, self.seed)
         return example.messages[-1]["content"] if self.chat.tokenizer.has_chat_template else example.text
+
+
+def choose_task(config: TrainConfig) -> Task | None:
+    """Where problems come from: --task, or in RL the rows of --data; None for SFT on rows."""
+    if not config.data:
+        return build_task(config.task, config.task_size or None)
+    return None if config.algo == "sft" else PromptRows(read_rows(config.data), system=config.system)
+
+
+def choose_rewards(
+    config: TrainConfig, data: Data, given: Sequence[Callable], weights: Sequence[float], held: contextlib.ExitStack
+) -> Rewards | None:
+    """The reward functions of --reward, or those given from Python, once each has been tried; None: the task's own."""
+    if not given and not config.reward:
+        return None
+    if given and config.reward:
+        raise ValueError("got --reward and functions from Python, want one of them")
+    rewards = held.enter_context(Rewards(given or config.reward, weights or None, timeout=config.reward_timeout))
+    problem = data.task.train_problem(0, config.seed)
+    texts = [problem.answer or "42", "", problem.text or problem.messages[-1]["content"], "I do not know."]
+    rewards.probe(group_of(problem, texts, [data.chat.tokenizer.encode(text) for text in texts]))
+    return rewards

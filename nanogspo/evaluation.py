@@ -1,6 +1,6 @@
 """What is measured on problems and rows that are never trained on: right answers, and the loss on given ones.
 
-    count_exact      a task's problems, answered greedily
+    examine          a task's problems, answered greedily
     hold_out         which rows of a file are never trained on
     held_out_loss    these, as SFT scores them: loss and token accuracy
     sample_answers   a few of these rows answered, for people to read beside what was asked for
@@ -15,18 +15,21 @@ import torch
 
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
+from nanogspo.experience import judge, per_task
 from nanogspo.model import Transformer
+from nanogspo.objectives import total_rewards
 from nanogspo.packing import pack, score
 from nanogspo.rollout import generate
 from nanogspo.run import planner
 from nanogspo.tasks.base import Problem
 from nanogspo.tasks.jsonl import Example
+from nanogspo.tasks.mix import is_right
 
 
-def count_exact(
-    model: Transformer, chat: Chat, task, problems: list[Problem], config: TrainConfig, on_step=None
-) -> int:
-    """How many problems are answered exactly right, greedily."""
+def examine(
+    model: Transformer, chat: Chat, task, rewards, problems: list[Problem], config: TrainConfig, on_step=None, step=0
+) -> tuple[int, dict[str, float]]:
+    """(how many problems are answered right, greedily; the mean reward, and for several tasks each one's share)."""
     prompts = [chat.prompt(p) for p in problems]
     longest = max(map(len, prompts))
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
@@ -40,7 +43,14 @@ def count_exact(
         max_rows=max(1, slots // (longest + config.max_new_tokens - 1)),
         on_step=on_step,
     )
-    return sum(task.exact(p, chat.text(a.tokens)) for p, a in zip(problems, answers, strict=True))
+    texts = [chat.text(a.tokens) for a in answers]
+    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
+        return 0, {}  # stopped meanwhile
+    scores = judge(task, rewards, problems, texts, [a.tokens for a in answers], step)
+    totals = total_rewards(torch.tensor(scores.values), scores.weights)  # (N,)
+    right = [is_right(task, p, text, r) for p, text, r in zip(problems, texts, scores.fractions(totals), strict=True)]
+    facts = {"eval_reward": totals.nanmean().item(), **per_task("eval_exact", problems, right)}
+    return sum(right), facts if rewards or len(facts) > 1 else {}
 
 
 def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:

@@ -23,10 +23,12 @@ from kernels.seq_logprob import sequence_sums
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
-from nanogspo.objectives import group_advantages
+from nanogspo.objectives import mixed_advantages, total_rewards
 from nanogspo.packing import Example, MicroBatch, pack, score
 from nanogspo.rollout import generate
-from nanogspo.tasks.base import Task
+from nanogspo.tasks.base import Problem, Task
+from nanogspo.tasks.mix import is_right
+from nanogspo.tasks.rewards import Group, Scores
 
 
 @dataclasses.dataclass
@@ -34,13 +36,18 @@ class Experience:
     """P x G sampled answers in prompt-major order; N = P * G."""
 
     examples: list[Example]  # prompt + answer, loss on the answer
-    advantages: Tensor  # (N,)
+    advantages: Tensor  # (N,), nan for an answer that nobody gave a reward: it is not trained on, and counts nowhere
     minibatches: list[list[MicroBatch]]  # one entry per update
-    old_logp: list[
-        list[Tensor | None]
-    ]  # like minibatches: (M,) log-probs before any update, on any device; None: not scored apart
+    # like minibatches: (M,) log-probs before any update, on any device; None: not scored apart
+    old_logp: list[list[Tensor | None]]
     facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
+
+    def trained_fraction(self, update: int) -> float:
+        """Answers with an advantage among a minibatch's answers with a reward: what a mean over the latter counts."""
+        size = len(self.examples) // len(self.minibatches)
+        rewarded = (~self.advantages[update * size : (update + 1) * size].isnan()).sum().item()
+        return sum(len(batch.index) for batch in self.minibatches[update]) / max(rewarded, 1)
 
     def state(self) -> dict:
         """What storage/state.py saves."""
@@ -56,6 +63,7 @@ def sample_rollout(
     task: Task,
     config: TrainConfig,
     *,
+    rewards: Callable[[list[Group], int], Scores] | None = None,
     first_problem: int,
     step: int,
     score_first: bool,
@@ -63,6 +71,7 @@ def sample_rollout(
 ) -> Experience | None:
     """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early.
 
+    rewards        reward functions instead of the task's own
     first_problem  number of the first of the task's training problems, which also seeds the sampling
     step           the update that is the first to use the rollout: a row of samples.jsonl says so
     score_first    see `experience`
@@ -85,9 +94,17 @@ def sample_rollout(
         return None
     asked = [problems[a.prompt_index] for a in answers]
     texts = [chat.text(a.tokens) for a in answers]
-    rewards = [task.reward(p, text) for p, text in zip(asked, texts, strict=True)]
-    table = torch.tensor(rewards).view(-1, config.group_size)  # (P, G)
-    advantages = group_advantages(table, divide_by_std=config.divide_by_std).flatten()  # (N,)
+    scores = judge(task, rewards, problems, texts, [a.tokens for a in answers], step)
+    values = torch.tensor(scores.values)  # (N, K)
+    reward = total_rewards(values, scores.weights)  # (N,)
+    advantages = mixed_advantages(
+        values,
+        scores.weights,
+        config.group_size,
+        normalize_first=config.reward_mix == "normalize_then_sum",
+        divide_by_std=config.divide_by_std,
+    )  # (N,)
+    right = [is_right(task, p, text, r) for p, text, r in zip(asked, texts, scores.fractions(reward), strict=True)]
     examples = [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers]
     rollout = experience(
         model,
@@ -100,20 +117,66 @@ def sample_rollout(
         score_first=score_first,
     )
     N = len(answers)
-    rollout.facts = {
-        "reward": table.mean().item(),
-        "reward_std": table.std(dim=1).mean().item(),
-        "exact": sum(task.exact(p, text) for p, text in zip(asked, texts, strict=True)) / N,
-        "zero_spread_frac": (table.amax(1) == table.amin(1)).float().mean().item(),
+    rollout.facts = reward_facts(reward.view(-1, config.group_size)) | {
+        "exact": sum(right) / N,
         "truncated_frac": sum(not a.finished for a in answers) / N,
         "answer_len": sum(len(a.tokens) for a in answers) / N,
         "sampler_gap_max": sampler_gap(rollout, [a.logp for a in answers]),
+        **scores.facts,
+        **per_task("reward", asked, reward.tolist()),
+        **per_task("exact", asked, right),
     }
     read = [chat.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
-    for a, text, reward, A in zip(answers, texts, rewards, advantages.tolist(), strict=True):
-        row = {"step": step, "prompt": read[a.prompt_index], "answer": text, "reward": reward}
-        rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens)})
+    columns = answers, texts, reward.tolist(), advantages.tolist(), scores.notes
+    for a, text, r, A, note in zip(*columns, strict=True):
+        row = {"step": step, "prompt": read[a.prompt_index], "answer": text, "reward": r}
+        rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens), **note})
     return rollout
+
+
+def judge(
+    task: Task,
+    rewards: Callable[[list[Group], int], Scores] | None,
+    problems: list[Problem],
+    texts: list[str],
+    ids: list[list[int]],
+    step: int,
+) -> Scores:
+    """What the reward functions, or without any the task itself, say of N = P * G answers to P problems."""
+    G = len(texts) // len(problems)
+    if rewards is None:
+        values = [[task.reward(problems[n // G], text)] for n, text in enumerate(texts)]
+        return Scores(values, [1.0], {}, [{} for _ in texts])
+    slices = [slice(p * G, (p + 1) * G) for p in range(len(problems))]
+    return rewards([group_of(p, texts[own], ids[own]) for p, own in zip(problems, slices, strict=True)], step)
+
+
+def group_of(problem: Problem, texts: list[str], ids: list[list[int]]) -> Group:
+    """The answers to a problem as reward functions are given them."""
+    row = problem.row or {"prompt": problem.messages, "answer": problem.answer}
+    return Group(row["prompt"], row, texts, ids)
+
+
+def per_task(name: str, problems: list[Problem], values: list[float]) -> dict[str, float]:
+    """The mean of each task's values, under NAME/TASK, where several tasks are mixed; nan is left out."""
+    found = {}
+    for problem, value in zip(problems, values, strict=True):
+        if problem.task and value == value:
+            found.setdefault(f"{name}/{problem.task}", []).append(float(value))
+    return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
+
+
+def reward_facts(table: Tensor) -> dict[str, float]:
+    """Of rewards (P, G), nan where nobody gave one: such answers are left out, and counted."""
+    there = ~table.isnan()  # (P, G)
+    groups = [row[kept] for row, kept in zip(table, there, strict=True)]
+    spreads = [row.std() for row in groups if len(row) > 1]
+    facts = {
+        "reward": table.nanmean().item(),
+        "reward_std": torch.stack(spreads).mean().item() if spreads else 0.0,
+        "zero_spread_frac": sum(len(row) < 2 or bool(row.max() == row.min()) for row in groups) / len(groups),
+    }
+    return facts if there.all() else facts | {"unrewarded_frac": 1 - there.float().mean().item()}
 
 
 def experience(
@@ -169,7 +232,7 @@ def split_minibatches(
     size, minibatches = len(examples) // updates, []
     for first in range(0, len(examples), size):
         rows = range(first, first + size)
-        kept = [i for i in rows if advantages[i] != 0] or [min(rows, key=lambda i: len(examples[i].tokens))]
+        kept = [i for i in rows if advantages[i].abs() > 0] or [min(rows, key=lambda i: len(examples[i].tokens))]
         batches = pack([examples[i] for i in kept], max_tokens=max_tokens)
         minibatches.append([dataclasses.replace(b, index=torch.tensor(kept)[b.index]) for b in batches])
     return minibatches

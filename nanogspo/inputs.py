@@ -7,10 +7,14 @@ a thousand nested lists is one ValueError with the file's name in it, before any
 Tests: tests/test_inputs.py
 """
 
+import importlib.util
 import json
 import os
 import stat
+import sys
+import traceback
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 DEEPEST = 50  # levels of a JSON file; the deepest file of a checkpoint has six
@@ -130,3 +134,27 @@ def parse_json(data: bytes, where: str) -> dict:
 def read_json(path: str | os.PathLike) -> dict:
     """The object in a JSON file. Raises ValueError for a file that is missing, unreadable, broken or no object."""
     return parse_json(read_bytes(path, "a file of the checkpoint"), str(path))
+
+
+def import_file(path: str, flag: str) -> ModuleType:
+    """A Python file of the user's own, as a module named like it; files beside it can be imported from it. ValueError
+    with one line if there is none, or if running it raises anything."""
+    name, folder = os.path.splitext(os.path.basename(path))[0], os.path.dirname(os.path.abspath(path))
+    if not os.path.isfile(path):
+        raise ValueError(f"got {flag} {path}, which is no file here; want FILE.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.get(name)
+    sys.modules[name] = module  # where dataclasses and pickle look for the module of a class
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise ValueError(f"{where}: {type(error).__name__}: {error}; want a file that can be imported") from error
+    finally:
+        sys.path.remove(folder)
+        if known:
+            sys.modules[name] = known
+    return module

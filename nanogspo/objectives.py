@@ -58,6 +58,60 @@ def group_advantages(rewards: Tensor, *, divide_by_std: bool = True) -> Tensor:
     return centred / (rewards.std(dim=1, keepdim=True) + 1e-4) if divide_by_std else centred  # (P, G)
 
 
+def total_rewards(values: Tensor, weights: list[float]) -> Tensor:
+    """The rewards of answers that several reward functions have judged, each of which may abstain.
+
+        reward[i] = sum_k w[k] v[i, k] * (sum_k |w[k]|) / (sum of |w[k]| over those that did not abstain)    (1)
+
+    values   (N, K) float: N answers, K reward functions; nan where one abstained
+    weights  K numbers
+    returns  (N,), nan where all abstained
+
+    Elsewhere: TRL GRPOTrainer, reward_weights; there an abstention is a 0 in the sum.
+    """
+    there, w = ~values.isnan(), torch.tensor(weights, dtype=values.dtype)  # (N, K), (K,)
+    scale = w.abs().sum() / (there * w.abs()).sum(1).clamp(min=1e-30)  # (N,)
+    return ((values.nan_to_num() * w).sum(1) * scale).masked_fill(~there.any(1), torch.nan)  # (N,)
+
+
+def mixed_advantages(
+    values: Tensor, weights: list[float], group_size: int, *, normalize_first: bool = False, divide_by_std: bool = True
+) -> Tensor:
+    """The advantages of answers that several reward functions have judged.
+
+        A = group_advantages(total_rewards(v))                                     sum_then_normalize
+          = total_rewards of the K columns group_advantages(v[:, k])               normalize_then_sum: every reward has
+                                                                                   the same say, whatever its scale
+    values, weights  as in total_rewards; groups of G = group_size answers, one after the other
+    returns          (N,), nan where all abstained
+
+    An answer without a reward is in no mean and no deviation: the others' advantages are those of a smaller group. In a
+    group of which only one answer is left, that one has advantage 0.
+
+    Source: normalising before the sum is GDPO, arXiv:2601.05242. Elsewhere: TRL, multi_objective_aggregation, which
+    then also divides by the standard deviation of the whole batch.
+    """
+
+    def advantages(v: Tensor) -> Tensor:  # (N,) -> (N,)
+        return _advantages_of_some(v.reshape(-1, group_size), divide_by_std).flatten()
+
+    if normalize_first:
+        return total_rewards(torch.stack([advantages(v) for v in values.T], dim=1), weights)
+    return advantages(total_rewards(values, weights))
+
+
+def _advantages_of_some(rewards: Tensor, divide_by_std: bool) -> Tensor:
+    """group_advantages of (P, G) rewards, in which nan counts as not there and stays nan."""
+    there = ~rewards.isnan()  # (P, G)
+    if there.all():
+        return group_advantages(rewards, divide_by_std=divide_by_std)  # (P, G)
+    advantages = torch.full_like(rewards, torch.nan)  # (P, G)
+    for p, kept in enumerate(there):
+        some = rewards[p, kept][None]  # (1, g)
+        advantages[p, kept] = group_advantages(some, divide_by_std=divide_by_std)[0] if some.numel() > 1 else 0.0
+    return advantages
+
+
 def gspo_loss(
     seq_logp: Tensor, old_seq_logp: Tensor, lengths: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.seq_logprob import IGNORE, seq_logprob, token_logprob
-from nanogspo.objectives import combine, group_advantages, grpo_loss, gspo_loss, ratio_quantiles, sft_loss
+from nanogspo.objectives import (
+    combine,
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    mixed_advantages,
+    ratio_quantiles,
+    sft_loss,
+    total_rewards,
+)
 from tests import oracles
 from tests.strategies import CLIPS, SEEDS, answers
 
@@ -114,6 +123,76 @@ def test_rewards_that_cannot_be_ranked_are_refused(rewards, text):
 
 # ----------------------------------------------------------------------------
 # losses against other people's
+
+
+JUDGED = st.lists(  # N = 6 answers, K = 3 reward functions, each of which may abstain
+    st.lists(st.sampled_from([0.0, 0.1, 0.7, 1.0, math.nan]), min_size=3, max_size=3), min_size=6, max_size=6
+)
+
+
+def loop_total(row, weights):
+    """Equation (1) of total_rewards, one answer at a time."""
+    judged = [(v, w) for v, w in zip(row, weights, strict=True) if not math.isnan(v)]
+    if not judged:
+        return math.nan
+    return sum(v * w for v, w in judged) * sum(map(abs, weights)) / sum(abs(w) for _, w in judged)
+
+
+def loop_advantages(rewards, G, divide):
+    """Group by group over the answers that have a reward."""
+    found = []
+    for first in range(0, len(rewards), G):
+        group = rewards[first : first + G]
+        some = [r for r in group if not math.isnan(r)]
+        equal = len(set(some)) < 2
+        own = iter([0.0] * len(some) if equal else oracles.group_advantages([some], divide_by_std=divide)[0])
+        found += [math.nan if math.isnan(r) else next(own) for r in group]
+    return found
+
+
+@given(JUDGED, st.sampled_from([(1.0, 1.0, 1.0), (0.7, 0.2, 0.1), (1.0, -0.5, 2.0)]), st.booleans(), st.booleans())
+def test_rewards_of_several_functions_that_may_abstain(values, weights, divide, first):
+    got = total_rewards(torch.tensor(values, dtype=torch.float64), list(weights))
+    totals = [loop_total(row, weights) for row in values]
+    torch.testing.assert_close(got, torch.tensor(totals, dtype=torch.float64), rtol=1e-9, atol=1e-12, equal_nan=True)
+    got = mixed_advantages(
+        torch.tensor(values, dtype=torch.float64), list(weights), 3, normalize_first=first, divide_by_std=divide
+    )
+    if first:
+        columns = [loop_advantages(list(column), 3, divide) for column in zip(*values, strict=True)]
+        want = [loop_total(row, weights) for row in zip(*columns, strict=True)]
+    else:  # from our totals: whether rewards of a group are equal is a question of the last bit
+        totals = total_rewards(torch.tensor(values, dtype=torch.float64), list(weights)).tolist()
+        want = loop_advantages(totals, 3, divide)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def test_one_function_gives_the_bits_of_its_rewards():
+    rewards = torch.rand(4, 8)
+    assert torch.equal(mixed_advantages(rewards.view(-1, 1), [1.0], 8), group_advantages(rewards).flatten())
+
+
+def test_an_abstention_leaves_the_others_as_in_a_smaller_group():
+    values = torch.tensor([0.0, 1.0, math.nan, 0.25]).view(-1, 1)
+    want = group_advantages(torch.tensor([[0.0, 1.0, 0.25]]))[0]
+    got = mixed_advantages(values, [1.0], 4)
+    assert torch.equal(got[[0, 1, 3]], want) and got[2].isnan()
+    alone = mixed_advantages(torch.tensor([[math.nan], [0.3]]), [1.0], 2)
+    assert alone[0].isnan() and alone[1] == 0
+
+
+@pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_of_several_functions_are_trls(how):
+    """TRL's own lines for both, on values nobody abstained from; ours are not divided by the batch's deviation again."""
+    values, weights = torch.rand(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), [0.7, 0.3]
+    grouped, w = values.view(3, 4, 2), torch.tensor(weights, dtype=torch.float64)
+    if how == "normalize_then_sum":
+        normal = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
+        want = (normal * w).sum(-1).flatten()
+    else:
+        total = (grouped * w).sum(-1)
+        want = ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).flatten()
+    close(mixed_advantages(values, weights, 4, normalize_first=how == "normalize_then_sum"), want)
 
 
 def test_worked_case_by_hand():

@@ -54,6 +54,7 @@ WHOLE, PIECES, PIECE = 64 * 2**20, 256, 2**16
 def inputs(config: TrainConfig) -> dict[str, dict]:
     """The settings a resumed run must share, and a hash of every file it reads, as save_state and resume take them."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    settings = json.loads(json.dumps(settings))  # as a saved state has them: lists for tuples
     files = {"data": pathlib.Path(config.data)} if config.data else {}
     if config.data and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
         raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")

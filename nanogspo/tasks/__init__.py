@@ -5,14 +5,21 @@
     score   = task.reward(problem, "85")       dense, in [0, 1], and 1 exactly when task.exact(problem, "85")
     held    = task.held_out(500)               never drawn for training, whatever the seed
 
+    task    = build_task(("addition=0.7", "mine.py=0.3"))       what --task says: shipped tasks and own ones, mixed
+
 Read next: base.py (what a task is), addition.py (a finite pool, walked in epochs), reverse.py (too many words to list,
 so each draw is its own dice), jsonl.py (not a task but a file: SFT rows). A new task is a file and its class in TASKS.
 
 Tests: tests/test_tasks.py
 """
 
+import re
+from collections.abc import Sequence
+
+from nanogspo.inputs import import_file
 from nanogspo.tasks.addition import Addition
 from nanogspo.tasks.base import Task
+from nanogspo.tasks.mix import Mix
 from nanogspo.tasks.reverse import Reverse
 
 TASKS = {task.name: task for task in (Addition, Reverse)}
@@ -26,3 +33,37 @@ def get_task(name: str, size: int | None = None) -> Task:
     if name not in TASKS:
         raise ValueError(f"got task {name!r}, want one of {', '.join(TASKS)}; pass one of these as --task")
     return TASKS[name]() if size is None else TASKS[name](size)
+
+
+def build_task(names: Sequence[str], size: int | None = None) -> Task:
+    """The task, or the mix of tasks, that --task names: NAME or FILE.py[:Class], each with =SHARE if there are several."""
+    tasks, shares = [], []
+    for text in names:
+        name, share = re.fullmatch(r"(.*?)(?:=([0-9.]+))?", text, re.DOTALL).groups()
+        tasks.append(own_task(name, size) if ".py" in name else get_task(name, size))
+        shares.append(float(share or 1))
+        if shares[-1] <= 0:
+            raise ValueError(f"got --task {text}, want a share of more than 0")
+    return tasks[0] if len(tasks) == 1 else Mix(tasks, shares)
+
+
+NEEDED = ("train_problem", "held_out", "reward")
+
+
+def own_task(text: str, size: int | None = None) -> Task:
+    """The task in a file of the user's own, `FILE.py` or `FILE.py:Class`: its class is called without arguments, or with
+    --task-size. What it needs is train_problem, held_out and reward (base.Task); `name` and `exact` may be left out."""
+    path, _, wanted = text.rpartition(":") if text.rpartition(":")[0].endswith(".py") else (text, "", "")
+    module = import_file(path, "--task")
+    fit = [k for k, v in vars(module).items() if isinstance(v, type) and all(hasattr(v, name) for name in NEEDED)]
+    fit = [name for name in fit if getattr(module, name).__module__ == module.__name__]  # not what it imports
+    if wanted not in fit if wanted else len(fit) != 1:
+        got = f"{wanted!r}, which is none of them" if wanted else f"{len(fit)} of them"
+        raise ValueError(
+            f"{path}: got {got}, want a class with {', '.join(NEEDED)} (there is {', '.join(fit) or 'none'}); "
+            f"pass --task {path}:Class"
+        )
+    task = getattr(module, wanted or fit[0])(*() if size is None else (size,))
+    if not hasattr(task, "name"):
+        task.name = module.__name__
+    return task
