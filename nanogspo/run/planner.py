@@ -189,7 +189,7 @@ def prepacked_bytes(model: Transformer) -> int:
 
 def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
     """Tokens of the largest micro-batch, if every prompt is as long as the longest: as packing.pack lays them out."""
-    answer = 0 if config.data else config.max_new_tokens
+    answer = 0 if config.data and config.algo == "sft" else config.max_new_tokens
     alone = longest_prompt + answer - 1  # an example's last token predicts nothing
     prompt = longest_prompt - 1  # a prompt's last token stands before each of its answers
     N, G = config.prompts_per_rollout * config.group_size, config.group_size
@@ -228,7 +228,7 @@ def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) 
     c = model.config
     total = weight_count(model)
     lines = [
-        f"{config.algo} on {config.data or config.task} with {config.model}: "
+        f"{config.algo} on {config.data or ', '.join(config.task)} with {config.model}: "
         f"{c.family}, {c.num_layers} layers, width {c.hidden_size}, "
         f"{c.num_heads} heads on {c.num_kv_heads}, vocabulary {c.vocab_size:,}; "
         f"{config.dtype} on {config.device}, seed {config.seed}",

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import zlib
 
 import torch
@@ -58,6 +59,8 @@ def inputs(config: TrainConfig) -> dict[str, dict]:
     files = {"data": pathlib.Path(config.data)} if config.data else {}
     if config.data and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
         raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")
+    own = [re.match(r"(.*?\.py)(?=[:=]|$)", text, re.DOTALL) for text in (*config.task, *config.reward)]
+    files |= {f"code/{found[1]}": pathlib.Path(found[1]) for found in own if found}
     for kind, name in (("model", config.model), ("adapter", config.adapter)):
         if name and (kind, name) != ("model", "tiny"):
             folder = resolve(name, want=kind)
