@@ -43,7 +43,7 @@ class TrainConfig:
         group="what",
         path=True,
     )
-    algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft"))
+    algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft", "gspo_token", "reinforce"))
     task: str = flag("reverse", "where prompts and rewards come from: reverse, addition, or jsonl (with --data)")
     task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default", high=1000)
     data: str = flag(
@@ -108,6 +108,17 @@ class TrainConfig:
     divide_by_std: bool = flag(
         True, "divide advantages by their group's standard deviation (GRPO, GSPO); off: Dr. GRPO"
     )
+    loss_average: str = flag(
+        "sequence",
+        "over tokens in each answer, then over answers (GRPO, GSPO); over all tokens of an update (DAPO); or every "
+        "answer's sum divided by max_new_tokens, whatever its length (Dr. GRPO)",
+        ("sequence", "token", "constant"),
+    )
+    mask_truncated: bool = flag(False, "do not train on answers that were cut off (DAPO); they count in their group")
+    dynamic_sampling: int = flag(
+        0, "at most so many further rounds of prompts in place of groups with equal rewards (DAPO)", high=10**4
+    )
+    beta: float = flag(0.0, "weight of the KL divergence (k3) from the policy at the start of RL", high=1000)
     lr: float = flag(
         0.0, "AdamW learning rate; 0: by algorithm, LoRA or full, and model size", high=1, group="optimiser"
     )
@@ -387,9 +398,9 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
     if config.eval_size < 0 and not config.data:
         values["eval_size"] = 200
     if not config.clip_low:
-        values["clip_low"] = 3e-4 if config.algo == "gspo" else 0.2
+        values["clip_low"] = 3e-4 if config.algo.startswith("gspo") else 0.2
     if not config.clip_high:
-        values["clip_high"] = 4e-4 if config.algo == "gspo" else 0.27
+        values["clip_high"] = 4e-4 if config.algo.startswith("gspo") else 0.27
     return dataclasses.replace(config, **values)
 
 
@@ -455,10 +466,11 @@ def check(config: TrainConfig) -> None:
             f"got --group-size {config.group_size} with {config.algo}: "
             "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
         )
-    if config.updates_per_rollout == 1:
+    if config.updates_per_rollout == 1 and config.algo != "reinforce":
         raise ValueError(
             f"got --updates-per-rollout 1 with {config.algo}: every ratio is "
-            "then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper)"
+            "then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper), or "
+            "REINFORCE by its name: --algo reinforce"
         )
     rows = config.prompts_per_rollout * config.group_size
     if rows % config.updates_per_rollout:

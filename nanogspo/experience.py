@@ -1,20 +1,22 @@
 """A rollout that is ready to be trained on: examples, advantages, micro-batches, old log-probs.
 
     sample_rollout     prompts -> answers -> rewards -> advantages -> experience
-    experience         examples and advantages -> micro-batches and their old log-probs
+    experience         examples and advantages -> micro-batches, their old and their reference's log-probs
 
-Micro-batches are a pure function of examples and advantages, so a saved experience is these and its old log-probs; a
+Micro-batches are a pure function of examples and advantages, so a saved experience is these and its log-probs; a
 resumed run cuts them the same way and goes on in the middle of the rollout.
 
 Two forward passes are skipped because they cannot change the update. An answer with advantage 0 (all of a group whose
-rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages. And the
-first update's own forward pass yields the old log-probs of its answers, because no weight has moved yet.
+rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages (but not
+with --beta: the pull towards the reference does not ask for a reward). And the first update's own forward pass yields
+the old log-probs of its answers, because no weight has moved yet.
 
 Tests: tests/test_experience.py, tests/test_train.py, tests/test_state.py
 """
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,10 +25,10 @@ from kernels.seq_logprob import sequence_sums
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
-from nanogspo.objectives import group_advantages
+from nanogspo.objectives import answer_weights, group_advantages
 from nanogspo.packing import Example, MicroBatch, pack, score
-from nanogspo.rollout import generate
-from nanogspo.tasks.base import Task
+from nanogspo.rollout import Answer, generate
+from nanogspo.tasks.base import Problem, Task
 
 
 @dataclasses.dataclass
@@ -34,19 +36,36 @@ class Experience:
     """P x G sampled answers in prompt-major order; N = P * G."""
 
     examples: list[Example]  # prompt + answer, loss on the answer
-    advantages: Tensor  # (N,)
+    advantages: Tensor  # (N,), nan for an answer that is not trained on and counts in no average
     minibatches: list[list[MicroBatch]]  # one entry per update
-    old_logp: list[
-        list[Tensor | None]
-    ]  # like minibatches: (M,) log-probs before any update, on any device; None: not scored apart
+    # like minibatches: (M,) log-probs before any update, on any device; None: not scored apart
+    old_logp: list[list[Tensor | None]]
     facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
+    ref_logp: list[list[Tensor | None]] = dataclasses.field(default_factory=list)  # likewise; None: no reference
+
+    def answers_of(self, update: int) -> range:
+        """Of one minibatch, trained on or not."""
+        size = len(self.examples) // len(self.minibatches)
+        return range(update * size, (update + 1) * size)
+
+    def weights(self, update: int, average: str, max_new_tokens: int) -> tuple[Tensor, float]:
+        """(answer_weights (N,) of all answers, 0 outside the update's; the fraction of its answers in the average that
+        are trained on)."""
+        rows = self.answers_of(update)
+        lengths = torch.tensor([sum(self.examples[i].loss_mask) for i in rows])  # (answers of the update,)
+        counts = ~self.advantages[rows.start : rows.stop].isnan()  # (answers of the update,)
+        weights = torch.zeros(len(self.examples))  # (N,)
+        weights[rows.start : rows.stop] = answer_weights(lengths, counts, average, max_new_tokens)
+        trained = sum(len(batch.index) for batch in self.minibatches[update])
+        return weights, trained / max(int(counts.sum()), 1)
 
     def state(self) -> dict:
         """What storage/state.py saves."""
-        later = [logp for batches in self.old_logp[1:] for logp in batches]  # the first update has been made
-        old_logp = torch.cat([torch.zeros(0), *(logp.cpu() for logp in later)])  # (scored tokens of these,)
-        tensors = {"advantages": self.advantages, "old_logp": old_logp}
+        tensors = {"advantages": self.advantages}
+        for name, logp in (("old_logp", self.old_logp), ("ref_logp", self.ref_logp)):
+            later = [part.cpu() for batches in logp[1:] for part in batches if part is not None]  # the first is made
+            tensors |= {name: torch.cat(later)} if later else {}  # (scored tokens of these,)
         return {"examples": self.examples, "facts": self.facts, "tensors": tensors}
 
 
@@ -60,13 +79,75 @@ def sample_rollout(
     step: int,
     score_first: bool,
     on_step: Callable[[int, int], bool],
+    reference: AbstractContextManager | None = None,
 ) -> Experience | None:
     """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early.
 
     first_problem  number of the first of the task's training problems, which also seeds the sampling
     step           the update that is the first to use the rollout: a row of samples.jsonl says so
-    score_first    see `experience`
+    score_first, reference    see `experience`
     """
+    groups, rounds, P = [], 0, config.prompts_per_rollout
+    while rounds <= config.dynamic_sampling and sum(group.spread > 0 for group in groups) < P:
+        sampled = sample_round(model, chat, task, config, first_problem + rounds * P, on_step)
+        if sampled is None:
+            return None
+        groups, rounds = groups + sampled, rounds + 1
+    kept = choose(groups, P)
+    table = torch.tensor([group.rewards for group in kept])  # (P, G)
+    advantages = group_advantages(table, divide_by_std=config.divide_by_std).flatten()  # (N,)
+    answers = [answer for group in kept for answer in group.answers]
+    if config.mask_truncated:
+        advantages[torch.tensor([not a.finished for a in answers])] = torch.nan
+    rollout = experience(
+        model,
+        [Example.answered(group.prompt, a.tokens) for group in kept for a in group.answers],
+        advantages,
+        updates=config.updates_per_rollout,
+        max_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+        device=config.device,
+        score_first=score_first,
+        score_old=config.algo != "reinforce",
+        reference=reference,
+    )
+    rollout.facts = rollout_facts(task, groups) | ({"sampling_rounds": rounds} if config.dynamic_sampling else {})
+    if config.algo != "reinforce":
+        rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [a.logp for a in answers])
+    columns = iter(advantages.tolist())
+    for group in kept:
+        prompt = chat.tokenizer.decode(group.prompt, skip_special_tokens=False)
+        for a, text, reward in zip(group.answers, group.texts, group.rewards, strict=True):
+            row = {"step": step, "prompt": prompt, "answer": text, "reward": reward, "advantage": next(columns)}
+            rollout.samples.append(row | {"truncated": not a.finished, "length": len(a.tokens)})
+    return rollout
+
+
+@dataclasses.dataclass
+class Asked:
+    """A problem and the G answers to it."""
+
+    problem: Problem
+    prompt: list[int]
+    answers: list[Answer]
+    texts: list[str]
+    rewards: list[float]
+
+    @property
+    def spread(self) -> float:
+        """0: the group's advantages are all 0."""
+        return max(self.rewards) - min(self.rewards)
+
+
+def sample_round(
+    model: Transformer,
+    chat: Chat,
+    task: Task,
+    config: TrainConfig,
+    first_problem: int,
+    on_step: Callable[[int, int], bool],
+) -> list[Asked] | None:
+    """Prompts -> answers -> rewards, for prompts_per_rollout problems. None if on_step ended it early."""
     problems = [task.train_problem(first_problem + i, config.seed) for i in range(config.prompts_per_rollout)]
     prompts = [chat.prompt(p) for p in problems]
     answers = generate(
@@ -83,37 +164,37 @@ def sample_rollout(
     )
     if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
         return None
-    asked = [problems[a.prompt_index] for a in answers]
-    texts = [chat.text(a.tokens) for a in answers]
-    rewards = [task.reward(p, text) for p, text in zip(asked, texts, strict=True)]
-    table = torch.tensor(rewards).view(-1, config.group_size)  # (P, G)
-    advantages = group_advantages(table, divide_by_std=config.divide_by_std).flatten()  # (N,)
-    examples = [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers]
-    rollout = experience(
-        model,
-        examples,
-        advantages,
-        updates=config.updates_per_rollout,
-        max_tokens=config.micro_batch_tokens,
-        temperature=config.temperature,
-        device=config.device,
-        score_first=score_first,
-    )
-    N = len(answers)
-    rollout.facts = {
+    groups = []
+    for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+        mine = answers[p * config.group_size : (p + 1) * config.group_size]
+        texts = [chat.text(a.tokens) for a in mine]
+        groups.append(Asked(problem, prompt, mine, texts, [task.reward(problem, text) for text in texts]))
+    return groups
+
+
+def choose(groups: list[Asked], count: int) -> list[Asked]:
+    """The first `count` groups with different rewards, or, where there are fewer, some without; as they were sampled.
+
+    Source: dynamic sampling, DAPO, arXiv:2503.14476, equation 11. Elsewhere: verl filter_groups, which ends the run
+    where too few have been found; ms-swift dynamic_sample.
+    """
+    first = sorted(range(len(groups)), key=lambda i: groups[i].spread == 0)[:count]  # sorted() keeps equals in order
+    return [groups[i] for i in sorted(first)]
+
+
+def rollout_facts(task: Task, groups: list[Asked]) -> dict[str, float]:
+    """What metrics.jsonl says of a rollout: of all that was sampled, since groups with a spread are no fair sample."""
+    table = torch.tensor([group.rewards for group in groups])  # (groups, G)
+    answers = [answer for group in groups for answer in group.answers]
+    exact = [task.exact(group.problem, text) for group in groups for text in group.texts]
+    return {
         "reward": table.mean().item(),
         "reward_std": table.std(dim=1).mean().item(),
-        "exact": sum(task.exact(p, text) for p, text in zip(asked, texts, strict=True)) / N,
+        "exact": sum(exact) / len(exact),
         "zero_spread_frac": (table.amax(1) == table.amin(1)).float().mean().item(),
-        "truncated_frac": sum(not a.finished for a in answers) / N,
-        "answer_len": sum(len(a.tokens) for a in answers) / N,
-        "sampler_gap_max": sampler_gap(rollout, [a.logp for a in answers]),
+        "truncated_frac": sum(not a.finished for a in answers) / len(answers),
+        "answer_len": sum(len(a.tokens) for a in answers) / len(answers),
     }
-    read = [chat.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
-    for a, text, reward, A in zip(answers, texts, rewards, advantages.tolist(), strict=True):
-        row = {"step": step, "prompt": read[a.prompt_index], "answer": text, "reward": reward}
-        rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens)})
-    return rollout
 
 
 def experience(
@@ -126,50 +207,64 @@ def experience(
     temperature: float,
     device: str,
     score_first: bool = True,
+    score_old: bool = True,
+    reference: AbstractContextManager | None = None,
 ) -> Experience:
     """Cut the rollout into micro-batches and score them before any update.
 
     With the kernels, shapes and dtypes of the updates to come, so that the first update's ratios are exactly 1.
     score_first=False trusts in that and skips the first update's micro-batches.
+    score_old=False scores none: there are no ratios.
+    reference  within it, `model` is another policy, by which all micro-batches are scored, too
     """
-    minibatches = split_minibatches(examples, advantages, updates, max_tokens)
-    with torch.no_grad():
-        old_logp = [
-            [score(model, batch.to(device), temperature=temperature)[0] for batch in batches]
-            if update or score_first
-            else [None] * len(batches)
-            for update, batches in enumerate(minibatches)
-        ]
-    return Experience(examples, advantages, minibatches, old_logp)
+    minibatches = split_minibatches(examples, advantages, updates, max_tokens, with_zeros=reference is not None)
+
+    @torch.no_grad()
+    def scored(batches: list[MicroBatch], wanted: bool) -> list[Tensor | None]:
+        return [score(model, b.to(device), temperature=temperature)[0] if wanted else None for b in batches]
+
+    old_logp = [scored(batches, score_old and (update or score_first)) for update, batches in enumerate(minibatches)]
+    with reference or nullcontext():
+        ref_logp = [scored(batches, reference is not None) for batches in minibatches]
+    return Experience(examples, advantages, minibatches, old_logp, ref_logp=ref_logp)
 
 
 def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
-    """The inverse of Experience.state(), but for the first update's old log-probs. ValueError if it does not fit."""
+    """The inverse of Experience.state(), but for the first update's log-probs. ValueError if it does not fit."""
     examples, tensors = saved["examples"], saved["tensors"]
-    first, *later = minibatches = split_minibatches(examples, tensors["advantages"], updates, max_tokens)
+    zeros = "ref_logp" in tensors
+    first, *later = minibatches = split_minibatches(examples, tensors["advantages"], updates, max_tokens, zeros)
     sizes = [len(b.targets) for batches in later for b in batches]
-    if sum(sizes) != len(tensors["old_logp"]):
-        raise ValueError(
-            f"got a saved rollout with {len(tensors['old_logp'])} old log-probs, want {sum(sizes)}: another version of "
-            "this program saved it; finish the run with that one"
-        )
-    pieces = iter(tensors["old_logp"].split(sizes))
-    old_logp = [[None] * len(first), *([next(pieces) for _ in batches] for batches in later)]
-    return Experience(examples, tensors["advantages"], minibatches, old_logp, saved["facts"])
+
+    def cut(name: str) -> list[list[Tensor | None]]:
+        if name not in tensors:
+            return [[None] * len(batches) for batches in minibatches]
+        if sum(sizes) != len(tensors[name]):
+            raise ValueError(
+                f"got a saved rollout with {len(tensors[name])} old log-probs, want {sum(sizes)}: another version of "
+                "this program saved it; finish the run with that one"
+            )
+        pieces = iter(tensors[name].split(sizes))
+        return [[None] * len(first), *([next(pieces) for _ in batches] for batches in later)]
+
+    old_logp, ref_logp = cut("old_logp"), cut("ref_logp")
+    return Experience(examples, tensors["advantages"], minibatches, old_logp, saved["facts"], ref_logp=ref_logp)
 
 
 def split_minibatches(
-    examples: list[Example], advantages: Tensor, updates: int, max_tokens: int
+    examples: list[Example], advantages: Tensor, updates: int, max_tokens: int, with_zeros: bool = False
 ) -> list[list[MicroBatch]]:
     """The examples in `updates` equal minibatches, in order (so whole groups stay together where they can), each cut
     into micro-batches of those with an advantage. `index` counts over the whole rollout.
 
-    Where none has one, the shortest is kept: an update is made (AdamW's momentum moves on), and has ratios to report.
+    with_zeros  also those with an advantage of 0, but not of nan
+    Where none is left, the shortest is kept: an update is made (AdamW's momentum moves on), and has ratios to report.
     """
     size, minibatches = len(examples) // updates, []
     for first in range(0, len(examples), size):
         rows = range(first, first + size)
-        kept = [i for i in rows if advantages[i] != 0] or [min(rows, key=lambda i: len(examples[i].tokens))]
+        kept = [i for i in rows if advantages[i].abs() > 0 or (with_zeros and advantages[i] == 0)]
+        kept = kept or [min(rows, key=lambda i: len(examples[i].tokens))]
         batches = pack([examples[i] for i in kept], max_tokens=max_tokens)
         minibatches.append([dataclasses.replace(b, index=torch.tensor(kept)[b.index]) for b in batches])
     return minibatches
