@@ -41,7 +41,6 @@ if __name__ == "__main__":  # flags are read before torch is imported: --help an
     )  # runs this file again as a module, calls its `run`, and exits
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
@@ -50,14 +49,14 @@ from nanogspo.data import Data, choose_rewards, choose_task  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience, sample_rollout  # noqa: E402
-from nanogspo.objectives import combine, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
+from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
-from nanogspo.quant import packed_layers  # noqa: E402
+from nanogspo.reference import freeze, reference  # noqa: E402
 from nanogspo.run import curves, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
-from nanogspo.run.rewards import Rewards  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
+from nanogspo.run.rewards import Rewards  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
 from nanogspo.storage.state import Progress  # noqa: E402
 from nanogspo.tasks.base import Task  # noqa: E402
@@ -72,7 +71,7 @@ def run(
 
     task     an object with the members of nanogspo.tasks.base.Task, instead of --task and --data
     rewards  functions, instead of --reward; weights: one number for each, 1 if left out
-    returns  the run's folder, and the last row of every kind of metrics.jsonl in one; None with plan_only
+    returns  (the run's folder, the last value of everything in metrics.jsonl); None with plan_only
     """
     with contextlib.ExitStack() as held:  # the run's folder and its log are closed however the run ends
         trainer = set_up(config, held, task, rewards, weights)
@@ -84,11 +83,7 @@ def run(
 
 
 def set_up(
-    config: TrainConfig,
-    held: contextlib.ExitStack,
-    task: Task | None = None,
-    rewards: Sequence[Callable] = (),
-    weights: Sequence[float] = (),
+    config: TrainConfig, held: contextlib.ExitStack, task: Task | None, rewards: Sequence, weights: Sequence
 ) -> "Trainer | None":
     """Everything before the first update. What is cheap to check comes first: no weights are read and no folder is made
     for a run that is refused. None with --plan-only."""
@@ -121,17 +116,19 @@ def set_up(
         print("  no control: it continues the SFT of a warm-up, and this run has none (--warm-steps 0)")
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
     # resume, log
-    progress, rollout, changed = Progress(), None, []
+    progress, rollout, changed, frozen = Progress(), None, [], {}
     inputs = runstate.inputs(config)
     if config.resume:
         state = folder / "state" / "state.safetensors"
         progress, rollout, changed = runstate.resume(state, config, inputs, model, optimizer, len(phases))
+        frozen = runstate.load_frozen(state, model)
         program.state = state
         print(f"resumed {folder} after update {progress.step}")
     steps = sum(phase.steps for phase in phases if phase.name != "control")
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
-    trainer = Trainer(config, data, judge, model, optimizer, phases, progress, rollout, inputs, folder, log, started)
+    state = progress, rollout, frozen, inputs
+    trainer = Trainer(config, data, judge, model, optimizer, phases, *state, folder, log, started)
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these
@@ -173,6 +170,7 @@ class Trainer:
     phases: list[Phase]
     progress: Progress
     rollout: Experience | None  # the one at hand, while progress.update > 0
+    frozen: dict[str, torch.Tensor]  # the policy at the start of RL, where --beta needs a copy of it
     inputs: dict  # what the run is made of: storage.state.inputs
     folder: pathlib.Path
     log: RunLog
@@ -260,6 +258,7 @@ class Trainer:
         """Sample answers and score them: minibatches 2 to U always, the first only until its ratios are `proved`.
         False when stopped meanwhile: the answers are thrown away."""
         config, progress = self.config, self.progress
+        self.frozen = self.frozen or freeze(self.model, config)
         self.rollout = sample_rollout(
             self.model,
             self.data.chat,
@@ -270,34 +269,41 @@ class Trainer:
             step=progress.step + 1,
             score_first=not self.proved,
             on_step=self.log.sampling(config.prompts_per_rollout * config.group_size, self.stop),
+            reference=reference(self.model, self.frozen) if config.beta else None,
         )
         if self.rollout is None:
             return False
         self.log.samples(self.rollout.samples)
-        progress.rl_cursor += config.prompts_per_rollout
+        progress.rl_cursor += config.prompts_per_rollout * self.rollout.facts.get("sampling_rounds", 1)
         return True
 
     def rl_update(self, algo: str) -> tuple[dict[str, float], list[MicroBatch]]:
-        """The gradient of the clipped objective over one minibatch of the rollout at hand."""
+        """The gradient of the objective over one minibatch of the rollout at hand."""
         config, rollout, update = self.config, self.rollout, self.progress.update
-        batches, old = rollout.minibatches[update], rollout.old_logp[update]
+        batches = rollout.minibatches[update]
         trained = sum(len(batch.index) for batch in batches)
         # answers without an advantage are not scored: their gradient is 0, and they count in the average
-        trained_fraction = rollout.trained_fraction(update)
-        ratios_total = trained if algo == "gspo" else sum(len(batch.targets) for batch in batches)
+        weights, trained_fraction = rollout.weights(update, config.loss_average, config.max_new_tokens)
+        advantages = rollout.advantages.nan_to_num() * weights
+        of_answers = algo in ("gspo", "reinforce")  # the ratios; else of tokens
+        ratios_total = trained if of_answers else sum(len(batch.targets) for batch in batches)
         metrics, ratios, log_ratios = [], [], []
-        for batch, old_logp in zip(batches, old, strict=True):
-            A = rollout.advantages[batch.index].nan_to_num().to(config.device, non_blocking=True)  # (N,)
+        for batch, old_logp, ref_logp in zip(batches, rollout.old_logp[update], rollout.ref_logp[update], strict=True):
+            A, w = (x[batch.index].to(config.device, non_blocking=True) for x in (advantages, weights))  # (N,), (N,)
             batch = batch.to(config.device)
             logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (M,), (M,), (M,)
             # None: no weight has moved yet, so this forward pass is also the old one
             old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (M,)
-            loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch, A, config)
+            clip, terms = {"clip_low": config.clip_low, "clip_high": config.clip_high}, {}
+            loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch.cu_scored, A, **clip)
+            if config.beta:
+                terms["kl"] = kl_to_reference(logp, ref_logp.to(config.device), batch.cu_scored, w)
+                loss = loss + config.beta * terms["kl"]
             weight, loss = len(batch.index) / trained, loss * trained_fraction  # the average over all answers
             (loss * weight).backward()
             self.optimizer.accumulate()
             entropy = (sequence_sums(entropy, batch.cu_scored) / batch.lengths).mean()  # over answers, too
-            metrics.append((weight, {"loss": loss, "entropy": entropy}))
+            metrics.append((weight, {"loss": loss, "entropy": entropy, **terms}))
             ratios.append((len(log_ratio) / ratios_total, facts))
             log_ratios.append(log_ratio)
         facts = combine(metrics, ratios, [(1.0, ratio_quantiles(log_ratios))])
@@ -341,7 +347,7 @@ class Trainer:
             self.save_state(warm)
             self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
         else:
-            self.save_weights()  # RL's result is kept
+            policy.save(self.model, config, self.folder, self.data.chat.tokenizer)  # RL's result is kept
             self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
             saved, _ = runstate.load_state(warm, self.model, self.optimizer)
             progress.sft_cursor = saved["sft_cursor"]
@@ -354,25 +360,15 @@ class Trainer:
         path = path or self.folder / "state" / "state.safetensors"
         rollout = self.rollout.state() if self.progress.update else None
         progress = dataclasses.asdict(self.progress)
-        runstate.save_state(path, self.model, self.optimizer, progress, rollout, self.inputs)
+        runstate.save_state(path, self.model, self.optimizer, progress, rollout, self.inputs, self.frozen)
         program.state = path
-
-    def save_weights(self) -> None:
-        """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
-        config, model, folder = self.config, self.model, self.folder
-        if config.lora_r:
-            checkpoint.save_adapter(model, folder / "adapter", base=config.model)
-        if config.save_merged and packed_layers(model):
-            print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
-        if config.save_merged or not config.lora_r or config.model == "tiny":  # whose base is saved nowhere else
-            checkpoint.save(model, folder / "model", tokenizer=self.data.chat.tokenizer)
 
     def finish(self) -> None:
         """Save, draw the curves, and say where things are."""
         if self.phases[self.progress.phase].name != "control":
             if self.stop:
                 self.save_state()
-            self.save_weights()
+            policy.save(self.model, self.config, self.folder, self.data.chat.tokenizer)
         self.log.close()
         picture = curves.draw_curves(self.folder, clip_range=(self.config.clip_low, self.config.clip_high))
         if self.stop:
@@ -381,16 +377,3 @@ class Trainer:
         else:
             seconds = time.perf_counter() - self.started
             print(summary(self.config, self.folder, picture, self.data.example_prompt(), seconds))
-
-
-def policy_loss(
-    algo: str, logp: Tensor, old_logp: Tensor, batch: MicroBatch, advantages: Tensor, config: TrainConfig
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(loss, what its ratios look like, log-ratios of answers (N,) for GSPO or of tokens (M,) for GRPO)."""
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    if algo == "grpo":  # one ratio per token
-        return *grpo_loss(logp, old_logp, batch.cu_scored, advantages, **clip), logp.detach() - old_logp
-    seq_logp = sequence_sums(logp, batch.cu_scored)  # (N,)
-    old_seq_logp = sequence_sums(old_logp, batch.cu_scored)  # (N,)
-    log_ratio = (seq_logp.detach() - old_seq_logp) / batch.lengths  # (N,)
-    return *gspo_loss(seq_logp, old_seq_logp, batch.lengths, advantages, **clip), log_ratio

@@ -43,7 +43,7 @@ class TrainConfig:
         group="what",
         path=True,
     )
-    algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft"))
+    algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft", "gspo_token", "reinforce"))
     task: tuple[str, ...] = flag(
         ("reverse",),
         "where prompts and rewards come from: reverse, addition, or your FILE.py[:Class]; given several times, as NAME="
@@ -70,7 +70,7 @@ class TrainConfig:
     )
     reward_timeout: float = flag(10.0, "seconds a call of a --reward may take", high=86400, exclude=0)
     system: str = flag("", "system message for rows of --data that have none (in RL)")
-    max_prompt_tokens: int = flag(0, "longer prompts of --data are left out, and counted; 0: what the model has room for")
+    max_prompt_tokens: int = flag(0, "longer prompts of --data are left out, and counted; 0: as the model has room for")
     adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one", path=True)
     out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...", path=True)
     resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win", path=True)
@@ -130,6 +130,17 @@ class TrainConfig:
     divide_by_std: bool = flag(
         True, "divide advantages by their group's standard deviation (GRPO, GSPO); off: Dr. GRPO"
     )
+    loss_average: str = flag(
+        "sequence",
+        "over tokens in each answer, then over answers (GRPO, GSPO); over all tokens of an update (DAPO); or every "
+        "answer's sum divided by max_new_tokens, whatever its length (Dr. GRPO)",
+        ("sequence", "token", "constant"),
+    )
+    mask_truncated: bool = flag(False, "do not train on answers that were cut off (DAPO); they count in their group")
+    dynamic_sampling: int = flag(
+        0, "at most so many further rounds of prompts in place of groups with equal rewards (DAPO)", high=10**4
+    )
+    beta: float = flag(0.0, "weight of the KL divergence (k3) from the policy at the start of RL", high=1000)
     lr: float = flag(
         0.0, "AdamW learning rate; 0: by algorithm, LoRA or full, and model size", high=1, group="optimiser"
     )
@@ -283,7 +294,7 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         near = difflib.get_close_matches(unknown[0].split("=")[0], p._option_string_actions, n=1, cutoff=0.5)
         p.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
     given = {name: tuple(value) if isinstance(value, list) and value else value for name, value in vars(args).items()}
-    if empty := [flag_name(name) for name, value in given.items() if value in ("", []) or value == ("",)]:  # -- gives []
+    if empty := [flag_name(name) for name, value in given.items() if value in ("", [], ("",))]:  # argparse: [] for --
         p.error(f"got an empty {empty[0]}, want a value, or no such flag")
     file = given.pop("config", "")
     if "words" in given:
@@ -428,9 +439,9 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
     if config.eval_size < 0 and not config.data:
         values["eval_size"] = 200
     if not config.clip_low:
-        values["clip_low"] = 3e-4 if config.algo == "gspo" else 0.2
+        values["clip_low"] = 3e-4 if config.algo.startswith("gspo") else 0.2
     if not config.clip_high:
-        values["clip_high"] = 4e-4 if config.algo == "gspo" else 0.27
+        values["clip_high"] = 4e-4 if config.algo.startswith("gspo") else 0.27
     return dataclasses.replace(config, **values)
 
 
@@ -476,12 +487,12 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"got --epochs {config.epochs:g} and --steps {config.steps}, want one of them")
     if config.data and rl and not config.reward:
         raise ValueError(
-            f"got --data with --algo {config.algo} and no --reward: rows do not say what a good answer is; want --reward "
-            "FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate the rows' own answers"
+            f"got --data with --algo {config.algo} and no --reward: rows do not say what a good answer is; want "
+            "--reward FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate rows"
         )
     if not rl and (config.reward or config.system or config.max_prompt_tokens):
         name = next(name for name in ("reward", "system", "max_prompt_tokens") if getattr(config, name))
-        raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo, or no such flag")
+        raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo")
     if config.quant != "none" and not config.lora_r:
         raise ValueError(
             f"got --quant {config.quant} with --lora-r 0 (full fine-tuning{', as configs/tiny.yaml says' * tiny}): "
@@ -501,10 +512,11 @@ def check(config: TrainConfig) -> None:
             f"got --group-size {config.group_size} with {config.algo}: "
             "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
         )
-    if config.updates_per_rollout == 1:
+    if config.updates_per_rollout == 1 and config.algo != "reinforce":
         raise ValueError(
             f"got --updates-per-rollout 1 with {config.algo}: every ratio is "
-            "then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper)"
+            "then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper), or "
+            "REINFORCE by its name: --algo reinforce"
         )
     rows = config.prompts_per_rollout * config.group_size
     if rows % config.updates_per_rollout:

@@ -61,7 +61,10 @@ class Data:
                 f"got prompts of {longest} tokens + --max-new-tokens {config.max_new_tokens}, "
                 f"want at most {model.max_positions} together (max_position_embeddings)"
             )
-        drawn, imitated = [task.train_problem(n, config.seed) for n in range(50)], config.warm_steps or config.algo == "sft"
+        drawn, imitated = (
+            [task.train_problem(n, config.seed) for n in range(50)],
+            config.warm_steps or config.algo == "sft",
+        )
         if imitated and not all(problem.answer for problem in drawn):
             raise ValueError(
                 f"got {'--algo sft' if config.algo == 'sft' else f'--warm-steps {config.warm_steps}'}, which imitates the "

@@ -48,8 +48,9 @@ def examine(
         return 0, {}  # stopped meanwhile
     scores = judge(task, rewards, problems, texts, [a.tokens for a in answers], step)
     totals = total_rewards(torch.tensor(scores.values), scores.weights)  # (N,)
-    right = [is_right(task, p, text, r) for p, text, r in zip(problems, texts, scores.fractions(totals), strict=True)]
-    facts = {"eval_reward": totals.nanmean().item(), **per_task("eval_exact", problems, right)}
+    columns = zip(problems, texts, totals.tolist(), strict=True)
+    right = [is_right(task, problem, text, scores.fraction(total)) for problem, text, total in columns]
+    facts = {"eval_reward": totals.nanmean().item(), **per_task("eval_exact", problems, list(map(float, right)))}
     return sum(right), facts if rewards or len(facts) > 1 else {}
 
 

@@ -1,20 +1,22 @@
 """A rollout that is ready to be trained on: examples, advantages, micro-batches, old log-probs.
 
     sample_rollout     prompts -> answers -> rewards -> advantages -> experience
-    experience         examples and advantages -> micro-batches and their old log-probs
+    experience         examples and advantages -> micro-batches, their old and their reference's log-probs
 
-Micro-batches are a pure function of examples and advantages, so a saved experience is these and its old log-probs; a
+Micro-batches are a pure function of examples and advantages, so a saved experience is these and its log-probs; a
 resumed run cuts them the same way and goes on in the middle of the rollout.
 
 Two forward passes are skipped because they cannot change the update. An answer with advantage 0 (all of a group whose
-rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages. And the
-first update's own forward pass yields the old log-probs of its answers, because no weight has moved yet.
+rewards are equal) has zero gradient: it is left out of the micro-batches, and still counts in the averages (but not
+with --beta: the pull towards the reference does not ask for a reward). And the first update's own forward pass yields
+the old log-probs of its answers, because no weight has moved yet.
 
 Tests: tests/test_experience.py, tests/test_train.py, tests/test_state.py
 """
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,9 +25,9 @@ from kernels.seq_logprob import sequence_sums
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
-from nanogspo.objectives import mixed_advantages, total_rewards
+from nanogspo.objectives import answer_weights, mixed_advantages, total_rewards
 from nanogspo.packing import Example, MicroBatch, pack, score
-from nanogspo.rollout import generate
+from nanogspo.rollout import Answer, generate
 from nanogspo.tasks.base import Problem, Task
 from nanogspo.tasks.mix import is_right
 from nanogspo.tasks.rewards import Group, Scores
@@ -36,24 +38,36 @@ class Experience:
     """P x G sampled answers in prompt-major order; N = P * G."""
 
     examples: list[Example]  # prompt + answer, loss on the answer
-    advantages: Tensor  # (N,), nan for an answer that nobody gave a reward: it is not trained on, and counts nowhere
+    advantages: Tensor  # (N,), nan for an answer that is not trained on and counts in no average
     minibatches: list[list[MicroBatch]]  # one entry per update
     # like minibatches: (M,) log-probs before any update, on any device; None: not scored apart
     old_logp: list[list[Tensor | None]]
     facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
+    ref_logp: list[list[Tensor | None]] = dataclasses.field(default_factory=list)  # likewise; None: no reference
 
-    def trained_fraction(self, update: int) -> float:
-        """Answers with an advantage among a minibatch's answers with a reward: what a mean over the latter counts."""
+    def answers_of(self, update: int) -> range:
+        """Of one minibatch, trained on or not."""
         size = len(self.examples) // len(self.minibatches)
-        rewarded = (~self.advantages[update * size : (update + 1) * size].isnan()).sum().item()
-        return sum(len(batch.index) for batch in self.minibatches[update]) / max(rewarded, 1)
+        return range(update * size, (update + 1) * size)
+
+    def weights(self, update: int, average: str, max_new_tokens: int) -> tuple[Tensor, float]:
+        """(answer_weights (N,) of all answers, 0 outside the update's; the fraction of its answers in the average that
+        are trained on)."""
+        rows = self.answers_of(update)
+        lengths = torch.tensor([sum(self.examples[i].loss_mask) for i in rows])  # (answers of the update,)
+        counts = ~self.advantages[rows.start : rows.stop].isnan()  # (answers of the update,)
+        weights = torch.zeros(len(self.examples))  # (N,)
+        weights[rows.start : rows.stop] = answer_weights(lengths, counts, average, max_new_tokens)
+        trained = sum(len(batch.index) for batch in self.minibatches[update])
+        return weights, trained / max(int(counts.sum()), 1)
 
     def state(self) -> dict:
         """What storage/state.py saves."""
-        later = [logp for batches in self.old_logp[1:] for logp in batches]  # the first update has been made
-        old_logp = torch.cat([torch.zeros(0), *(logp.cpu() for logp in later)])  # (scored tokens of these,)
-        tensors = {"advantages": self.advantages, "old_logp": old_logp}
+        tensors = {"advantages": self.advantages}
+        for name, logp in (("old_logp", self.old_logp), ("ref_logp", self.ref_logp)):
+            later = [part.cpu() for batches in logp[1:] for part in batches if part is not None]  # the first is made
+            tensors |= {name: torch.cat(later)} if later else {}  # (scored tokens of these,)
         return {"examples": self.examples, "facts": self.facts, "tensors": tensors}
 
 
@@ -68,16 +82,81 @@ def sample_rollout(
     step: int,
     score_first: bool,
     on_step: Callable[[int, int], bool],
+    reference: AbstractContextManager | None = None,
 ) -> Experience | None:
     """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early.
 
     rewards        reward functions instead of the task's own
     first_problem  number of the first of the task's training problems, which also seeds the sampling
     step           the update that is the first to use the rollout: a row of samples.jsonl says so
-    score_first    see `experience`
+    score_first, reference    see `experience`
     """
-    problems = [task.train_problem(first_problem + i, config.seed) for i in range(config.prompts_per_rollout)]
-    prompts = [chat.prompt(p) for p in problems]
+    groups, facts, P = [], [], config.prompts_per_rollout
+    while len(facts) <= config.dynamic_sampling and sum(group.teaches for group in groups) < P:
+        problems = [task.train_problem(first_problem + len(groups) + i, config.seed) for i in range(P)]
+        prompts = [chat.prompt(p) for p in problems]
+        answers = sample_answers(model, chat, prompts, config, first_problem + len(groups), on_step)
+        if answers is None:
+            return None
+        asked, judged = judge_groups(chat, task, rewards, problems, prompts, answers, config, step)
+        groups, facts = groups + asked, [*facts, judged]
+    kept = choose(groups, P)
+    answers, advantages = [a for group in kept for a in group.answers], torch.cat([group.advantages for group in kept])
+    if config.mask_truncated:
+        advantages[torch.tensor([not a.finished for a in answers])] = torch.nan
+    rollout = experience(
+        model,
+        [Example.answered(group.prompt, a.tokens) for group in kept for a in group.answers],
+        advantages,
+        updates=config.updates_per_rollout,
+        max_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+        device=config.device,
+        score_first=score_first,
+        score_old=config.algo != "reinforce",
+        reference=reference,
+    )
+    rollout.facts = rollout_facts(groups) | merged(facts)
+    rollout.facts |= {"sampling_rounds": len(facts)} if config.dynamic_sampling else {}
+    if config.algo != "reinforce":
+        rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [a.logp for a in answers])
+    columns = iter(advantages.tolist())
+    for group in kept:
+        prompt = chat.tokenizer.decode(group.prompt, skip_special_tokens=False)
+        for a, text, reward, note in zip(group.answers, group.texts, group.rewards, group.notes, strict=True):
+            row = {"step": step, "prompt": prompt, "answer": text, "reward": reward, "advantage": next(columns)}
+            rollout.samples.append(row | {"truncated": not a.finished, "length": len(a.tokens), **note})
+    return rollout
+
+
+@dataclasses.dataclass
+class Asked:
+    """A problem and the G answers to it."""
+
+    problem: Problem
+    prompt: list[int]
+    answers: list[Answer]
+    texts: list[str]
+    rewards: list[float]  # nan where nobody gave one
+    right: list[bool]
+    notes: list[dict]  # what samples.jsonl says besides
+    advantages: Tensor  # (G,), nan where there is no reward
+
+    @property
+    def teaches(self) -> bool:
+        """False: the group's advantages are all 0."""
+        return bool((self.advantages.abs() > 0).any())
+
+
+def sample_answers(
+    model: Transformer,
+    chat: Chat,
+    prompts: list[list[int]],
+    config: TrainConfig,
+    first_problem: int,
+    on_step: Callable[[int, int], bool],
+) -> list[Answer] | None:
+    """G answers to each prompt. None if on_step ended it early."""
     answers = generate(
         model,
         prompts,
@@ -90,48 +169,35 @@ def sample_rollout(
         max_rows=config.rollout_rows,
         on_step=on_step,
     )
-    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
-        return None
-    asked = [problems[a.prompt_index] for a in answers]
-    texts = [chat.text(a.tokens) for a in answers]
+    return answers if all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers) else None
+
+
+def judge_groups(
+    chat: Chat,
+    task: Task,
+    rewards: Callable[[list[Group], int], Scores] | None,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    answers: list[Answer],
+    config: TrainConfig,
+    step: int,
+) -> tuple[list[Asked], dict[str, float]]:
+    """(the groups with rewards and advantages, what the rewards say of the whole)."""
+    G, texts = config.group_size, [chat.text(a.tokens) for a in answers]
     scores = judge(task, rewards, problems, texts, [a.tokens for a in answers], step)
     values = torch.tensor(scores.values)  # (N, K)
-    reward = total_rewards(values, scores.weights)  # (N,)
+    totals = total_rewards(values, scores.weights).tolist()
+    first = config.reward_mix == "normalize_then_sum"
     advantages = mixed_advantages(
-        values,
-        scores.weights,
-        config.group_size,
-        normalize_first=config.reward_mix == "normalize_then_sum",
-        divide_by_std=config.divide_by_std,
+        values, scores.weights, G, normalize_first=first, divide_by_std=config.divide_by_std
     )  # (N,)
-    right = [is_right(task, p, text, r) for p, text, r in zip(asked, texts, scores.fractions(reward), strict=True)]
-    examples = [Example.answered(prompts[a.prompt_index], a.tokens) for a in answers]
-    rollout = experience(
-        model,
-        examples,
-        advantages,
-        updates=config.updates_per_rollout,
-        max_tokens=config.micro_batch_tokens,
-        temperature=config.temperature,
-        device=config.device,
-        score_first=score_first,
-    )
-    N = len(answers)
-    rollout.facts = reward_facts(reward.view(-1, config.group_size)) | {
-        "exact": sum(right) / N,
-        "truncated_frac": sum(not a.finished for a in answers) / N,
-        "answer_len": sum(len(a.tokens) for a in answers) / N,
-        "sampler_gap_max": sampler_gap(rollout, [a.logp for a in answers]),
-        **scores.facts,
-        **per_task("reward", asked, reward.tolist()),
-        **per_task("exact", asked, right),
-    }
-    read = [chat.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
-    columns = answers, texts, reward.tolist(), advantages.tolist(), scores.notes
-    for a, text, r, A, note in zip(*columns, strict=True):
-        row = {"step": step, "prompt": read[a.prompt_index], "answer": text, "reward": r}
-        rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens), **note})
-    return rollout
+    right = [is_right(task, problems[n // G], text, scores.fraction(totals[n])) for n, text in enumerate(texts)]
+    columns = answers, texts, totals, right, scores.notes, advantages
+    groups = [
+        Asked(problem, prompt, *(column[p * G : (p + 1) * G] for column in columns))
+        for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
+    ]
+    return groups, scores.facts
 
 
 def judge(
@@ -157,26 +223,51 @@ def group_of(problem: Problem, texts: list[str], ids: list[list[int]]) -> Group:
     return Group(row["prompt"], row, texts, ids)
 
 
+def choose(groups: list[Asked], count: int) -> list[Asked]:
+    """The first `count` groups with different rewards, or, where there are fewer, some without; as they were sampled.
+
+    Source: dynamic sampling, DAPO, arXiv:2503.14476, equation 11. Elsewhere: verl filter_groups, which ends the run
+    where too few have been found; ms-swift dynamic_sample.
+    """
+    first = sorted(range(len(groups)), key=lambda i: not groups[i].teaches)[:count]  # sorted() keeps equals in order
+    return [groups[i] for i in sorted(first)]
+
+
+def rollout_facts(groups: list[Asked]) -> dict[str, float]:
+    """What metrics.jsonl says of a rollout: of all that was sampled, since groups with a spread are no fair sample."""
+    table = torch.tensor([group.rewards for group in groups])  # (groups, G)
+    there = ~table.isnan()  # (groups, G)
+    some = [row[kept] for row, kept in zip(table, there, strict=True)]
+    spreads = [row.std() for row in some if len(row) > 1]
+    answers = [answer for group in groups for answer in group.answers]
+    problems = [group.problem for group in groups for _ in group.answers]
+    right = [float(r) for group in groups for r in group.right]
+    facts = {
+        "reward": table.nanmean().item(),
+        "reward_std": torch.stack(spreads).mean().item() if spreads else 0.0,
+        "exact": sum(right) / len(right),
+        "zero_spread_frac": sum(len(row) < 2 or bool(row.max() == row.min()) for row in some) / len(groups),
+        "truncated_frac": sum(not a.finished for a in answers) / len(answers),
+        "answer_len": sum(len(a.tokens) for a in answers) / len(answers),
+        **per_task("reward", problems, table.flatten().tolist()),
+        **per_task("exact", problems, right),
+    }
+    return facts if there.all() else facts | {"unrewarded_frac": 1 - there.float().mean().item()}
+
+
 def per_task(name: str, problems: list[Problem], values: list[float]) -> dict[str, float]:
     """The mean of each task's values, under NAME/TASK, where several tasks are mixed; nan is left out."""
     found = {}
     for problem, value in zip(problems, values, strict=True):
         if problem.task and value == value:
-            found.setdefault(f"{name}/{problem.task}", []).append(float(value))
+            found.setdefault(f"{name}/{problem.task}", []).append(value)
     return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
 
 
-def reward_facts(table: Tensor) -> dict[str, float]:
-    """Of rewards (P, G), nan where nobody gave one: such answers are left out, and counted."""
-    there = ~table.isnan()  # (P, G)
-    groups = [row[kept] for row, kept in zip(table, there, strict=True)]
-    spreads = [row.std() for row in groups if len(row) > 1]
-    facts = {
-        "reward": table.nanmean().item(),
-        "reward_std": torch.stack(spreads).mean().item() if spreads else 0.0,
-        "zero_spread_frac": sum(len(row) < 2 or bool(row.max() == row.min()) for row in groups) / len(groups),
-    }
-    return facts if there.all() else facts | {"unrewarded_frac": 1 - there.float().mean().item()}
+def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The rewards' facts of several rounds: counts are added, other numbers averaged over the rounds that have them."""
+    found = {key: [facts[key] for facts in rounds if key in facts] for facts in rounds for key in facts}
+    return {k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in found.items()}
 
 
 def experience(
@@ -189,50 +280,64 @@ def experience(
     temperature: float,
     device: str,
     score_first: bool = True,
+    score_old: bool = True,
+    reference: AbstractContextManager | None = None,
 ) -> Experience:
     """Cut the rollout into micro-batches and score them before any update.
 
     With the kernels, shapes and dtypes of the updates to come, so that the first update's ratios are exactly 1.
     score_first=False trusts in that and skips the first update's micro-batches.
+    score_old=False scores none: there are no ratios.
+    reference  within it, `model` is another policy, by which all micro-batches are scored, too
     """
-    minibatches = split_minibatches(examples, advantages, updates, max_tokens)
-    with torch.no_grad():
-        old_logp = [
-            [score(model, batch.to(device), temperature=temperature)[0] for batch in batches]
-            if update or score_first
-            else [None] * len(batches)
-            for update, batches in enumerate(minibatches)
-        ]
-    return Experience(examples, advantages, minibatches, old_logp)
+    minibatches = split_minibatches(examples, advantages, updates, max_tokens, with_zeros=reference is not None)
+
+    @torch.no_grad()
+    def scored(batches: list[MicroBatch], wanted: bool) -> list[Tensor | None]:
+        return [score(model, b.to(device), temperature=temperature)[0] if wanted else None for b in batches]
+
+    old_logp = [scored(batches, score_old and (update or score_first)) for update, batches in enumerate(minibatches)]
+    with reference or nullcontext():
+        ref_logp = [scored(batches, reference is not None) for batches in minibatches]
+    return Experience(examples, advantages, minibatches, old_logp, ref_logp=ref_logp)
 
 
 def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
-    """The inverse of Experience.state(), but for the first update's old log-probs. ValueError if it does not fit."""
+    """The inverse of Experience.state(), but for the first update's log-probs. ValueError if it does not fit."""
     examples, tensors = saved["examples"], saved["tensors"]
-    first, *later = minibatches = split_minibatches(examples, tensors["advantages"], updates, max_tokens)
+    zeros = "ref_logp" in tensors
+    first, *later = minibatches = split_minibatches(examples, tensors["advantages"], updates, max_tokens, zeros)
     sizes = [len(b.targets) for batches in later for b in batches]
-    if sum(sizes) != len(tensors["old_logp"]):
-        raise ValueError(
-            f"got a saved rollout with {len(tensors['old_logp'])} old log-probs, want {sum(sizes)}: another version of "
-            "this program saved it; finish the run with that one"
-        )
-    pieces = iter(tensors["old_logp"].split(sizes))
-    old_logp = [[None] * len(first), *([next(pieces) for _ in batches] for batches in later)]
-    return Experience(examples, tensors["advantages"], minibatches, old_logp, saved["facts"])
+
+    def cut(name: str) -> list[list[Tensor | None]]:
+        if name not in tensors:
+            return [[None] * len(batches) for batches in minibatches]
+        if sum(sizes) != len(tensors[name]):
+            raise ValueError(
+                f"got a saved rollout with {len(tensors[name])} old log-probs, want {sum(sizes)}: another version of "
+                "this program saved it; finish the run with that one"
+            )
+        pieces = iter(tensors[name].split(sizes))
+        return [[None] * len(first), *([next(pieces) for _ in batches] for batches in later)]
+
+    old_logp, ref_logp = cut("old_logp"), cut("ref_logp")
+    return Experience(examples, tensors["advantages"], minibatches, old_logp, saved["facts"], ref_logp=ref_logp)
 
 
 def split_minibatches(
-    examples: list[Example], advantages: Tensor, updates: int, max_tokens: int
+    examples: list[Example], advantages: Tensor, updates: int, max_tokens: int, with_zeros: bool = False
 ) -> list[list[MicroBatch]]:
     """The examples in `updates` equal minibatches, in order (so whole groups stay together where they can), each cut
     into micro-batches of those with an advantage. `index` counts over the whole rollout.
 
-    Where none has one, the shortest is kept: an update is made (AdamW's momentum moves on), and has ratios to report.
+    with_zeros  also those with an advantage of 0, but not of nan
+    Where none is left, the shortest is kept: an update is made (AdamW's momentum moves on), and has ratios to report.
     """
     size, minibatches = len(examples) // updates, []
     for first in range(0, len(examples), size):
         rows = range(first, first + size)
-        kept = [i for i in rows if advantages[i].abs() > 0] or [min(rows, key=lambda i: len(examples[i].tokens))]
+        kept = [i for i in rows if advantages[i].abs() > 0 or (with_zeros and advantages[i] == 0)]
+        kept = kept or [min(rows, key=lambda i: len(examples[i].tokens))]
         batches = pack([examples[i] for i in kept], max_tokens=max_tokens)
         minibatches.append([dataclasses.replace(b, index=torch.tensor(kept)[b.index]) for b in batches])
     return minibatches

@@ -1,19 +1,21 @@
 """The objectives as pure functions of tensors: no model, no configuration, no device.
 
-    rewards -> group_advantages -> gspo_loss | grpo_loss             log-probs of a demonstration -> sft_loss
+    rewards -> group_advantages -> policy_loss, kl_to_reference      log-probs of a demonstration -> sft_loss
 
-    GRPO   one ratio a token       r[t] = pi(t) / pi_old(t)             each token is clipped by itself
-    GSPO   one ratio a sequence    s = (prod_t r[t]) ** (1 / length)    a sequence is clipped whole, as it is rewarded
+    GRPO        one ratio a token       r[t] = pi(t) / pi_old(t)             each token is clipped by itself
+    GSPO        one ratio a sequence    s = (prod_t r[t]) ** (1 / length)    a sequence is clipped whole, as rewarded
+    REINFORCE   no ratio                                                     nothing is clipped
 
 Why the printed loss is about 0: on the first update after a rollout every ratio is 1 and the advantages of a group sum
 to 0. The loss says nothing about progress; its gradient, -A * grad logp, does. Watch the reward and the ratios.
 
 Every loss is a mean over the sequences (or tokens) it is given. To split a batch of N sequences into micro-batches of
-n_i, add up loss_i * n_i / N: value and gradient are those of the whole. That is the caller's business.
+n_i, add up loss_i * n_i / N: value and gradient are those of the whole. That is the caller's business. So are other
+averages: min(r A, clip(r) A) w = min(r A w, clip(r) A w) for w >= 0, so a weight of an answer is a factor of its
+advantage (`answer_weights`).
 
-Left out: the KL term (no reference model is kept in memory; the GSPO paper sets it to 0), dual clip, token-level
-advantages. A ratio overflows to inf at a log-ratio of 88.7, where a loss of inf (A < 0) or a gradient of nan (A > 0) is
-returned as it is: no update should be made from such a batch, and a clamp would hide it.
+Left out: dual clip, token-level advantages. A ratio overflows to inf at a log-ratio of 88.7, where a loss of inf (A < 0)
+or a gradient of nan (A > 0) is returned as it is: no update should be made from such a batch, and a clamp would hide it.
 
 Lesson: lessons/12_gspo.md       Tests: tests/test_objectives.py
 Shapes: P prompts, G answers to each; N sequences; M their scored tokens, end to end.
@@ -172,6 +174,100 @@ def grpo_loss(
     log_ratio = _at_least_float32(logp) - old_logp.detach()  # (M,)
     objective, metrics = _clipped(log_ratio, per_token, clip_low, clip_high)  # (M,)
     return -(sequence_sums(objective, cu_seqlens) / lengths).mean(), metrics
+
+
+def reinforce_loss(logp: Tensor, cu_seqlens: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy-gradient loss without a ratio: every update takes its answers for its own policy's.
+
+        loss = -mean_i A[i] mean_{t in i} logp[t]
+
+    logp, cu_seqlens, advantages   as in grpo_loss
+    returns  loss, a scalar; metrics as in gspo_loss, of ratios that are all 1
+
+    Its gradient is that of gspo_loss and grpo_loss at a ratio of 1, the first update of a rollout. From the second on
+    it is off by what the ratio would correct. Source: Williams 1992, with the group's mean as baseline.
+    Elsewhere: nanochat chat_rl.py; TRL with its defaults, where old_per_token_logps is None.
+    """
+    lengths = cu_seqlens.diff()  # (N,)
+    _check("lengths", lengths, advantages=advantages)
+    _check_lengths(lengths, len(logp))
+    means = sequence_sums(_at_least_float32(logp), cu_seqlens) / lengths  # (N,)
+    _, metrics = _clipped(torch.zeros_like(means.detach()), advantages, 0.0, 0.0)
+    return -(advantages.detach() * means).mean(), metrics
+
+
+def policy_loss(
+    algo: str, logp: Tensor, old_logp: Tensor, cu_seqlens: Tensor, advantages: Tensor, **clip: float
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss of an --algo, from log-probs of tokens.
+
+    logp, old_logp, cu_seqlens, advantages, clip   as in grpo_loss
+    returns  loss; metrics; log-ratios, no gradient: of answers (N,) for gspo and reinforce, else of tokens (M,)
+
+    gspo_token is the paper's token form of GSPO (equations 13 and 14), with value and gradient of gspo:
+
+        s[i, t] = sg[s[i]] * pi[t] / sg[pi[t]]         sg: no gradient. Its value is s[i], its gradient token t's
+    """
+    if algo == "grpo":  # one ratio per token
+        return *grpo_loss(logp, old_logp, cu_seqlens, advantages, **clip), logp.detach() - old_logp
+    lengths = cu_seqlens.diff()  # (N,)
+    if algo == "reinforce":
+        return *reinforce_loss(logp, cu_seqlens, advantages), torch.zeros_like(advantages)
+    seq_logp, old_seq_logp = sequence_sums(logp, cu_seqlens), sequence_sums(old_logp, cu_seqlens)  # (N,), (N,)
+    log_ratio = (seq_logp.detach() - old_seq_logp) / lengths  # (N,)
+    if algo == "gspo":
+        return *gspo_loss(seq_logp, old_seq_logp, lengths, advantages, **clip), log_ratio
+    log_ratio = log_ratio.repeat_interleave(lengths, output_size=len(logp))  # (M,)
+    per_token = log_ratio + (logp - logp.detach())  # (M,)
+    return *grpo_loss(per_token, torch.zeros_like(logp), cu_seqlens, advantages, **clip), log_ratio
+
+
+def answer_weights(lengths: Tensor, counts: Tensor, average: str, max_new_tokens: int) -> Tensor:
+    """What the mean over an answer's tokens is multiplied by, in the mean over an update's answers that count.
+
+        sequence    1                                              mean over answers of means over tokens: GRPO, GSPO
+        token       length / (mean length of those that count)     sum over all tokens / how many: DAPO
+        constant    length / max_new_tokens * counted / N          sum over all tokens / (N max_new_tokens): Dr. GRPO
+
+    lengths  (N,) scored tokens of every answer of the update, trained on or not
+    counts   (N,) bool, False for an answer that is left out: it was cut off (--mask-truncated), or has no reward
+    returns  (N,) float32, 0 where counts is False
+
+    An answer that is left out is in no mean, as if it had not been sampled. Only "constant" still divides by all N: a
+    token's weight is then the same in every update, which is what Dr. GRPO is about.
+
+    Source: GRPO, arXiv:2402.03300; DAPO, arXiv:2503.14476, equation 8, and its overlong filtering; Dr. GRPO,
+    arXiv:2503.20783. Elsewhere: TRL GRPOTrainer, loss_type "grpo", "dapo", "dr_grpo". With
+    mask_truncated_completions its "grpo" still divides by all answers, so a rollout half of which was cut off makes
+    half a step; and its "dapo" divides by the tokens of a rollout's mean update, ours by those of the update itself.
+    """
+    lengths = lengths.float()  # (N,)
+    weights = torch.ones_like(lengths)  # (N,)
+    if average == "token":
+        weights = lengths * counts.sum() / (lengths * counts).sum().clamp(min=1)
+    elif average == "constant":
+        weights = lengths / max_new_tokens * counts.sum() / len(counts)
+    return weights * counts  # (N,)
+
+
+def kl_to_reference(logp: Tensor, ref_logp: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
+    """How far the policy is from a reference, estimated from its own samples; averaged as the loss is.
+
+        k3[t] = exp(d) - d - 1,  d = ref_logp[t] - logp[t]
+        KL    = mean_i weights[i] mean_{t in i} k3[t]
+
+    logp      (M,) float32, of every scored token; carries the gradient
+    ref_logp  (M,) float32, under the reference, from the same scorer; no gradient
+    weights   (N,) of `answer_weights`, no gradient
+    returns   a scalar, >= 0; exactly 0, with gradient 0, where the two are equal
+
+    Source: GRPO, arXiv:2402.03300, equation 4; Schulman's k3, unbiased while the samples are the policy's own.
+    Elsewhere: TRL GRPOTrainer with use_bias_correction_kl=False; with True, its default, k3 is multiplied by the
+    clipped loss's ratio, which makes up for stale samples only where that ratio is a token's.
+    """
+    _check("logp", logp, ref_logp=ref_logp)
+    d = ref_logp.detach() - _at_least_float32(logp)  # (M,)
+    return (weights * sequence_sums(d.expm1() - d, cu_seqlens) / cu_seqlens.diff()).mean()
 
 
 def ratio_quantiles(log_ratios: list[Tensor]) -> dict[str, Tensor]:

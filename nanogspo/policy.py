@@ -7,6 +7,7 @@ Tests: tests/test_train.py
 """
 
 import dataclasses
+import pathlib
 
 import torch
 
@@ -59,6 +60,16 @@ def build(config: TrainConfig, task: Task | None) -> Transformer:
     model.gradient_checkpointing = config.gradient_checkpointing == "on"
     model.prepack = config.prepack != "off"
     return model
+
+
+def save(model: Transformer, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
+    if config.lora_r:
+        checkpoint.save_adapter(model, folder / "adapter", base=config.model)
+    if config.save_merged and packed_layers(model):
+        print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
+    if config.save_merged or not config.lora_r or config.model == "tiny":  # whose base is saved nowhere else
+        checkpoint.save(model, folder / "model", tokenizer=tokenizer)
 
 
 def adapt(model: torch.nn.Module, config: TrainConfig) -> None:

@@ -24,7 +24,7 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
     from matplotlib.figure import Figure  # 0.5 s to import, so only when drawing; Figure alone needs no display
 
     rows = read_rows(Path(folder, "metrics.jsonl"))
-    policy = [row for row in rows if row.get("algo") in ("gspo", "grpo")]
+    policy = [row for row in rows if row.get("algo") not in (None, "sft")]
     sft = [row for row in rows if row.get("algo") == "sft"]
     held_out = [row for row in rows if "eval_loss" in row]
     panels = [

@@ -229,7 +229,7 @@ def summary(config: TrainConfig, folder: Path, picture, example: str | None, sec
     for phase, row in last.items():
         note = "  (SFT continued instead of RL, for the same time)" if phase == "control" else ""
         interval = f"95 % interval {row['eval_low']:.1%} to {row['eval_high']:.1%}"
-        lines.append(f"  {names[phase]:<10} {row['eval_exact']:6.1%}   {interval}{note}")
+        lines.append(f"  {names.get(phase, f'after {phase}'):<10} {row['eval_exact']:6.1%}   {interval}{note}")
     if lines:
         lines.insert(0, f"held-out exact match, {config.eval_size} problems never trained on:")
     last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row}

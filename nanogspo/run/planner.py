@@ -21,12 +21,13 @@ from nanogspo.lora import describe, lora_layers
 from nanogspo.model import Transformer
 from nanogspo.packing import SHARE_PROMPT_FROM
 from nanogspo.quant import NF4Linear, packed_layers, quantize_as_stored, quantize_model, weight_count
+from nanogspo.reference import is_copied
 
 # Parts of the memory that only a rollout holds, and those that only an update does
 CACHE, PREPACKED, SCORES = "KV cache of a rollout", "prepacked weights", "scores of a decode step (estimate)"
 GRAPH, WORKSPACES = "CUDA graph of a decode step (estimate)", "library workspaces"
 GRADIENTS, ACTIVATIONS, TILES = "gradients", "activations (estimate)", "vocabulary tiles"
-MOMENTS, MASTERS = "optimiser (two moments)", "fp32 masters"
+MOMENTS, MASTERS, REFERENCE = "optimiser (two moments)", "fp32 masters", "reference policy"
 ROLLOUT, UPDATE = (CACHE, PREPACKED, SCORES), (GRADIENTS, ACTIVATIONS, TILES)
 ESTIMATES = (SCORES, GRAPH, WORKSPACES, ACTIVATIONS, TILES)
 WORKSPACE = 32 * 2**20  # bytes cuBLAS takes on sm_90 for each stream that multiplies (torch's :4096:2:16:8)
@@ -64,6 +65,7 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
         GRADIENTS: numbers * 4,
         MOMENTS: numbers * 8,
         MASTERS: masters,
+        REFERENCE: tensor_bytes(trained) if is_copied(config) else 0,
         ACTIVATIONS: activations,
         TILES: 2 * 32 * 1024**2 if c.vocab_size > 8192 else 2 * T * c.vocab_size * 4,
     }
@@ -111,7 +113,7 @@ LOWER = {
     PREPACKED: "--prepack off",
     **dict.fromkeys((SCORES, GRAPH), "a lower --rollout-rows or --group-size"),
     ACTIVATIONS: "a lower --micro-batch-tokens, or --gradient-checkpointing on",
-    **dict.fromkeys((GRADIENTS, MOMENTS, MASTERS), "an adapter (--lora-r 16)"),
+    **dict.fromkeys((GRADIENTS, MOMENTS, MASTERS, REFERENCE), "an adapter (--lora-r 16)"),
     "KV cache": "a lower --max-new-tokens",
 }
 

@@ -214,7 +214,12 @@ class Rewards:
                     samples.setdefault((k, kind), f"{why}, for the answer {shown(texts[i])}")
         for (k, kind), sample in samples.items():
             self._tell(k, kind, f"{counts[f'reward/{self.names[k]}/{kind}']} of {len(texts)} answers {kind}: {sample}")
-        return Scores(values, self.weights, {name: statistics.fmean(found) for name, found in means.items() if found} | counts, notes)
+        return Scores(
+            values,
+            self.weights,
+            {name: statistics.fmean(found) for name, found in means.items() if found} | counts,
+            notes,
+        )
 
     def _tell(self, k: int, kind: str, text: str) -> None:
         """Once for each reward and kind."""

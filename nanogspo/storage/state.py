@@ -29,7 +29,7 @@ from nanogspo.packing import Example
 from nanogspo.storage.files import ADAPTER, ADAPTER_WEIGHTS, SMALL_FILES, resolve, weight_files
 from nanogspo.storage.safetensors import Stored, read_header, write_safetensors
 
-MODEL, OPTIMIZER, ROLLOUT = "model.", "optimizer.", "rollout."
+MODEL, OPTIMIZER, ROLLOUT, REFERENCE = "model.", "optimizer.", "rollout.", "reference."
 TOKENS, LENGTHS = "rollout.tokens", "rollout.lengths"  # of each example: all its tokens, those of its prompt
 
 
@@ -110,11 +110,13 @@ def save_state(
     progress: dict,
     rollout: dict | None,
     made_of: dict[str, dict] | None = None,
+    frozen: dict[str, Tensor] | None = None,
 ) -> None:
     """progress: JSON-able counters. rollout: None, or {"examples": [...], "tensors": {...}, "facts": {...}}. made_of:
-    what `inputs` returned when the run started."""
+    what `inputs` returned when the run started. frozen: the policy at the start of RL, where a copy of it is kept."""
     tensors = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors |= {OPTIMIZER + name: t for name, t in optimizer.state().items()}
+    tensors |= {REFERENCE + name: t for name, t in (frozen or {}).items()}
     tensors |= _random_state()
     facts = {"progress": progress, **(made_of or {"config": {}, "files": {}})}
     if rollout:
@@ -190,6 +192,16 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
     if "rng.cuda" in random:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return facts["progress"], rollout
+
+
+def load_frozen(path: pathlib.Path, model: nn.Module) -> dict[str, Tensor]:
+    """The `frozen` that save_state was given, on the model's device; {} for none. Its checksums are load_state's."""
+    header, _ = read_facts(path)
+    trained = {REFERENCE + name: p for name, p in model.named_parameters() if p.requires_grad}
+    kinds = {name: (s.dtype, s.shape) for name, s in header.items() if name.startswith(REFERENCE)}
+    fits = kinds == {name: (p.dtype, tuple(p.shape)) for name, p in trained.items()}
+    _refuse(path, ["reference"] if kinds and not fits else [])
+    return {n.removeprefix(REFERENCE): header[n].read().to(trained[n].device) for n in kinds}
 
 
 def _examples(path: pathlib.Path, tokens: Tensor, lengths: Tensor) -> list[Example]:
@@ -269,7 +281,15 @@ def resume(
             f"that was cut into {cut}; want {cut}"
         )
     sizes = {name: (t.ndim, t.dtype) for name, t in (rollout or {"tensors": {}})["tensors"].items()}
-    sound = sizes == {"advantages": (1, torch.float32), "old_logp": (1, torch.float32)}
+    needed = {"--algo": "old_logp"} if config.algo != "reinforce" else {}
+    needed |= {"--beta": "ref_logp"} if config.beta else {}
+    if sizes and changed and (missing := [flag for flag, name in needed.items() if name not in sizes]):
+        raise ValueError(
+            f"got another {missing[0]} in the middle of a rollout, which was scored for the run's own; want that one "
+            "until the rollout's updates are made"
+        )
+    names = {"advantages", *needed.values(), *(sizes.keys() & {"old_logp", "ref_logp"})}
+    sound = sizes == dict.fromkeys(names, (1, torch.float32))
     sound = sound and len(rollout["tensors"]["advantages"]) == len(rollout["examples"])
     _refuse(path, [] if sound and progress.update < cut <= len(rollout["examples"]) else ["rollout"])
     return progress, from_state(rollout, updates=cut, max_tokens=config.micro_batch_tokens), changed

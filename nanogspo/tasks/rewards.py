@@ -30,7 +30,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,12 +63,13 @@ class Scores:
     values: list[list[float]]  # [N][K], nan where a reward abstained
     weights: list[float]  # [K]
     facts: dict[str, float]  # reward/NAME and reward/NAME/KEY: means; reward/NAME/failed and so on; log_metric's
-    notes: list[dict]  # one an answer, for samples.jsonl: {"rewards": {NAME: value}, "failed": why, log_extra's columns}
+    notes: list[
+        dict
+    ]  # one an answer, for samples.jsonl: {"rewards": {NAME: value}, "failed": why, log_extra's columns}
 
-    def fractions(self, totals: Sequence[float]) -> list[float]:
-        """Totals over what an answer gets that every reward gives a 1."""
-        full = sum(w for w in self.weights if w > 0) or 1.0
-        return [float(total) / full for total in totals]
+    def fraction(self, total: float) -> float:
+        """A total over what an answer gets to which every reward gives a 1."""
+        return total / (sum(w for w in self.weights if w > 0) or 1.0)
 
 
 @dataclass(frozen=True)
