@@ -92,7 +92,7 @@ class Rewards:
         self._idle = queue.LifoQueue()  # the one used last is taken first, and others start only when they are needed
         for _ in range(count):
             self._idle.put(None)
-        self._workers, self._closed, self._told = set(), False, set()
+        self._workers, self._closed, self._quiet, self._told = set(), False, False, set()
 
     def __enter__(self) -> "Rewards":
         return self
@@ -116,15 +116,15 @@ class Rewards:
         right = [reference(group.row)] if any(group.row.get(name) is not None for name in REFERENCES) else ["Yes"]
         texts = [*group.answers, *right, "", "42", "One sentence,\nand another."][:4]
         ids = [*group.ids, *([0] * max(1, len(text)) for text in texts[len(group.ids) :])][:4]
-        told, self._told = self._told, {(name, kind) for name in self.names for kind in ("failed", "late", "died")}
+        self._quiet = True
         scores = self([dataclasses.replace(group, answers=texts, ids=ids)], 0)
-        self._told = told
+        self._quiet = False
         for name in self.names:
-            failures = [note["failed"].get(name) for note in scores.notes if "failed" in note]
-            if len(failures) == 4 and all(failures):
+            failures = [note["failed"][name] for note in scores.notes if name in note.get("failed", ())]
+            if len(failures) == len(texts):
                 raise ValueError(
-                    f"reward {name} failed on all four texts it was tried on: {failures[0]}; "
-                    f"correct it (columns of the row: {some(group.row)})"
+                    f"reward {name} failed on all four texts it was tried on, first with {failures[0]}; correct it "
+                    f"(columns of the row: {some(group.row)})"
                 )
 
     def __call__(self, groups: list[Group], step: int) -> Scores:
@@ -229,8 +229,8 @@ class Rewards:
 
     def _tell(self, k: int, kind: str, text: str) -> None:
         """Once for each reward and kind."""
-        if (self.names[k], kind) not in self._told:
-            self._told.add((self.names[k], kind))
+        if not self._quiet and (k, kind) not in self._told:
+            self._told.add((k, kind))
             print(f"reward {self.names[k]}: {text}", flush=True)
 
 

@@ -54,7 +54,7 @@ class Worker:
 
     def ask(self, message: Any, seconds: float) -> dict:
         """Its reply, after `seconds` at most: reads and writes that block are left to the other thread."""
-        self._messages.put(json.dumps([seconds, message], default=str))
+        self._messages.put(json.dumps([seconds + GRACE, message], default=str))
         try:
             reply = self._replies.get(timeout=seconds)
         except queue.Empty:
@@ -107,7 +107,7 @@ def main(serve: str) -> NoReturn:
     function, begun = getattr(importlib.import_module(module), name), False
     while True:
         seconds, message = messages.get()
-        faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+        faulthandler.dump_traceback_later(seconds, exit=True)
         try:
             value = function(message)
             if not begun:

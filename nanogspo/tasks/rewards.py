@@ -148,15 +148,15 @@ class Reward:
             if self.batch:
                 own = {"log_extra": log_extra, "log_metric": log_metric}
                 own["trainer_state"] = SimpleNamespace(**(STATE | state))
-                returned = _finished(self.function(**self._arguments(_columns(group) | own)))
-                values = _as_many(returned, group, "the list of rewards")
+                arguments = self._arguments(_columns(group) | own, group.row)
+                values = _as_many(_finished(self.function(**arguments)), group, "the list of rewards")
             else:
                 values = [_finished(self.function(answer, group.row)) for answer in group.answers]
             return {"values": [_value(value) for value in values], "extra": extra, "metrics": metrics}
         except (Exception, SystemExit) as error:
             return {"error": explained(error, self.file)}
 
-    def _arguments(self, offered: dict) -> dict:
+    def _arguments(self, offered: dict, row: dict) -> dict:
         """Of what there is, what the function takes."""
         named = {
             p.name: p.default is p.empty
@@ -164,7 +164,7 @@ class Reward:
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         }
         if missing := [name for name, needed in named.items() if needed and name not in offered]:
-            raise ValueError(f"no column for the parameter {some(missing)}")
+            raise ValueError(f"no column for the parameter {some(missing)}; the row has {some(row) or 'none'}")
         takes_all = any(p.kind == p.VAR_KEYWORD for p in self.parameters.values())
         return {name: value for name, value in offered.items() if name in named or (takes_all and name != OLD_IDS)}
 
