@@ -43,7 +43,7 @@ def named(completions, level, *, trainer_state, log_extra, log_metric, missing=7
     return [level[0] + trainer_state.global_step + trainer_state.epoch] + [None] * (len(level) - 1)
 
 async def picky(prompts, completions, **columns):
-    assert columns["level"] == [3] * len(prompts) and "prompt" not in columns and "completions_ids" not in columns
+    assert columns["level"] == [3] * len(prompts) and "prompt" not in columns
     return [1 / (len(c) - 4) for c in completions]
 
 def wild(answer, row):
@@ -82,7 +82,7 @@ def own(folder):
     made = []
 
     def make(*names, **options):
-        made.append(Rewards([f"{folder / 'random.py'}:{name}" for name in names], **{"workers": 2} | options))
+        made.append(Rewards([f"{folder / 'random.py'}:{name}" for name in names], **{"workers": 1} | options))
         return made[-1]
 
     yield make
@@ -144,7 +144,7 @@ def test_whatever_a_reward_does_each_answer_is_counted(own, capsys):
     texts = [f"{n} " for n in range(60)]
     for at, kind in [(3, "hang"), (10, "raise"), (11, "raise"), (20, "nan"), (21, "inf"), (30, "none"), (40, "die")]:
         texts[at] = f"{kind} "
-    rewards = own("wild", timeout=0.5)
+    rewards = own("wild", timeout=0.5, workers=2)
     rewards.probe(Group("?", {}, ["1"], [[0]]))
     groups = [Group("?", {}, texts[n : n + 6], [[0]] * 6) for n in range(0, 60, 6)]
     start = time.monotonic()
@@ -164,8 +164,8 @@ def test_whatever_a_reward_does_each_answer_is_counted(own, capsys):
 
 
 def test_a_reward_that_cannot_work_ends_the_run(own, folder, tmp_path):
-    assert "random.py:unfit: got a function" in refused(own("unfit").probe, GROUP)
-    assert "no function nothing" in refused(own("nothing").probe, GROUP)
+    assert "random.py:unfit: got a function" in refused(own("right", "unfit").probe, GROUP)
+    assert "no function nothing" in refused(load, f"{folder}/random.py:nothing")
     assert "the parameter colour; the row has prompt, answer, level" in refused(own("needs").probe, GROUP)
     for source, said in [
         ("x = (\n", "(broken.py:1)"),
@@ -208,6 +208,38 @@ def test_functions_given_from_python(capsys):
     assert "f(answer, row)" in refused(Rewards, [lambda answer: 1])
 
 
+def test_values_and_columns_that_could_hurt_the_run(capsys):
+    """Finite, but not when they are added or squared; columns with names of our own; metrics without a mean."""
+
+    def odd(completions, log_extra, log_metric):
+        log_extra("rewards", ["a", "b"])
+        log_metric("infinite", math.inf)
+        log_metric("mixed", -math.inf)
+        log_metric("mixed", 2)
+        return [{"a": 1.5e308, "b": 1.5e308}, {"a": 2, "b": None}]
+
+    with Rewards([odd, lambda answer, row: 1e30, lambda answer, row: {"a": None}]) as rewards:
+        scores = rewards([GROUP], 0)
+    assert math.isnan(scores.values[0][0]) and scores.values[1][0] == 2
+    assert scores.notes[1]["rewards"]["odd"] == {"a": 2.0, "b": None}
+    assert scores.facts == {
+        "mixed": 2.0, "reward/odd": 2.0, "reward/odd/a": 2.0, "reward/odd/not_finite": 1,
+        "reward/<lambda>/not_finite": 2, "reward/<lambda>_3/none": 2,
+    }  # fmt: skip
+    assert capsys.readouterr().out.count("want finite numbers") == 2
+
+
+def test_async_functions_wait_together():
+    async def slow(answer, row):
+        await asyncio.sleep(0.2)
+        return 1
+
+    start = time.monotonic()
+    with Rewards([slow]) as rewards:
+        assert rewards([Group("?", {}, ["a"] * 16, [[0]] * 16)], 0).values == [[1.0]] * 16
+    assert time.monotonic() - start < 1.6  # one after the other: 3.2
+
+
 def test_async_functions_run_where_a_loop_runs_already():
     """As in a notebook."""
 
@@ -222,7 +254,9 @@ def test_async_functions_run_where_a_loop_runs_already():
 
 
 @pytest.mark.parametrize(
-    "returned", [["1.0", 1], [1], [1, object()], 1.0, [1, 2, 3]], ids=["text", "few", "object", "number", "many"]
+    "returned",
+    [["1.0", 1], [1], [1, object()], 1.0, [1, 2, 3], [1, {"a": {"b": 1}}], [1, 10**400]],
+    ids=["text", "few", "object", "number", "many", "nested", "huge"],
 )
 def test_a_return_that_is_no_list_of_values_fails(returned):
     assert "error" in Reward(lambda completions: returned)(GROUP, {})
@@ -255,10 +289,6 @@ def test_what_trl_hands_over():
         "completion_ids": CHAT.ids,
         "answer": ["4", "4"],
     }
-    assert Reward(lambda completions_ids, **columns: [len(ids) for ids in completions_ids])(GROUP, {})["values"] == [
-        1,
-        2,
-    ]
 
 
 def test_functions_of_trls_documentation_run_unchanged(tmp_path):

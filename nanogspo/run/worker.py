@@ -12,7 +12,7 @@ arrives as its str(). The function may print (it goes to stderr) and read its st
 
 A process that is late is killed, with those that it started where there are process groups. If the caller is gone,
 the pipe closes, and the process ends whatever its function does: at once, or, if the function keeps Python's lock (as a
-regular expression that backtracks does), GRACE seconds after its limit by faulthandler's timer, which does not need the lock.
+regular expression that backtracks does), GRACE seconds after its limit by faulthandler's timer, which needs no lock.
 
 Spawned and read by threads, without fork or select, so that CUDA and Windows work.     Tests: tests/test_worker.py
 """
