@@ -20,6 +20,7 @@ import re
 from typing import Any
 
 from nanogspo.inputs import read_text
+from nanogspo.words import explain, explain_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -291,6 +292,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
     p = parser(config_class, prog)
     args, unknown = p.parse_known_args(argv)
     if unknown:
+        if line := explain_flags(unknown, argv, {f.name for f in dataclasses.fields(config_class)}):
+            p.error(line)
         near = difflib.get_close_matches(unknown[0].split("=")[0], p._option_string_actions, n=1, cutoff=0.5)
         p.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
     given = {name: tuple(value) if isinstance(value, list) and value else value for name, value in vars(args).items()}
@@ -366,8 +369,11 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
     for key, node in root.value:
         name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            raise ValueError(f"{where}: unknown field {name[:80]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+            hint = explain(name, [str(n.value) for n in items if isinstance(n, yaml.ScalarNode)], fields, yaml=True)
+            if not hint and (near := difflib.get_close_matches(name, fields, n=1)):
+                hint = f"; did you mean {near[0]}?"
+            raise ValueError(f"{where}: unknown field {name[:80]!r}{hint}")
         if name in values:
             raise ValueError(f"{where}: got {name} a second time, want every field once")
         try:

@@ -26,8 +26,8 @@ LIMITS = {"train.py": 300, "nanogspo/model.py": 200}
 # A row is a file, or all files of a package that have no row of their own; these may import each other, without a cycle
 ORDER = """
     kernels
-    nanogspo.inputs nanogspo.config nanogspo.device nanogspo.families nanogspo.tasks.base nanogspo.storage.files
-    nanogspo.tasks.mix nanogspo.tasks.addition nanogspo.tasks.rewards
+    nanogspo.inputs nanogspo.words nanogspo.config nanogspo.device nanogspo.families nanogspo.tasks.base
+    nanogspo.storage.files nanogspo.tasks.mix nanogspo.tasks.addition nanogspo.tasks.rewards
     nanogspo.special_tokens nanogspo.templates nanogspo.tokenizer
     nanogspo.layers nanogspo.cache nanogspo.layouts nanogspo.model
     nanogspo.storage.safetensors nanogspo.quant nanogspo.lora nanogspo.fast

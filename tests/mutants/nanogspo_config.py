@@ -36,6 +36,10 @@ MUTANTS = {
             "from Python, a word that no flag would take",
         ),
     ],
+    "tests/test_words.py": [
+        ("            p.error(line)", "            pass", "another program's flag gets the nearest of ours"),
+        ("if isinstance(n, yaml.ScalarNode)]", "if False]", "another program's field loses its value"),
+    ],
     "tests/test_quant.py": [
         ('    if config.quant != "none" and not config.lora_r:', "    if False:", "full fine-tuning of nothing"),
     ],
