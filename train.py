@@ -45,7 +45,7 @@ import torch  # noqa: E402
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
-from nanogspo.data import Data, choose_rewards, choose_task  # noqa: E402
+from nanogspo.data import Data, choose_rewards, choose_task, read_data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience, sample_rollout  # noqa: E402
@@ -100,10 +100,7 @@ def set_up(
     task = task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
-    if task:
-        data = Data.from_task(config, task, chat, outline.config)
-    else:
-        config, data = Data.from_rows(config, chat, outline.config)
+    config, data = read_data(config, task, chat, outline.config)
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None

@@ -19,6 +19,8 @@ from nanogspo.run.rewards import Rewards
 from nanogspo.tasks import build_task
 from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.jsonl import load_jsonl
+from nanogspo.tasks.prompts import PromptRows
+from nanogspo.tasks.rows import read_rows
 
 # seeds apart from the rollouts' own: three different orders of the training problems
 SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
@@ -52,6 +54,30 @@ class Data:
         return config, cls(chat, config.seed, max(len(row.tokens) for row in rows), rows=rows, held_out=held_out)
 
     @classmethod
+    def from_prompts(
+        cls, config: TrainConfig, prompts: PromptRows, chat: Chat, model: ModelConfig
+    ) -> tuple[TrainConfig, "Data"]:
+        """The rows of --data as prompts to answer, and the config with what only they decide: eval_size."""
+        room, lengths = model.max_positions - config.max_new_tokens, [0]
+        limit = min(config.max_prompt_tokens or room, room)
+
+        def too_long(problem: Problem) -> bool:
+            length = len(chat.prompt(problem))
+            lengths.append(length if length <= limit else 0)
+            return length > limit
+
+        prompts.leave_out(too_long)
+        if prompts.left_out:
+            why = "--max-prompt-tokens" if limit < room else "max_position_embeddings less --max-new-tokens"
+            print(f"left out {prompts.left_out} prompts longer than {limit} tokens ({why})")
+        config = dataclasses.replace(config, eval_size=len(prompts.held_out()))
+        if config.eval_size:
+            note = f", and {prompts.repeats} rows left out that repeat them" if prompts.repeats else ""
+            print(f"{config.eval_size} prompts held out{note}")
+        data = cls.from_task(config, prompts, chat, model)
+        return config, dataclasses.replace(data, longest_prompt=max(lengths))
+
+    @classmethod
     def from_task(cls, config: TrainConfig, task: Task, chat: Chat, model: ModelConfig) -> "Data":
         """A task's problems, once it is checked that prompts and answers have room. Lengths are those of 50 draws."""
         longest = max(len(chat.prompt(task.train_problem(n, config.seed))) for n in range(50))
@@ -61,14 +87,12 @@ class Data:
                 f"got prompts of {longest} tokens + --max-new-tokens {config.max_new_tokens}, "
                 f"want at most {model.max_positions} together (max_position_embeddings)"
             )
-        drawn, imitated = (
-            [task.train_problem(n, config.seed) for n in range(50)],
-            config.warm_steps or config.algo == "sft",
-        )
+        imitated = "--algo sft" if config.algo == "sft" else config.warm_steps and f"--warm-steps {config.warm_steps}"
+        drawn = [task.train_problem(n, config.seed) for n in range(50)]
         if imitated and not all(problem.answer for problem in drawn):
             raise ValueError(
-                f"got {'--algo sft' if config.algo == 'sft' else f'--warm-steps {config.warm_steps}'}, which imitates the "
-                "task's own answers, with problems that have none; want an `answer` in every row, or --warm-steps 0"
+                f"got {imitated}, which imitates the task's own answers, with problems that have none; want an `answer` "
+                "in every row, or --warm-steps 0"
             )
         # the answer of a row may be a solution, which nobody is to say word for word
         said = [p for p in drawn if p.answer and (imitated or not p.row)]
@@ -103,7 +127,18 @@ def choose_task(config: TrainConfig) -> Task | None:
     """Where problems come from: --task, or in RL the rows of --data; None for SFT on rows."""
     if not config.data:
         return build_task(config.task, config.task_size or None)
-    return None if config.algo == "sft" else PromptRows(read_rows(config.data), system=config.system)
+    if config.algo == "sft":
+        return None
+    return PromptRows(read_rows(config.data), held_out=config.eval_size, system=config.system)
+
+
+def read_data(config: TrainConfig, task: Task | None, chat: Chat, model: ModelConfig) -> tuple[TrainConfig, Data]:
+    """What to train on, and the config with what only the rows of a file decide."""
+    if task is None:
+        return Data.from_rows(config, chat, model)
+    if isinstance(task, PromptRows):
+        return Data.from_prompts(config, task, chat, model)
+    return config, Data.from_task(config, task, chat, model)
 
 
 def choose_rewards(

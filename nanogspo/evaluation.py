@@ -21,7 +21,7 @@ from nanogspo.objectives import total_rewards
 from nanogspo.packing import pack, score
 from nanogspo.rollout import generate
 from nanogspo.run import planner
-from nanogspo.tasks.base import Problem
+from nanogspo.tasks.base import Problem, smallest_hashes
 from nanogspo.tasks.jsonl import Example
 from nanogspo.tasks.mix import is_right
 
@@ -57,28 +57,19 @@ def examine(
 def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
     """(training examples, held-out examples): `count` different rows are held out, those with the smallest hashes.
 
-    So neither the order of the file nor a seed decides, and a file that grows keeps nearly all of them. What repeats a
-    held-out row, in whatever form it is written or under another system prompt, is on neither side: its answer would be
-    known by heart. A count of -1 stands for a tenth of the rows, at most MOST, and none of a short file.
+    What repeats a held-out row, in whatever form it is written or under another system prompt, is on neither side: its
+    answer would be known by heart.
     """
     rows = {}  # hash -> line
     for example in examples:
         rows.setdefault(example.row, example.line)
-    if count < 0:
-        count = min(MOST, len(rows) // 10) if len(rows) >= SHORT else 0
-    if count >= len(rows):
-        raise ValueError(f"got --eval-size {count} with {len(rows)} different rows, want fewer: training needs some")
-    chosen = set(sorted(rows)[:count])
+    chosen = set(smallest_hashes(rows, count))
     held_out = [e for e in examples if e.row in chosen and e.line == rows[e.row]]
     known = {tuple(e.tokens) for e in held_out}
     train = [e for e in examples if e.row not in chosen and tuple(e.tokens) not in known]
     if not train:
-        raise ValueError(f"got --eval-size {count} with rows that all give the same tokens as these; want fewer")
+        raise ValueError(f"got --eval-size {len(chosen)} with rows that all give the same tokens as these; want fewer")
     return train, held_out
-
-
-MOST = 200  # rows: a standard error of 3.5 % of the accuracy of rows at most, whatever the length of the file
-SHORT = 200  # rows: a tenth of fewer measures little, and a short file needs them all
 
 
 def split(config: TrainConfig, examples: list[Example]) -> tuple[TrainConfig, list[Example], list[Example]]:

@@ -180,7 +180,9 @@ class Tokenizer:
         """The conversation as the checkpoint's template writes it, BOS and control tokens included.
 
         messages         [{"role": "user", "content": "…"}, …] of plain JSON values; keys that hold None are dropped,
-                         because templates print the word
+                         because templates print the word. Where `content` is a list of text parts and the template does
+                         not print those as it prints text (Qwen3 fails), or drops all but the first of a system turn
+                         (Gemma 3), it is given the parts joined
         template_kwargs  whatever this template asks for: enable_thinking=False (Qwen3), tools=[…], date_string="…".
                          add_generation_prompt is True unless given (transformers: False): mostly we want an answer
 
@@ -202,7 +204,14 @@ class Tokenizer:
         # tools and documents are there as None, because some templates only ask whether they are none
         given = {"tools": None, "documents": None, "add_generation_prompt": True}
         given |= {**self.special_tokens, **template_kwargs}
-        given["messages"] = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        given["messages"] = [
+            {
+                key: self._content(value, m) if key == "content" else value
+                for key, value in m.items()
+                if value is not None
+            }
+            for m in messages
+        ]
         try:
             variables = json.dumps(given)
         except (TypeError, ValueError, RecursionError) as error:
@@ -215,6 +224,32 @@ class Tokenizer:
             roles = ", ".join(str(message.get("role")) for message in messages[:8]) + more
             line = f"got messages ({one_line(roles)}) that the chat template of {self.folder} does not take ({error})"
             raise ValueError(f"{line}, want what it was written for: change messages or template arguments") from error
+
+    def _content(self, content: object, message: dict) -> object:
+        """What the template is given as the content of a message: text parts joined where it would lose some."""
+        parts = content if isinstance(content, list) else []
+        texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        if (
+            not texts
+            or len(texts) < len(parts)
+            or (self._reads_parts and (len(texts) == 1 or message.get("role") != "system"))
+        ):
+            return content
+        return "".join(texts)
+
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template prints a list with one text part as it prints the text."""
+        given = {**self.special_tokens, "tools": None, "documents": None, "add_generation_prompt": True}
+        contents = "x", [{"type": "text", "text": "x"}]
+        asked = [json.dumps(given | {"messages": [{"role": "user", "content": content}]}) for content in contents]
+        try:
+            as_text, as_parts = (
+                templates.render(next(iter(self.templates.values())), variables) for variables in asked
+            )
+        except ValueError:
+            return False
+        return as_text == as_parts
 
     def spells(self, name: str) -> bool:
         """Whether a chat template has this name in it: one that none of them spells is not read."""

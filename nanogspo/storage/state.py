@@ -56,8 +56,9 @@ def inputs(config: TrainConfig) -> dict[str, dict]:
     """The settings a resumed run must share, and a hash of every file it reads, as save_state and resume take them."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     settings = json.loads(json.dumps(settings))  # as a saved state has them: lists for tuples
-    files = {"data": pathlib.Path(config.data)} if config.data else {}
-    if config.data and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
+    here = config.data and not config.data.startswith("hf:")  # a data set of the hub is pinned by its cache only
+    files = {"data": pathlib.Path(config.data)} if here else {}
+    if here and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
         raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")
     own = [re.match(r"(.*?\.py)(?=[:=]|$)", text, re.DOTALL) for text in (*config.task, *config.reward)]
     files |= {f"code/{found[1]}": pathlib.Path(found[1]) for found in own if found}

@@ -19,10 +19,14 @@ from collections.abc import Sequence
 from nanogspo.inputs import import_file
 from nanogspo.tasks.addition import Addition
 from nanogspo.tasks.base import Task
+from nanogspo.tasks.countdown import Countdown
+from nanogspo.tasks.gsm8k import Gsm8k
 from nanogspo.tasks.mix import Mix
+from nanogspo.tasks.reasoning_gym import ReasoningGym
 from nanogspo.tasks.reverse import Reverse
 
-TASKS = {task.name: task for task in (Addition, Reverse)}
+TASKS = {task.name: task for task in (Addition, Reverse, Countdown)}
+NAMED = {"gsm8k": Gsm8k, "reasoning_gym": ReasoningGym}  # built from what follows the colon: gsm8k:FILE
 
 
 def get_task(name: str, size: int | None = None) -> Task:
@@ -30,8 +34,13 @@ def get_task(name: str, size: int | None = None) -> Task:
 
     Raises ValueError for a name that is no task, or a size the task cannot have.
     """
+    kind, _, argument = name.partition(":")
+    if kind in NAMED:
+        if size is not None:
+            raise ValueError(f"got size {size} for {name}, which has none; leave --task-size out")
+        return NAMED[kind](argument)
     if name not in TASKS:
-        raise ValueError(f"got task {name!r}, want one of {', '.join(TASKS)}; pass one of these as --task")
+        raise ValueError(f"got task {name!r}, want one of {', '.join([*TASKS, *NAMED])}; pass one of these as --task")
     return TASKS[name]() if size is None else TASKS[name](size)
 
 

@@ -10,7 +10,7 @@ import functools
 import random
 import zlib
 from array import array
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,3 +67,17 @@ def refuse_count(count: int, available: int, task: str) -> None:
     """A held-out set smaller than asked for would widen the interval without a word, so it is an error."""
     if not 1 <= count <= available:
         raise ValueError(f"got {count} held-out problems, want 1 to {available} for {task}; ask for fewer")
+
+
+MOST = 200  # rows: a standard error of 3.5 % of the accuracy of rows at most, whatever the length of the file
+SHORT = 200  # rows: a tenth of fewer measures little, and a short file needs them all
+
+
+def smallest_hashes(hashes: Collection[str], count: int) -> list[str]:
+    """The `count` rows of a file that are held out, by their hashes: neither the order of the file nor a seed decides,
+    and a file that grows keeps nearly all of them. -1 stands for a tenth, at most MOST, and none of a SHORT file."""
+    if count < 0:
+        count = min(MOST, len(hashes) // 10) if len(hashes) >= SHORT else 0
+    if count and count >= len(hashes):
+        raise ValueError(f"got --eval-size {count} with {len(hashes)} different rows, want fewer: training needs some")
+    return sorted(hashes)[:count]

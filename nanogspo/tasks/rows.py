@@ -1,0 +1,129 @@
+"""Rows out of files and data sets: one object each, with the words that tell a reader where it is.
+
+    rows.jsonl                          rows.jsonl:3            the line, from 1, as editors count
+    rows.json      [{...}, {...}]       rows.json[2]            the place, from 0, as Python and jq count
+    rows.parquet                        rows.parquet row 2      from 0                           (pyarrow)
+    hf:owner/name[:config][:split]      hf:owner/name row 2     from 0, split train              (datasets)
+
+A JSON array is known by its first character, parquet by the end of the name. `hf:` takes what `datasets.load_dataset`
+takes, a local folder too; a single word after the name is a split if it is called train, validation or test, else a
+configuration.
+
+A row of parquet or `datasets` becomes what JSON can hold: dates as ISO text, bytes as UTF-8 text, arrays as lists.
+Arrow gives every object of a column the keys of all, null where a row has none: inside values null is therefore no key,
+or a chat template would see tool calls that nobody made. Values without a JSON form (images) are errors.
+
+Tests: tests/test_rows.py
+"""
+
+import datetime
+import decimal
+import importlib
+import re
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+from nanogspo.inputs import json_of, kind, read_bytes
+from nanogspo.templates import one_line
+
+SPLIT = re.compile(r"(train|validation|test)\b")
+
+
+def read_rows(source: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) in order. ValueError "WHERE: got ..., want ...; do ..." at the first bad row, and for none."""
+    source = str(source)
+    if source.startswith("hf:"):
+        rows = _hub(source)
+    elif source.endswith(".parquet"):
+        rows = _parquet(source)
+    else:
+        rows = _json(source)
+    empty = True
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: got a JSON {kind(row)}, want an object; write rows like {{"prompt": "..."}}')
+        yield where, row
+        empty = False
+    if empty:
+        raise ValueError(f"{source}: got an empty file, want one JSON object per line; check the path")
+
+
+def optional(name: str, reason: str) -> ModuleType:
+    """A package that only some runs need, from requirements-extra.txt."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"got {reason} without the package {name.partition('.')[0]} ({one_line(error)}); "
+            "do: pip install -r requirements-extra.txt"
+        ) from error
+
+
+def _json(path: str) -> Iterator[tuple[str, Any]]:
+    data = read_bytes(path, "a JSONL file")
+    if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        try:
+            rows = json_of(data, "one array of objects; fix it")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        yield from ((f"{path}[{i}]", row) for i, row in enumerate(rows))
+        return
+    for line, raw in enumerate(data.split(b"\n"), start=1):
+        if not raw.removeprefix(b"\xef\xbb\xbf").strip():
+            continue
+        try:
+            yield f"{path}:{line}", json_of(raw, "one whole object per line; fix the line")
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from error
+
+
+def _parquet(path: str) -> Iterator[tuple[str, dict]]:
+    parquet = optional("pyarrow.parquet", path)
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+        raise ValueError(f"{path}: got {one_line(error)}, want a parquet file; check the path") from error
+    return _columns(path, rows)
+
+
+def _hub(source: str) -> Iterator[tuple[str, dict]]:
+    datasets = optional("datasets", source)
+    name, _, rest = source.removeprefix("hf:").partition(":")
+    config, _, split = ("", "", rest) if SPLIT.match(rest) else rest.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # whatever the hub, the network or a data set's files do
+        line = f"{source}: got {type(error).__name__} ({one_line(error)}), want hf:owner/name[:config][:split]"
+        raise ValueError(f"{line}; check the name and the network, or download a file and name that") from error
+    return _columns(source, rows)
+
+
+def _columns(source: str, rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
+    for i, row in enumerate(rows):
+        try:
+            yield f"{source} row {i}", {column: plain(value, column) for column, value in row.items()}
+        except ValueError as error:
+            raise ValueError(f"{source} row {i}: {error}") from error
+
+
+def plain(value: Any, column: str) -> Any:
+    """The value as JSON would hold it; `column` is for the error."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(v, column) for key, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [plain(v, column) for v in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy arrays and numbers
+        return plain(value.tolist(), column)
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            pass
+    raise ValueError(f"got {type(value).__name__} in column {column!r}, want text, numbers or lists; drop the column")
