@@ -48,7 +48,7 @@ from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.data import Data, choose_rewards, choose_task, read_data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
-from nanogspo.experience import Experience, sample_rollout  # noqa: E402
+from nanogspo.experience import Experience  # noqa: E402
 from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
@@ -56,7 +56,7 @@ from nanogspo.reference import freeze, reference  # noqa: E402
 from nanogspo.run import curves, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
-from nanogspo.run.rewards import Rewards  # noqa: E402
+from nanogspo.sampler import Sampler  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
 from nanogspo.storage.state import Progress  # noqa: E402
 from nanogspo.tasks.base import Task  # noqa: E402
@@ -104,7 +104,7 @@ def set_up(
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
-    judge = choose_rewards(config, data, rewards, weights, held)
+    judges = choose_rewards(config, data, rewards, weights, held)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -125,7 +125,8 @@ def set_up(
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     state = progress, rollout, frozen, inputs
-    trainer = Trainer(config, data, judge, model, optimizer, phases, *state, folder, log, started)
+    sampler = Sampler(model, chat, data.task, config, judges)
+    trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these
@@ -161,7 +162,7 @@ class Trainer:
 
     config: TrainConfig
     data: Data
-    rewards: Rewards | None  # None: the task's own
+    sampler: Sampler  # where answers come from
     model: torch.nn.Module
     optimizer: Optimizer
     phases: list[Phase]
@@ -256,12 +257,7 @@ class Trainer:
         False when stopped meanwhile: the answers are thrown away."""
         config, progress = self.config, self.progress
         self.frozen = self.frozen or freeze(self.model, config)
-        self.rollout = sample_rollout(
-            self.model,
-            self.data.chat,
-            self.data.task,
-            config,
-            rewards=self.rewards,
+        self.rollout = self.sampler.rollout(
             first_problem=progress.rl_cursor,
             step=progress.step + 1,
             score_first=not self.proved,
@@ -316,8 +312,7 @@ class Trainer:
 
     def examine(self, problems: list) -> tuple[int, dict[str, float]]:
         on_step = self.log.sampling(len(problems), self.stop)
-        judges = self.data.task, self.rewards
-        return examine(self.model, self.data.chat, *judges, problems, self.config, on_step, self.progress.step)
+        return examine(self.sampler, problems, on_step, self.progress.step)
 
     def evaluate(self, name: str, last: bool = False) -> None:
         """Held-out problems or rows. Stopped in the middle it logs nothing, and the resumed run makes it anew."""

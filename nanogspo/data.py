@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.evaluation import split
-from nanogspo.experience import group_of
 from nanogspo.families import ModelConfig
 from nanogspo.packing import Example
 from nanogspo.run.rewards import Rewards
+from nanogspo.sampler import group_of
 from nanogspo.tasks import build_task
 from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.jsonl import load_jsonl

@@ -10,48 +10,38 @@ Tests: tests/test_evaluation.py, tests/test_tasks.py (hold_out), tests/test_trai
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
-from nanogspo.experience import judge, per_task
 from nanogspo.model import Transformer
-from nanogspo.objectives import total_rewards
 from nanogspo.packing import pack, score
 from nanogspo.rollout import generate
 from nanogspo.run import planner
+from nanogspo.sampler import Sampler, per_task
 from nanogspo.tasks.base import Problem, smallest_hashes
 from nanogspo.tasks.jsonl import Example
-from nanogspo.tasks.mix import is_right
 
 
 def examine(
-    model: Transformer, chat: Chat, task, rewards, problems: list[Problem], config: TrainConfig, on_step=None, step=0
+    sampler: Sampler, problems: list[Problem], on_step: Callable[[int, int], bool], step: int = 0
 ) -> tuple[int, dict[str, float]]:
-    """(how many problems are answered right, greedily; the mean reward, and for several tasks each one's share)."""
-    prompts = [chat.prompt(p) for p in problems]
-    longest = max(map(len, prompts))
+    """(how many problems are answered right, greedily; with reward functions or an environment the mean reward and its
+    standard error, and for several tasks each one's fraction). Nothing is right if on_step ended it early."""
+    config, tokens = sampler.config, [len(sampler.chat.prompt(problem)) for problem in problems]
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
-    slots = planner.cache_slots(config, longest)
-    answers = generate(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=0.0,
-        eos_ids=chat.tokenizer.eos_ids,
-        max_rows=max(1, slots // (longest + config.max_new_tokens - 1)),
-        on_step=on_step,
-    )
-    texts = [chat.text(a.tokens) for a in answers]
-    if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
-        return 0, {}  # stopped meanwhile
-    scores = judge(task, rewards, problems, texts, [a.tokens for a in answers], step)
-    totals = total_rewards(torch.tensor(scores.values), scores.weights)  # (N,)
-    columns = zip(problems, texts, totals.tolist(), strict=True)
-    right = [is_right(task, problem, text, scores.fraction(total)) for problem, text, total in columns]
-    facts = {"eval_reward": totals.nanmean().item(), **per_task("eval_exact", problems, list(map(float, right)))}
-    return sum(right), facts if rewards or len(facts) > 1 else {}
+    rows = planner.cache_slots(config, max(tokens)) // (max(tokens) + config.max_new_tokens - 1)
+    samples, facts = sampler.answers(problems, 1, 0.0, 0, on_step, max_rows=max(1, rows))
+    if samples is None:
+        return 0, {}
+    scores, totals, right = sampler.judge(problems, samples, step)
+    if sampler.rewards or sampler.environments:
+        some = torch.tensor([total for total in totals if total == total], dtype=torch.float64)
+        facts |= {"reward": some.mean().item(), "reward_se": (some.std() / len(some) ** 0.5).item()}
+    facts |= per_task("exact", problems, list(map(float, right)))
+    return sum(right), {f"eval_{name}": value for name, value in (scores.facts | facts).items()}
 
 
 def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:

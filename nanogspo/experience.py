@@ -1,6 +1,6 @@
 """A rollout that is ready to be trained on: examples, advantages, micro-batches, old log-probs.
 
-    sample_rollout     prompts -> answers -> rewards -> advantages -> experience
+    sampler.py         prompts -> answers -> rewards -> advantages -> experience
     experience         examples and advantages -> micro-batches, their old and their reference's log-probs
 
 Micro-batches are a pure function of examples and advantages, so a saved experience is these and its log-probs; a
@@ -15,22 +15,15 @@ Tests: tests/test_experience.py, tests/test_train.py, tests/test_state.py
 """
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from kernels.seq_logprob import sequence_sums
-from nanogspo.chat import Chat
-from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
-from nanogspo.objectives import answer_weights, mixed_advantages, total_rewards
+from nanogspo.objectives import answer_weights
 from nanogspo.packing import Example, MicroBatch, pack, score
-from nanogspo.rollout import Answer, generate
-from nanogspo.tasks.base import Problem, Task
-from nanogspo.tasks.mix import is_right
-from nanogspo.tasks.rewards import Group, Scores
 
 
 @dataclasses.dataclass
@@ -69,205 +62,6 @@ class Experience:
             later = [part.cpu() for batches in logp[1:] for part in batches if part is not None]  # the first is made
             tensors |= {name: torch.cat(later)} if later else {}  # (scored tokens of these,)
         return {"examples": self.examples, "facts": self.facts, "tensors": tensors}
-
-
-def sample_rollout(
-    model: Transformer,
-    chat: Chat,
-    task: Task,
-    config: TrainConfig,
-    *,
-    rewards: Callable[[list[Group], int], Scores] | None = None,
-    first_problem: int,
-    step: int,
-    score_first: bool,
-    on_step: Callable[[int, int], bool],
-    reference: AbstractContextManager | None = None,
-) -> Experience | None:
-    """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early.
-
-    rewards        reward functions instead of the task's own
-    first_problem  number of the first of the task's training problems, which also seeds the sampling
-    step           the update that is the first to use the rollout: a row of samples.jsonl says so
-    score_first, reference    see `experience`
-    """
-    groups, facts, P = [], [], config.prompts_per_rollout
-    while len(facts) <= config.dynamic_sampling and sum(group.teaches for group in groups) < P:
-        problems = [task.train_problem(first_problem + len(groups) + i, config.seed) for i in range(P)]
-        prompts = [chat.prompt(p) for p in problems]
-        answers = sample_answers(model, chat, prompts, config, first_problem + len(groups), on_step)
-        if answers is None:
-            return None
-        asked, judged = judge_groups(chat, task, rewards, problems, prompts, answers, config, step)
-        groups, facts = groups + asked, [*facts, judged]
-    kept = choose(groups, P)
-    answers, advantages = [a for group in kept for a in group.answers], torch.cat([group.advantages for group in kept])
-    if config.mask_truncated:
-        advantages[torch.tensor([not a.finished for a in answers])] = torch.nan
-    rollout = experience(
-        model,
-        [Example.answered(group.prompt, a.tokens) for group in kept for a in group.answers],
-        advantages,
-        updates=config.updates_per_rollout,
-        max_tokens=config.micro_batch_tokens,
-        temperature=config.temperature,
-        device=config.device,
-        score_first=score_first,
-        score_old=config.algo != "reinforce",
-        reference=reference,
-    )
-    rollout.facts = rollout_facts(groups) | merged(facts)
-    rollout.facts |= {"sampling_rounds": len(facts)} if config.dynamic_sampling else {}
-    if config.algo != "reinforce":
-        rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [a.logp for a in answers])
-    columns = iter(advantages.tolist())
-    for group in kept:
-        prompt = chat.tokenizer.decode(group.prompt, skip_special_tokens=False)
-        for a, text, reward, note in zip(group.answers, group.texts, group.rewards, group.notes, strict=True):
-            row = {"step": step, "prompt": prompt, "answer": text, "reward": reward, "advantage": next(columns)}
-            rollout.samples.append(row | {"truncated": not a.finished, "length": len(a.tokens), **note})
-    return rollout
-
-
-@dataclasses.dataclass
-class Asked:
-    """A problem and the G answers to it."""
-
-    problem: Problem
-    prompt: list[int]
-    answers: list[Answer]
-    texts: list[str]
-    rewards: list[float]  # nan where nobody gave one
-    right: list[bool]
-    notes: list[dict]  # what samples.jsonl says besides
-    advantages: Tensor  # (G,), nan where there is no reward
-
-    @property
-    def teaches(self) -> bool:
-        """False: the group's advantages are all 0."""
-        return bool((self.advantages.abs() > 0).any())
-
-
-def sample_answers(
-    model: Transformer,
-    chat: Chat,
-    prompts: list[list[int]],
-    config: TrainConfig,
-    first_problem: int,
-    on_step: Callable[[int, int], bool],
-) -> list[Answer] | None:
-    """G answers to each prompt. None if on_step ended it early."""
-    answers = generate(
-        model,
-        prompts,
-        group_size=config.group_size,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        eos_ids=chat.tokenizer.eos_ids,
-        seed=config.seed,
-        first_prompt=first_problem,
-        max_rows=config.rollout_rows,
-        on_step=on_step,
-    )
-    return answers if all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers) else None
-
-
-def judge_groups(
-    chat: Chat,
-    task: Task,
-    rewards: Callable[[list[Group], int], Scores] | None,
-    problems: list[Problem],
-    prompts: list[list[int]],
-    answers: list[Answer],
-    config: TrainConfig,
-    step: int,
-) -> tuple[list[Asked], dict[str, float]]:
-    """(the groups with rewards and advantages, what the rewards say of the whole)."""
-    G, texts = config.group_size, [chat.text(a.tokens) for a in answers]
-    scores = judge(task, rewards, problems, texts, [a.tokens for a in answers], step)
-    values = torch.tensor(scores.values)  # (N, K)
-    totals = total_rewards(values, scores.weights).tolist()
-    first = config.reward_mix == "normalize_then_sum"
-    advantages = mixed_advantages(
-        values, scores.weights, G, normalize_first=first, divide_by_std=config.divide_by_std
-    )  # (N,)
-    right = [is_right(task, problems[n // G], text, scores.fraction(totals[n])) for n, text in enumerate(texts)]
-    columns = answers, texts, totals, right, scores.notes, advantages
-    groups = [
-        Asked(problem, prompt, *(column[p * G : (p + 1) * G] for column in columns))
-        for p, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
-    ]
-    return groups, scores.facts
-
-
-def judge(
-    task: Task,
-    rewards: Callable[[list[Group], int], Scores] | None,
-    problems: list[Problem],
-    texts: list[str],
-    ids: list[list[int]],
-    step: int,
-) -> Scores:
-    """What the reward functions, or without any the task itself, say of N = P * G answers to P problems."""
-    G = len(texts) // len(problems)
-    if rewards is None:
-        values = [[task.reward(problems[n // G], text)] for n, text in enumerate(texts)]
-        return Scores(values, [1.0], {}, [{} for _ in texts])
-    slices = [slice(p * G, (p + 1) * G) for p in range(len(problems))]
-    return rewards([group_of(p, texts[own], ids[own]) for p, own in zip(problems, slices, strict=True)], step)
-
-
-def group_of(problem: Problem, texts: list[str], ids: list[list[int]]) -> Group:
-    """The answers to a problem as reward functions are given them."""
-    row = problem.row or {"prompt": problem.messages, "answer": problem.answer}
-    return Group(row["prompt"], row, texts, ids)
-
-
-def choose(groups: list[Asked], count: int) -> list[Asked]:
-    """The first `count` groups with different rewards, or, where there are fewer, some without; as they were sampled.
-
-    Source: dynamic sampling, DAPO, arXiv:2503.14476, equation 11. Elsewhere: verl filter_groups, which ends the run
-    where too few have been found; ms-swift dynamic_sample.
-    """
-    first = sorted(range(len(groups)), key=lambda i: not groups[i].teaches)[:count]  # sorted() keeps equals in order
-    return [groups[i] for i in sorted(first)]
-
-
-def rollout_facts(groups: list[Asked]) -> dict[str, float]:
-    """What metrics.jsonl says of a rollout: of all that was sampled, since groups with a spread are no fair sample."""
-    table = torch.tensor([group.rewards for group in groups])  # (groups, G)
-    there = ~table.isnan()  # (groups, G)
-    some = [row[kept] for row, kept in zip(table, there, strict=True)]
-    spreads = [row.std() for row in some if len(row) > 1]
-    answers = [answer for group in groups for answer in group.answers]
-    problems = [group.problem for group in groups for _ in group.answers]
-    right = [float(r) for group in groups for r in group.right]
-    facts = {
-        "reward": table.nanmean().item(),
-        "reward_std": torch.stack(spreads).mean().item() if spreads else 0.0,
-        "exact": sum(right) / len(right),
-        "zero_spread_frac": sum(len(row) < 2 or bool(row.max() == row.min()) for row in some) / len(groups),
-        "truncated_frac": sum(not a.finished for a in answers) / len(answers),
-        "answer_len": sum(len(a.tokens) for a in answers) / len(answers),
-        **per_task("reward", problems, table.flatten().tolist()),
-        **per_task("exact", problems, right),
-    }
-    return facts if there.all() else facts | {"unrewarded_frac": 1 - there.float().mean().item()}
-
-
-def per_task(name: str, problems: list[Problem], values: list[float]) -> dict[str, float]:
-    """The mean of each task's values, under NAME/TASK, where several tasks are mixed; nan is left out."""
-    found = {}
-    for problem, value in zip(problems, values, strict=True):
-        if problem.task and value == value:
-            found.setdefault(f"{name}/{problem.task}", []).append(value)
-    return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
-
-
-def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The rewards' facts of several rounds: counts are added, other numbers averaged over the rounds that have them."""
-    found = {key: [facts[key] for facts in rounds if key in facts] for facts in rounds for key in facts}
-    return {k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in found.items()}
 
 
 def experience(

@@ -33,7 +33,8 @@ ORDER = """
     nanogspo.storage.safetensors nanogspo.quant nanogspo.lora nanogspo.fast
     nanogspo.packing nanogspo.chat nanogspo.tiny nanogspo.rollout
     nanogspo.storage nanogspo.checkpoint
-    nanogspo.objectives nanogspo.reference nanogspo.experience nanogspo.optimizer nanogspo.storage.state nanogspo.tasks
+    nanogspo.objectives nanogspo.reference nanogspo.experience nanogspo.episodes nanogspo.sampler nanogspo.optimizer
+    nanogspo.storage.state nanogspo.tasks
     nanogspo.run.program nanogspo.run.process nanogspo.run.log nanogspo.run.curves nanogspo.run.planner
     nanogspo.run.worker nanogspo.run.rewards
     nanogspo.evaluation nanogspo.data nanogspo.policy

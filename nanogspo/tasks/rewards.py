@@ -31,7 +31,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -65,6 +65,10 @@ class Scores:
     facts: dict[str, float]  # reward/NAME and reward/NAME/KEY: means; reward/NAME/failed and so on; log_metric's
     # one an answer, for samples.jsonl: {"rewards": {NAME: value}, "failed": why, log_extra's columns}
     notes: list[dict]
+
+    def beside(self, values: list[float]) -> "Scores":
+        """With one more column, of weight 1."""
+        return replace(self, values=[[*a, b] for a, b in zip(self.values, values, strict=True)], weights=[*self.weights, 1.0])
 
     def fraction(self, total: float) -> float:
         """A total over what an answer gets to which every reward gives a 1."""

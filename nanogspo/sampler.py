@@ -1,0 +1,264 @@
+"""Rollouts: problems -> answers -> rewards -> advantages -> experience; and the same greedily, for an evaluation.
+
+    sampler = Sampler(model, chat, task, config, rewards)
+    rollout = sampler.rollout(first_problem=0, step=1, ...)      an Experience, ready to be trained on
+    sampler.judge(problems, samples, step)                       what the reward functions say, or the task itself
+
+An answer is a Sample, whether it was one turn or an episode of several (episodes.py).
+
+Reading order: Sampler.rollout, round, judge, Group, rollout_facts.       Tests: tests/test_sampler.py, tests/test_train.py
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from nanogspo.chat import Chat
+from nanogspo.config import TrainConfig
+from nanogspo.episodes import Episode, episode_facts, sample_episodes
+from nanogspo.experience import Experience, experience, sampler_gap
+from nanogspo.model import Transformer
+from nanogspo.objectives import mixed_advantages, total_rewards
+from nanogspo.packing import Example
+from nanogspo.rollout import Answer, generate
+from nanogspo.tasks import rewards as judges
+from nanogspo.tasks.base import Problem, Task
+from nanogspo.tasks.mix import is_right
+from nanogspo.tasks.rewards import Scores
+
+OnStep = Callable[[int, int], bool]
+
+
+@dataclasses.dataclass
+class Sample:
+    """One answer, and what became of it."""
+
+    example: Example  # all its tokens; loss on those that were sampled
+    logp: list[float]  # of the sampled tokens
+    text: str  # of an episode the last turn
+    truncated: bool
+    notes: dict = dataclasses.field(default_factory=dict)  # what samples.jsonl says besides
+    own: float = math.nan  # the reward that an environment gave
+
+    @property
+    def ids(self) -> list[int]:
+        return [t for t, scored in zip(self.example.tokens, self.example.loss_mask, strict=True) if scored]
+
+
+@dataclasses.dataclass
+class Group:
+    """A problem and the G answers to it."""
+
+    problem: Problem
+    samples: list[Sample]
+    rewards: list[float]  # nan where nobody gave one
+    right: list[bool]
+    advantages: Tensor  # (G,), nan where there is no reward
+
+    @property
+    def teaches(self) -> bool:
+        """False: the group's advantages are all 0."""
+        return bool((self.advantages.abs() > 0).any())
+
+
+@dataclasses.dataclass
+class Sampler:
+    """Everything that answers come from, and who judges them."""
+
+    model: Transformer
+    chat: Chat
+    task: Task
+    config: TrainConfig
+    rewards: Callable[[list[judges.Group], int], Scores] | None = None  # None: the task's own
+    environments: Callable[[list[dict]], list[dict]] | None = None  # None: an answer is one turn
+
+    def rollout(
+        self,
+        *,
+        first_problem: int,
+        step: int,
+        score_first: bool,
+        on_step: OnStep,
+        reference: AbstractContextManager | None = None,
+    ) -> Experience | None:
+        """Problems -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it.
+
+        first_problem  number of the first of the task's training problems, which also seeds the sampling
+        step           the update that is the first to use the rollout: a row of samples.jsonl says so
+        score_first, reference    see `experience`
+        """
+        config, groups, facts, P = self.config, [], [], self.config.prompts_per_rollout
+        while len(facts) <= config.dynamic_sampling and sum(group.teaches for group in groups) < P:
+            found = self.round(first_problem + len(groups), step, on_step)
+            if found is None:
+                return None
+            groups, facts = groups + found[0], [*facts, found[1]]
+        kept = choose(groups, P)
+        samples, advantages = [s for g in kept for s in g.samples], torch.cat([g.advantages for g in kept])  # (N,)
+        if config.mask_truncated:
+            advantages[torch.tensor([s.truncated for s in samples])] = torch.nan
+        rollout = experience(
+            self.model,
+            [s.example for s in samples],
+            advantages,
+            updates=config.updates_per_rollout,
+            max_tokens=config.micro_batch_tokens,
+            temperature=config.temperature,
+            device=config.device,
+            score_first=score_first,
+            score_old=config.algo != "reinforce",
+            reference=reference,
+        )
+        rollout.facts = rollout_facts(groups) | merged(facts)
+        rollout.facts |= {"sampling_rounds": len(facts)} if config.dynamic_sampling else {}
+        if config.algo != "reinforce":
+            rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [s.logp for s in samples])
+        columns = samples, [r for g in kept for r in g.rewards], advantages.tolist()
+        for s, reward, A in zip(*columns, strict=True):
+            prompt = self.chat.tokenizer.decode(s.example.tokens[: s.example.loss_mask.index(True)], False)
+            row = {"step": step, "prompt": prompt, "answer": s.text, "reward": reward, "advantage": A}
+            rollout.samples.append(row | {"truncated": s.truncated, "length": len(s.logp), **s.notes})
+        return rollout
+
+    def round(self, first_problem: int, step: int, on_step: OnStep) -> tuple[list[Group], dict[str, float]] | None:
+        """Problems -> answers -> rewards -> advantages, for prompts_per_rollout problems, and the rewards' facts."""
+        config = self.config
+        problems = [self.task.train_problem(first_problem + i, config.seed) for i in range(config.prompts_per_rollout)]
+        samples, facts = self.answers(problems, config.group_size, config.temperature, first_problem, on_step)
+        if samples is None:
+            return None
+        scores, totals, right = self.judge(problems, samples, step)
+        advantages = mixed_advantages(
+            torch.tensor(scores.values),
+            scores.weights,
+            config.group_size,
+            normalize_first=config.reward_mix == "normalize_then_sum",
+            divide_by_std=config.divide_by_std,
+        )  # (N,)
+        cut = [slice(p * config.group_size, (p + 1) * config.group_size) for p in range(len(problems))]
+        columns = samples, totals, right, advantages
+        groups = [Group(problem, *(column[own] for column in columns)) for problem, own in zip(problems, cut, strict=True)]
+        return groups, scores.facts | facts
+
+    def answers(
+        self, problems: list[Problem], group_size: int, temperature: float, first: int, on_step: OnStep, max_rows: int = 0
+    ) -> tuple[list[Sample] | None, dict[str, float]]:
+        """group_size answers to each problem, and facts about episodes. (None, {}) if on_step ended it early."""
+        config = self.config
+        if self.environments:
+            how = dataclasses.replace(config, group_size=group_size, temperature=temperature)
+            rows = [row_of(problem) for problem in problems]
+            episodes = sample_episodes(
+                self.model, self.chat, self.environments, rows, how, first_prompt=first, on_step=on_step
+            )
+            return (None, {}) if episodes is None else ([of_episode(e) for e in episodes], episode_facts(episodes))
+        prompts = [self.chat.prompt(p) for p in problems]
+        answers = generate(
+            self.model,
+            prompts,
+            group_size=group_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            eos_ids=self.chat.tokenizer.eos_ids,
+            seed=config.seed,
+            first_prompt=first,
+            max_rows=max_rows or config.rollout_rows,
+            on_step=on_step,
+        )
+        if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
+            return None, {}
+        return [of_answer(self.chat, prompts[a.prompt_index], a) for a in answers], {}
+
+    def judge(
+        self, problems: list[Problem], samples: list[Sample], step: int
+    ) -> tuple[Scores, list[float], list[bool]]:
+        """What the reward functions, the environment, or else the task say of N = P * G answers to P problems: their
+        values, the totals, and which answers are right. Notes of the reward functions go into the samples'."""
+        G = len(samples) // len(problems)
+        if self.rewards:
+            groups = []
+            for p, problem in enumerate(problems):
+                own = samples[p * G : (p + 1) * G]
+                groups.append(group_of(problem, [s.text for s in own], [s.ids for s in own]))
+            scores = self.rewards(groups, step)
+            for sample, note in zip(samples, scores.notes, strict=True):
+                sample.notes |= note
+        else:
+            scores = Scores([[] for _ in samples], [], {}, [])
+        if self.environments:
+            scores = scores.beside([s.own for s in samples])
+        elif not self.rewards:
+            scores = scores.beside([self.task.reward(problems[n // G], s.text) for n, s in enumerate(samples)])
+        totals = total_rewards(torch.tensor(scores.values), scores.weights).tolist()
+        columns = zip([p for p in problems for _ in range(G)], samples, totals, strict=True)
+        return scores, totals, [is_right(self.task, p, s.text, scores.fraction(total)) for p, s, total in columns]
+
+
+def of_answer(chat: Chat, prompt: list[int], answer: Answer) -> Sample:
+    return Sample(Example.answered(prompt, answer.tokens), answer.logp, chat.text(answer.tokens), not answer.finished)
+
+
+def of_episode(e: Episode) -> Sample:
+    notes = {"messages": e.messages, **({"failed": {"environment": e.failed}} if e.failed else {})}
+    return Sample(Example(e.tokens, e.loss_mask), e.logp, e.text, e.truncated, notes, e.reward)
+
+
+def row_of(problem: Problem) -> dict:
+    """The columns of a problem, for reward functions and environments."""
+    return problem.row or {"prompt": problem.messages, "answer": problem.answer}
+
+
+def group_of(problem: Problem, texts: list[str], ids: list[list[int]]) -> judges.Group:
+    """The answers to a problem as reward functions are given them."""
+    return judges.Group(row_of(problem)["prompt"], row_of(problem), texts, ids)
+
+
+def choose(groups: list[Group], count: int) -> list[Group]:
+    """The first `count` groups with different rewards, or, where there are fewer, some without; as they were sampled.
+
+    Source: dynamic sampling, DAPO, arXiv:2503.14476, equation 11. Elsewhere: verl filter_groups, which ends the run
+    where too few have been found; ms-swift dynamic_sample.
+    """
+    first = sorted(range(len(groups)), key=lambda i: not groups[i].teaches)[:count]  # sorted() keeps equals in order
+    return [groups[i] for i in sorted(first)]
+
+
+def rollout_facts(groups: list[Group]) -> dict[str, float]:
+    """What metrics.jsonl says of a rollout: of all that was sampled, since groups with a spread are no fair sample."""
+    table = torch.tensor([group.rewards for group in groups])  # (groups, G)
+    there = ~table.isnan()  # (groups, G)
+    some = [row[kept] for row, kept in zip(table, there, strict=True)]
+    spreads = [row.std() for row in some if len(row) > 1]
+    samples, N = [sample for group in groups for sample in group.samples], table.numel()
+    problems = [group.problem for group in groups for _ in group.samples]
+    right = [float(r) for group in groups for r in group.right]
+    facts = {
+        "reward": table.nanmean().item(),
+        "reward_std": torch.stack(spreads).mean().item() if spreads else 0.0,
+        "exact": sum(right) / N,
+        "zero_spread_frac": sum(len(row) < 2 or bool(row.max() == row.min()) for row in some) / len(groups),
+        "truncated_frac": sum(s.truncated for s in samples) / N,
+        "answer_len": sum(len(s.logp) for s in samples) / N,
+        **per_task("reward", problems, table.flatten().tolist()),
+        **per_task("exact", problems, right),
+    }
+    return facts if there.all() else facts | {"unrewarded_frac": 1 - there.float().mean().item()}
+
+
+def per_task(name: str, problems: list[Problem], values: list[float]) -> dict[str, float]:
+    """The mean of each task's values, under NAME/TASK, where several tasks are mixed; nan is left out."""
+    found = {}
+    for problem, value in zip(problems, values, strict=True):
+        if problem.task and value == value:
+            found.setdefault(f"{name}/{problem.task}", []).append(value)
+    return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
+
+
+def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The rewards' facts of several rounds: counts are added, other numbers averaged over the rounds that have them."""
+    found = {key: [facts[key] for facts in rounds if key in facts] for facts in rounds for key in facts}
+    return {k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in found.items()}
