@@ -34,6 +34,7 @@ ORDER = """
     nanogspo.storage nanogspo.checkpoint
     nanogspo.objectives nanogspo.episodes nanogspo.experience nanogspo.optimizer nanogspo.storage.state nanogspo.tasks
     nanogspo.run.program nanogspo.run.process nanogspo.run.log nanogspo.run.curves nanogspo.run.planner
+    nanogspo.run.worker nanogspo.run.rewards
     nanogspo.evaluation nanogspo.data nanogspo.policy
     sample train
 """.split()

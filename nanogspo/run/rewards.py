@@ -1,0 +1,241 @@
+"""The rewards of a run: which functions, with which weights, in how many processes, and what became of each call.
+
+    with Rewards(["reward.py:f=0.7", "format=0.3"], timeout=10) as rewards:
+        rewards.probe(group)                       ends the run if a reward cannot work at all
+        scores = rewards(groups, step)             never does
+
+A reward given as text runs in worker processes (run/worker.py), which are killed at the time limit and replaced; one
+given as a function runs here, in the main thread, and a slow one is warned about. A function in TRL's form is called
+once for a group; if that fails or is late, once for each of its answers, so that one bad answer costs only itself.
+
+A value that is left out (nan) is counted under what became of it:
+
+    failed      raised, or returned something that is no value
+    late        no answer within the time limit, which is that of one call
+    died        its process ended: os._exit, a segmentation fault, out of memory
+    not_finite  nan or infinite
+    none        None: no opinion
+
+All but the last are printed once for each reward, with the answer; the counts of each step are in its facts.
+
+Reading order: Rewards.__call__, _run, _ask, _scores.        Tests: tests/test_rewards.py
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import queue
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from nanogspo.inputs import shown, some
+from nanogspo.run.worker import Worker
+from nanogspo.tasks.rewards import REFERENCES, Group, Reward, parse, reference
+
+START = 60.0  # seconds for a process to start and import the file
+MOST_WORKERS = 8
+
+
+@dataclasses.dataclass
+class Scores:
+    """N = answers of all groups in order, K = rewards."""
+
+    values: list[list[float]]  # [N][K], nan where a reward abstained
+    facts: dict[str, float]  # reward/NAME and reward/NAME/KEY: means; reward/NAME/failed and so on; log_metric's
+    notes: list[
+        dict
+    ]  # one an answer, for samples.jsonl: {"rewards": {NAME: value}, "failed": why, log_extra's columns}
+
+
+class Job(NamedTuple):
+    """One call."""
+
+    reward: int
+    group: int
+    answers: range
+
+
+class Rewards:
+    """Raises ValueError for a reward that cannot be: an unknown name, a signature that fits neither form."""
+
+    def __init__(
+        self,
+        rewards: Sequence[str | Callable],
+        weights: Sequence[float] | None = None,
+        *,
+        timeout: float = 10.0,
+        workers: int = 0,
+        state: Callable[[], dict] | None = None,
+    ):
+        """rewards  texts as tasks/rewards.py::parse reads them, or functions
+        weights  one each; they go before those in the texts
+        timeout  seconds for one call
+        workers  processes; 0: as many as there are cores, at most 8
+        state    what TRL's functions find in trainer_state, beside global_step
+        """
+        specs = [parse(reward) if isinstance(reward, str) else None for reward in rewards]
+        self._rewards = [spec.source if spec else Reward(f) for spec, f in zip(specs, rewards, strict=True)]
+        names = [spec.name if spec else f.name for spec, f in zip(specs, self._rewards, strict=True)]
+        self.names = [name if name not in names[:k] else f"{name}_{k + 1}" for k, name in enumerate(names)]
+        self.weights = list(weights) if weights else [spec.weight if spec else 1.0 for spec in specs]
+        if len(self.weights) != len(specs):
+            raise ValueError(f"got {len(self.weights)} weights for {len(specs)} rewards, want one each")
+        self._batch: dict[str, bool] = {}  # of the texts: whether they have TRL's form, as the processes say
+        self.timeout, self._state = timeout, state
+        count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(count)
+        self._idle = queue.LifoQueue()  # the one used last is taken first, and others start only when they are needed
+        for _ in range(count):
+            self._idle.put(None)
+        self._workers, self._closed, self._told = set(), False, set()
+
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, those that are in a call too."""
+        self._closed = True
+        for _ in range(2):  # again for one that was just being started
+            for worker in list(self._workers):
+                worker.kill()
+            self._threads.shutdown(cancel_futures=True)
+
+    def probe(self, group: Group) -> None:
+        """Try each reward on four texts: the group's answers first, then a right answer, none, a number, a sentence.
+
+        Raises ValueError for a file that cannot be imported, a signature that fits neither form, four failures.
+        """
+        right = [reference(group.row)] if any(group.row.get(name) is not None for name in REFERENCES) else ["Yes"]
+        texts = [*group.answers, *right, "", "42", "One sentence,\nand another."][:4]
+        ids = [*group.ids, *([0] * max(1, len(text)) for text in texts[len(group.ids) :])][:4]
+        told, self._told = self._told, {(name, kind) for name in self.names for kind in ("failed", "late", "died")}
+        scores = self([dataclasses.replace(group, answers=texts, ids=ids)], 0)
+        self._told = told
+        for name in self.names:
+            failures = [note["failed"].get(name) for note in scores.notes if "failed" in note]
+            if len(failures) == 4 and all(failures):
+                raise ValueError(
+                    f"reward {name} failed on all four texts it was tried on: {failures[0]}; "
+                    f"correct it (columns of the row: {some(group.row)})"
+                )
+
+    def __call__(self, groups: list[Group], step: int) -> Scores:
+        """The values of all answers. Whatever a reward does, this returns."""
+        state = (self._state() if self._state else {}) | {"global_step": step}
+        jobs = []
+        for k in range(len(self.names)):
+            for g, group in enumerate(groups):
+                whole = range(len(group.answers))
+                jobs += [Job(k, g, whole)] if self._is_batch(k) else [Job(k, g, range(j, j + 1)) for j in whole]
+        done = self._run(jobs, groups, state)
+        again = [job for job, reply in done.items() if "error" in reply and len(job.answers) > 1]
+        singles = [Job(k, g, range(j, j + 1)) for k, g, whole in again for j in whole]
+        return self._scores(
+            groups, {job: done[job] for job in jobs if job not in set(again)} | self._run(singles, groups, state)
+        )
+
+    def _is_batch(self, k: int) -> bool:
+        """Starts the first process, if it is about a file."""
+        reward = self._rewards[k]
+        if isinstance(reward, Reward):
+            return reward.batch
+        if reward not in self._batch and "error" in (reply := self._ask(None)):
+            raise ValueError(reply["error"])
+        return self._batch[reward]
+
+    def _run(self, jobs: list[Job], groups: list[Group], state: dict) -> dict[Job, dict]:
+        def begin(job: Job) -> Future | None:
+            if isinstance(reward := self._rewards[job.reward], Reward):
+                return None
+            return self._threads.submit(self._ask, {"reward": reward, "group": vars(part(job)), "state": state})
+
+        def part(job: Job) -> Group:
+            group, batch = groups[job.group], self._is_batch(job.reward)
+            ids = [group.ids[j] for j in job.answers if batch]
+            return dataclasses.replace(group, answers=[group.answers[j] for j in job.answers], ids=ids)
+
+        begun = {job: begin(job) for job in jobs}  # the processes are at work while this one runs its own
+        own = {job: self._call(job.reward, part(job), state) for job in jobs if not begun[job]}
+        return {job: own.get(job) or begun[job].result() for job in jobs}
+
+    def _call(self, k: int, group: Group, state: dict) -> dict:
+        start = time.monotonic()
+        reply = self._rewards[k](group, state)
+        if (seconds := time.monotonic() - start) > self.timeout:
+            self._tell(k, "slow", f"took {seconds:.1f} s, more than {self.timeout:g} s, and nothing ends it here")
+        return {"kind": "failed"} | reply
+
+    def _ask(self, message: dict | None) -> dict:
+        """A call in an idle process, or in a new one. With None: what a process says when it has started."""
+        worker = self._idle.get()
+        try:
+            if self._closed:
+                return {"error": "closed", "kind": "failed"}
+            if worker is None:
+                worker = Worker("nanogspo.tasks.rewards:serve")
+                self._workers.add(worker)
+                reply = worker.ask([reward for reward in self._rewards if isinstance(reward, str)], START)
+                if "error" in reply:
+                    worker.kill()
+                    return reply
+                self._batch = reply["value"]
+            if message is None:
+                return {}
+            reply = worker.ask(message, self.timeout)
+            return {"kind": "failed"} | reply.get("value", reply)
+        finally:
+            if worker and not worker.alive:
+                self._workers.discard(worker)
+                worker = None
+            self._idle.put(worker)
+
+    def _scores(self, groups: list[Group], done: dict[Job, dict]) -> Scores:
+        texts = [answer for group in groups for answer in group.answers]
+        first = [0, *itertools.accumulate(len(group.answers) for group in groups)]
+        values = [[math.nan] * len(self.names) for _ in texts]
+        notes = [{"rewards": dict.fromkeys(self.names)} for _ in texts]
+        means, counts, samples = defaultdict(list), Counter(), {}
+        for (k, g, part), reply in done.items():
+            name = self.names[k]
+            for metric, value in reply.get("metrics", ()):
+                means[metric].append(value)
+            for at, j in enumerate(part):
+                i = first[g] + j
+                notes[i] |= {column: listed[at] for column, listed in reply.get("extra", {}).items()}
+                said = None if "error" in reply else reply["values"][at]
+                values[i][k], kind = (math.nan, reply["kind"]) if "error" in reply else _total(said)
+                if not kind:
+                    notes[i]["rewards"][name] = said
+                    parts = said if isinstance(said, dict) else {}
+                    for key, value in {"": values[i][k], **{f"/{key}": value for key, value in parts.items()}}.items():
+                        means[f"reward/{name}{key}"] += [] if value is None else [value]
+                    continue
+                counts[f"reward/{name}/{kind}"] += 1
+                if kind != "none":
+                    why = reply.get("error") or f"got {said}, want finite numbers"
+                    notes[i].setdefault("failed", {})[name] = why
+                    samples.setdefault((k, kind), f"{why}, for the answer {shown(texts[i])}")
+        for (k, kind), sample in samples.items():
+            self._tell(k, kind, f"{counts[f'reward/{self.names[k]}/{kind}']} of {len(texts)} answers {kind}: {sample}")
+        return Scores(values, {name: statistics.fmean(found) for name, found in means.items() if found} | counts, notes)
+
+    def _tell(self, k: int, kind: str, text: str) -> None:
+        """Once for each reward and kind."""
+        if (self.names[k], kind) not in self._told:
+            self._told.add((self.names[k], kind))
+            print(f"reward {self.names[k]}: {text}", flush=True)
+
+
+def _total(said: float | dict | None) -> tuple[float, str]:
+    """(value, "") or (nan, kind). A dict counts with its sum, without parts that are None."""
+    parts = [part for part in (said.values() if isinstance(said, dict) else [said]) if part is not None]
+    total = math.fsum(parts) if all(map(math.isfinite, parts)) else math.nan
+    return (total, "") if parts and math.isfinite(total) else (math.nan, "not_finite" if parts else "none")

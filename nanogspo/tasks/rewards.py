@@ -1,0 +1,344 @@
+"""What a reward is: a function of an answer and its row, found by its file or by its name. Imports no torch.
+
+    FILE.py:function[=WEIGHT]            a function of your own
+    name[:argument][=WEIGHT]             exact numeric math regex format length similarity keywords judge, see NAMED
+
+A trailing =NUMBER is always the weight: a pattern that ends in one is written with a weight behind it, regex:x=1=1.
+A function has one of two forms, told apart by its parameters. Both may be `async def`.
+
+    f(answer, row)                       one answer and all columns of its row
+    f(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns)
+                                         TRL's, for the answers to one prompt: a list for each parameter; without
+                                         **kwargs it gets those that it names. If the prompt is messages, a completion
+                                         is messages too: [{"role": "assistant", "content": answer}]
+
+An answer's value is a number, None (no opinion), or a dict of numbers: their sum counts, and each is a metric.
+
+This file is imported by the processes that rewards run in (run/worker.py), which is why it stays light; run/rewards.py
+starts them. Reading order: Group, parse, Reward, serve, then the rewards by name.      Tests: tests/test_rewards.py
+"""
+
+import asyncio
+import difflib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import math
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nanogspo.inputs import read_text, shown, some
+from nanogspo.tasks.addition import last_number
+
+OLD_IDS = "completions_ids"  # what TRL's documentation called completion_ids; passed where it is asked for by name
+BATCH = {"prompts", "completions", "completion_ids", OLD_IDS}  # one of them, and it is TRL's form
+FORMS = "f(answer, row), or TRL's f(prompts, completions, **columns)"
+STATE = {"epoch": 0.0, "max_steps": 0, "log_history": []}  # of TRL's trainer_state, where the caller says nothing
+REFERENCES = ("answer", "solution", "ground_truth", "completion")  # the first that a row has is its right answer
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one prompt."""
+
+    prompt: str | list[dict]  # as the row has it: text, or messages
+    row: dict  # every column
+    answers: list[str]
+    ids: list[list[int]]  # token ids of the answers
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One --reward. `source` is what is left without the weight."""
+
+    source: str
+    name: str  # for metrics
+    file: str  # "" for a reward by name
+    argument: str
+    weight: float
+
+
+def parse(text: str) -> Spec:
+    """Read FILE.py:function[=WEIGHT] or name[:argument][=WEIGHT]. Raises ValueError for a name that is no reward."""
+    source, equals, number = text.rpartition("=")
+    try:
+        weight = float(number) if equals else 1.0
+    except ValueError:  # an equals sign of a pattern
+        equals, weight = "", 1.0
+    source = source if equals else text
+    if not math.isfinite(weight):
+        raise ValueError(f"got a weight of {number} in --reward {text}, want a finite number")
+    if found := re.fullmatch(r"(.+\.py):(\w+)", source):  # C:\my\reward.py:function has two colons
+        return Spec(source, found[2], found[1], "", weight)
+    name, _, argument = source.partition(":")
+    if name not in NAMED:
+        raise ValueError(f"got reward {shown(text)}, want FILE.py:function or one of {', '.join(NAMED)}")
+    return Spec(source, name, "", argument, weight)
+
+
+def load(source: str) -> "Reward":
+    """The reward that parse() read. Raises ValueError: a file that cannot be imported, a signature that fits no form."""
+    spec = parse(source)
+    if not spec.file:
+        return Reward(NAMED[spec.name](spec.argument))
+    path = str(Path(spec.file).resolve())
+    sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported, as in `python FILE.py`
+    # a name of its own: a file called random.py must not stand in for Python's
+    found = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        said = explained(error, path)
+        raise ValueError(f"{spec.file}: got {said}, want a file that can be imported; correct it") from error
+    if not callable(function := getattr(module, spec.name, None)):
+        own = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"{spec.file}: got no function {spec.name}, want one of {some(own) or 'its functions'}")
+    return Reward(function, f"{spec.file}:{spec.name}")
+
+
+def explained(error: BaseException, file: str) -> str:
+    """An exception in one line, with the last line of `file` that led to it: "KeyError: 'a' (reward.py:7)"."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        error, lines = type(error)(error.msg), [error.lineno]
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return text + (f" ({os.path.basename(file)}:{lines[-1]})" if lines else "")
+
+
+class Reward:
+    """A function, and which form it has. Raises ValueError for a signature that fits neither."""
+
+    def __init__(self, function: Callable, where: str = ""):
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+        code = getattr(inspect.unwrap(function), "__code__", getattr(type(function).__call__, "__code__", None))
+        self.file = code.co_filename if code else ""
+        try:
+            signature = inspect.signature(function)
+            self.parameters = signature.parameters
+            self.batch = bool(BATCH & self.parameters.keys())
+            if not self.batch:
+                signature.bind("", {})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where or self.name}: got a function that takes other arguments, want {FORMS}"
+            ) from error
+
+    def __call__(self, group: Group, state: dict) -> dict:
+        """{"values": one an answer, "extra": log_extra's columns, "metrics": log_metric's pairs}, or {"error": why}."""
+        extra, metrics = {}, []
+
+        def log_extra(column: str, values: list) -> None:
+            extra[column] = _as_many(values, group, f"log_extra({column!r})")
+
+        def log_metric(name: str, value: float) -> None:
+            metrics.append((name, float(value)))
+
+        try:
+            if self.batch:
+                own = {"log_extra": log_extra, "log_metric": log_metric}
+                own["trainer_state"] = SimpleNamespace(**(STATE | state))
+                returned = _finished(self.function(**self._arguments(_columns(group) | own)))
+                values = _as_many(returned, group, "the list of rewards")
+            else:
+                values = [_finished(self.function(answer, group.row)) for answer in group.answers]
+            return {"values": [_value(value) for value in values], "extra": extra, "metrics": metrics}
+        except (Exception, SystemExit) as error:
+            return {"error": explained(error, self.file)}
+
+    def _arguments(self, offered: dict) -> dict:
+        """Of what there is, what the function takes."""
+        named = {
+            p.name: p.default is p.empty
+            for p in self.parameters.values()
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
+        if missing := [name for name, needed in named.items() if needed and name not in offered]:
+            raise ValueError(f"no column for the parameter {some(missing)}")
+        takes_all = any(p.kind == p.VAR_KEYWORD for p in self.parameters.values())
+        return {name: value for name, value in offered.items() if name in named or (takes_all and name != OLD_IDS)}
+
+
+def _columns(group: Group) -> dict:
+    """What TRL's GRPOTrainer._calculate_rewards hands over, but for its callbacks."""
+    G = len(group.answers)
+    chat = isinstance(group.prompt, list)
+    completions = [[{"role": "assistant", "content": text}] if chat else text for text in group.answers]
+    columns = {k: [v] * G for k, v in group.row.items() if k not in ("prompt", "completion", "completion_ids")}
+    ids = {"completion_ids": group.ids, OLD_IDS: group.ids}
+    return columns | ids | {"prompts": [group.prompt] * G, "completions": completions}
+
+
+def _as_many(values: Any, group: Group, what: str) -> list:
+    values = list(values)
+    if len(values) != len(group.answers):
+        raise ValueError(f"got {len(values)} values in {what}, want {len(group.answers)}, one for each completion")
+    return values
+
+
+def _value(value: Any) -> float | dict | None:
+    """Numbers of numpy and torch as well; nan and infinity pass, and are counted by run/rewards.py."""
+    if isinstance(value, dict):
+        return {str(key): _value(part) for key, part in value.items()}
+    if isinstance(value, str):
+        raise TypeError(f"got {shown(value)}, want a number, None or a dict of numbers")
+    return None if value is None else float(value)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, since what a function keeps (a session, a semaphore) belongs to a loop. It has its own thread,
+    because a notebook's thread has a running loop already."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def _finished(value: Any) -> Any:
+    async def wait() -> Any:
+        return await value
+
+    return asyncio.run_coroutine_threadsafe(wait(), _loop()).result() if inspect.isawaitable(value) else value
+
+
+def serve(sources: list[str]) -> tuple[dict[str, bool], Callable[[dict], dict]]:
+    """For run/worker.py: which of the rewards have TRL's form, and what answers a message."""
+    rewards = {source: load(source) for source in sources}
+
+    def answer(message: dict) -> dict:
+        return rewards[message["reward"]](Group(**message["group"]), message["state"])
+
+    return {source: reward.batch for source, reward in rewards.items()}, answer
+
+
+# ---- rewards by name: each takes the text behind the colon and gives f(answer, row)
+
+
+def reference(row: dict, column: str = "") -> str:
+    """The right answer as text: of this column, else of the first of REFERENCES that the row has."""
+    found = [row[name] for name in ([column] if column else REFERENCES) if row.get(name) is not None]
+    if not found:
+        raise ValueError(f"no column {column or ' or '.join(REFERENCES)} in the row, which has {some(row)}")
+    return str(found[0][-1]["content"] if isinstance(found[0], list) else found[0])
+
+
+def _exact(column: str) -> Callable:
+    return lambda answer, row: answer.strip() == reference(row, column).strip()
+
+
+def _numeric(column: str) -> Callable:
+    def numeric(answer: str, row: dict) -> bool | None:
+        want, got = last_number(reference(row, column)), last_number(answer) or "nan"
+        return math.isclose(float(got), float(want), rel_tol=1e-6, abs_tol=1e-9) if want else None
+
+    return numeric
+
+
+def _math(column: str) -> Callable:
+    verify = _package("math_verify", "math-verify")
+
+    def equal(answer: str, row: dict) -> bool | None:
+        text = reference(row, column)
+        want = verify.parse(text) or verify.parse(f"${text}$")  # LaTeX is read between dollars only
+        return verify.verify(want, verify.parse(answer)) if want else None
+
+    return equal
+
+
+def _regex(pattern: str) -> Callable:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"got the pattern {shown(pattern)} ({error}), want a regular expression") from error
+    return lambda answer, row: compiled.search(answer) is not None
+
+
+def _format(tags: str) -> Callable:
+    names = (tags or "think,answer").split(",")
+    whole = re.compile(r"\s*" + r"\s*".join(f"<{t}>(?:(?!</?{t}>).)*</{t}>" for t in names) + r"\s*", re.DOTALL)
+    return lambda answer, row: whole.fullmatch(answer) is not None
+
+
+def _length(most: str) -> Callable:
+    if not most.isdecimal() or int(most) == 0:
+        raise ValueError(f"got length:{most}, want a number of characters; try length:500")
+    return lambda answer, row: min(1.0, max(0.0, 2 - len(answer) / int(most)))
+
+
+def _similarity(column: str) -> Callable:
+    # without autojunk, which takes no notice of frequent characters from 200 on
+    return lambda answer, row: difflib.SequenceMatcher(None, answer, reference(row, column), autojunk=False).ratio()
+
+
+def _keywords(listed: str) -> Callable:
+    words = [word.strip() for word in listed.split(",") if word.strip()]
+    if not words:
+        raise ValueError("got keywords without words, want keywords:refund,apology")
+    patterns = [re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE) for word in words]
+    return lambda answer, row: sum(bool(pattern.search(answer)) for pattern in patterns) / len(patterns)
+
+
+def _judge(argument: str) -> Callable:
+    """judge:PROMPTFILE[,model=NAME][,url=ADDRESS][,cache=FOLDER]: the last number of another model's reply.
+
+    The file is the request, with {prompt}, {answer}, {reference} and any {column} in it. Without model and url it is
+    OPENAI_MODEL and OPENAI_BASE_URL; the key is OPENAI_API_KEY. A reply is kept on disk and never asked for twice.
+    """
+    file, *rest = argument.split(",")
+    options = dict(option.partition("=")[::2] for option in rest)
+    template = read_text(file, "the prompt for the judge")
+    model = options.get("model") or os.environ.get("OPENAI_MODEL")
+    if not model or options.keys() - {"model", "url", "cache"}:
+        raise ValueError(f"got judge:{argument}, want judge:PROMPTFILE,model=NAME[,url=ADDRESS][,cache=FOLDER]")
+    url = options.get("url") or os.environ.get("OPENAI_BASE_URL")
+    key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own asks for no key
+    client = _package("openai", "openai").OpenAI(base_url=url, api_key=key, max_retries=4)
+    folder = Path(options.get("cache") or "~/.cache/nanogspo/judge").expanduser()
+
+    def judge(answer: str, row: dict) -> float | None:
+        known = row | {"answer": answer}
+        if "{reference}" in template:
+            known["reference"] = reference(row)
+        request = re.sub(r"\{(\w+)\}", lambda found: str(known.get(found[1], found[0])), template)
+        kept = folder / hashlib.sha256(repr((url, model, request)).encode()).hexdigest()
+        if not kept.exists():
+            messages = [{"role": "user", "content": request}]
+            reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f"{kept.name}.{os.getpid()}"  # whole or not at all, whoever else writes it
+            part.write_text(reply.choices[0].message.content or "", encoding="utf-8")
+            part.replace(kept)
+        number = last_number(kept.read_text(encoding="utf-8"))
+        return float(number) if number else None
+
+    return judge
+
+
+def _package(name: str, install: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"got no package {name}, which this reward needs; do pip install {install}") from error
+
+
+NAMED: dict[str, Callable[[str], Callable]] = {
+    "exact": _exact,  # 1 if the answer is the reference, but for blanks around it; exact:COLUMN
+    "numeric": _numeric,  # 1 if its last number is the reference's last; None where that has none; numeric:COLUMN
+    "math": _math,  # 1 if math-verify finds them equal; None where it cannot read the reference; math:COLUMN
+    "regex": _regex,  # 1 if the pattern is found somewhere
+    "format": _format,  # 1 if it is <think>...</think> <answer>...</answer> and nothing else; format:TAG,TAG
+    "length": _length,  # length:N  1 up to N characters, then less, 0 from 2 N on
+    "similarity": _similarity,  # 0 to 1, difflib's ratio of answer and reference; similarity:COLUMN
+    "keywords": _keywords,  # keywords:a,b  the fraction of these words that it has, in whatever case
+    "judge": _judge,
+}
