@@ -24,10 +24,10 @@ import re
 from collections.abc import Callable
 
 from nanogspo.chat import Chat
+from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
 from nanogspo.rollout import Answer, generate
 
-KINDS = ["same", "thinking", "turns", "elsewhere"]  # see `reencoded`
 PLACEHOLDER = "PLACEHOLDER-OF-A-SAMPLED-TURN"
 TOOL_CALL = re.compile(r"\n?<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Qwen, Hermes, SmolLM
 
@@ -39,7 +39,7 @@ class Episode:
     number: int  # of its prompt, in the run
     answer: int  # 0 .. G - 1
     row: dict
-    seed: int  # for reset: the same for all answers to a prompt
+    run_seed: int
     messages: list[dict] = dataclasses.field(default_factory=list)  # the whole conversation, the last words too
     tokens: list[int] = dataclasses.field(default_factory=list)
     loss_mask: list[bool] = dataclasses.field(default_factory=list)
@@ -66,8 +66,10 @@ class Episode:
         return self.history[-1]["content"]
 
     def request(self, first_prompt: int) -> dict:
+        # the same for all answers to a prompt; a str seed goes through SHA-512
+        seed = random.Random(f"{self.run_seed}-{self.number}").getrandbits(31)
         where = [first_prompt, self.number, self.answer]
-        return {"id": where, "row": self.row, "seed": self.seed, "history": self.history}
+        return {"id": where, "row": self.row, "seed": seed, "history": self.history}
 
     def add(self, tokens: list[int], scored: bool) -> None:
         self.tokens += tokens
@@ -95,53 +97,44 @@ def sample_episodes(
     chat: Chat,
     environments: Callable[[list[dict]], list[dict]],
     rows: list[dict],
+    config: TrainConfig,
     *,
-    group_size: int,
-    max_new_tokens: int,
-    max_turns: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    first_prompt: int = 0,
-    max_rows: int = 0,
+    first_prompt: int,
     on_step: Callable[[int, int], bool] | None = None,
 ) -> list[Episode] | None:
-    """group_size episodes for each row, prompt-major. None when on_step ended the sampling.
+    """config.group_size episodes for each row, prompt-major. None when on_step ended the sampling.
 
-    environments     plays one turn of many episodes: tasks/environments.py
-    max_new_tokens   of a turn. One that is cut there ends its episode
-    max_turns        of the model in an episode
-    max_tokens       of an episode, prompt and messages included: the next turn is sampled if it has room in full
-    The rest         as in rollout.generate
+    environments          plays one turn of many episodes: run/environments.py
+    first_prompt          number of the first row, as in rollout.generate; on_step also
+    max_turns             of the model in an episode
+    max_new_tokens        of a turn; one that is cut there ends its episode
+    max_episode_tokens    prompt and messages included: another turn is sampled only if it has room in full
     """
-    episodes = [
-        Episode(first_prompt + p, g, row, reset_seed(seed, first_prompt + p))
-        for p, row in enumerate(rows)
-        for g in range(group_size)
-    ]
-    room, stopped = max_tokens - max_new_tokens, False
+    G, stopped = config.group_size, False
+    episodes = [Episode(first_prompt + n // G, n % G, rows[n // G], config.seed) for n in range(G * len(rows))]
+    room = turn_room(model, config)
     begin(episodes, chat, environments, first_prompt, room)
+    running = episodes
 
     def watch(complete: int, length: int) -> bool:
         nonlocal stopped
         stopped = bool(on_step and on_step(len(episodes) - len(running) + complete, length))
         return stopped
 
-    running = episodes
-    for turn in range(max_turns):
-        how = {"group_size": group_size, "first_prompt": first_prompt}
-        if turn:
-            how = {"streams": [(e.number, e.answer, turn) for e in running]}
+    for turn in range(config.max_turns):
+        prompts = [e.tokens for e in (running if turn else running[::G])]
         answers = generate(
             model,
-            [e.tokens for e in (running if turn else episodes[::group_size])],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            prompts,
+            group_size=1 if turn else G,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
             eos_ids=chat.tokenizer.eos_ids,
-            seed=seed,
-            max_rows=max_rows,
+            seed=config.seed,
+            first_prompt=first_prompt,
+            streams=[(e.number, e.answer, turn) for e in running] if turn else (),
+            max_rows=config.rollout_rows,
             on_step=watch,
-            **how,
         )
         if stopped:
             return None
@@ -149,8 +142,10 @@ def sample_episodes(
             e.said(answer, chat.tokenizer.decode(answer.tokens))
         asked = [e for e, answer in zip(running, answers, strict=True) if answer.finished and not e.failed]
         for e, reply in zip(asked, environments([e.request(first_prompt) for e in asked]), strict=True):
-            go_on(e, reply, chat, room, last=turn + 1 == max_turns)
-        running = [e for e in asked if not e.loss_mask[-1]]  # a bridge has been added
+            e.replied(reply)
+            if e.truncated and turn + 1 < config.max_turns:
+                go_on(e, chat, reply["messages"], room)
+        running = [e for e in asked if not e.loss_mask[-1]]  # those that have got a bridge
         if not running:
             break
     for e in episodes:
@@ -160,42 +155,36 @@ def sample_episodes(
     return episodes
 
 
-def reset_seed(seed: int, prompt: int) -> int:
-    return random.Random(f"{seed}-{prompt}").getrandbits(31)  # a str seed goes through SHA-512
+def turn_room(model: Transformer, config: TrainConfig) -> int:
+    """The most tokens an episode may have when a turn begins."""
+    return min(config.max_episode_tokens, model.config.max_positions) - config.max_new_tokens
 
 
 def begin(episodes: list[Episode], chat: Chat, environments: Callable, first_prompt: int, room: int) -> None:
     """Reset, and the prompts. An episode that cannot begin has the prompt of its group, or an empty question where none
     can: it is sampled like every other one, so that a rollout keeps its shape, and abstains."""
-    firsts: dict[int, Episode] = {}
     for e, reply in zip(episodes, environments([e.request(first_prompt) for e in episodes]), strict=True):
         e.replied(reply)
-        if not e.failed and e.number in firsts:
-            if (e.messages, e.tools) != (firsts[e.number].messages, firsts[e.number].tools):
-                e.failed = "reset: messages that differ from its group's, want those that row and seed decide"
-        elif not e.failed:
-            try:
-                e.add(prompt_of(chat, e), False)
-            except ValueError as error:
-                e.failed = str(error)
-            if len(e.tokens) > room:
-                e.failed = f"reset: got a prompt of {len(e.tokens)} tokens, want at most {max(room, 0)}: a turn's room"
-            if not e.failed:
-                firsts[e.number] = e
     empty = chat.tokenizer.chat([{"role": "user", "content": ""}], **chat.template_kwargs)
-    for e in episodes:
-        first = firsts.get(e.number, e)
-        e.tokens = list(empty if first.failed else first.tokens)
-        e.loss_mask = [False] * len(e.tokens)
+    for _, group in itertools.groupby(episodes, key=lambda e: e.number):
+        group = list(group)
+        tokens, why, first = empty, "", next((e for e in group if not e.failed), None)
+        if first:
+            try:
+                tokens = prompt_of(chat, first, room)
+            except ValueError as error:
+                why = str(error)
+        for e in group:
+            if not e.failed and (e.messages, e.tools) != (first.messages, first.tools):
+                e.failed = "reset: messages other than its group's, want those that row and seed decide"
+            e.failed = e.failed or why
+            e.add(tokens, False)
 
 
-def go_on(e: Episode, reply: dict, chat: Chat, room: int, last: bool) -> None:
-    """Take the environment's reply; if there is to be another turn, add the bridge to it."""
-    e.replied(reply)
-    if e.failed or e.done or last:
-        return
+def go_on(e: Episode, chat: Chat, new: list[dict], room: int) -> None:
+    """Add the bridge to another turn, if it has room."""
     try:
-        tokens = bridge(chat, e, reply["messages"])
+        tokens = bridge(chat, e, new)
     except ValueError as error:  # the template does not take these messages
         e.failed = str(error)
         return
@@ -207,10 +196,13 @@ def template_variables(chat: Chat, e: Episode) -> dict:
     return chat.template_kwargs | ({"tools": e.tools} if e.tools else {})
 
 
-def prompt_of(chat: Chat, e: Episode) -> list[int]:
+def prompt_of(chat: Chat, e: Episode, room: int) -> list[int]:
     if e.tools and not chat.tokenizer.spells("tools"):
         raise ValueError("got an environment with tools, which the chat template does not read, want another model")
-    return chat.tokenizer.chat(e.messages, **template_variables(chat, e))
+    tokens = chat.tokenizer.chat(e.messages, **template_variables(chat, e))
+    if len(tokens) > room:
+        raise ValueError(f"got a prompt of {len(tokens)} tokens, want at most {room}, which leaves room for a turn")
+    return tokens
 
 
 def bridge(chat: Chat, e: Episode, new: list[dict]) -> list[int]:
@@ -260,53 +252,42 @@ def reencoded(chat: Chat, e: Episode) -> str:
     turns       what the model said is spelled or cut into tokens otherwise
     elsewhere   something else, which the model was not given as the template has it
     """
-    variables = template_variables(chat, e) | {"add_generation_prompt": False}
+    encode, asked = chat.tokenizer.encode_plain, template_variables(chat, e)
+    spell = lambda ids: "".join(chr(0xE000 + i) for i in ids)  # noqa: E731     a character a token: a str can search
     last = max(n for n, message in enumerate(e.messages) if message is e.history[-1])
     try:
-        again = chat.tokenizer.chat(e.messages[: last + 1], **variables)
-        closed = chat.tokenizer.render(e.messages[:last], **variables)
-        opened = chat.tokenizer.render(e.messages[:last], **template_variables(chat, e)).removeprefix(closed)
+        again = spell(chat.tokenizer.chat(e.messages[: last + 1], **asked, add_generation_prompt=False))
+        past = chat.tokenizer.render(e.messages[:last], **asked, add_generation_prompt=False)
+        _, begun, opened = chat.tokenizer.render(e.messages[:last], **asked).removeprefix(past).partition("<think>")
     except ValueError:  # a template may refuse what the model said
         return "turns"
-    _, begun, thought = opened.partition("<think>")
-    opened = chat.tokenizer.encode_plain(begun + thought)  # it belongs to the turn, not to what stands before
-    found, at, turn = "same", 0, []
+    opened, close = spell(encode(begun + opened)), spell(encode("</think>\n\n"))
     stretches = itertools.groupby(zip(e.loss_mask, e.tokens, strict=True), key=lambda pair: pair[0])
-    for scored, pairs in stretches:
-        tokens = [token for _, token in pairs]
-        if scored:
-            turn += tokens
-            continue
-        cut = len(tokens) - len(opened) * (tokens[len(tokens) - len(opened) :] == opened)
-        start = _find(again, tokens[:cut], at)
-        if start is None or (start and not at):
+    pieces = [spell(token for _, token in pairs) for _, pairs in stretches]
+    fixed = [piece.removesuffix(opened) for piece in pieces[::2]]  # a thought that the prompt opens is of the turn
+    turns = [b.removeprefix(a) + c for a, b, c in zip(fixed, pieces[::2], pieces[1::2], strict=True)]
+    if not again.startswith(fixed[0]):
+        return "elsewhere"
+    found, at = set(), len(fixed[0])
+    for turn, after in zip(turns, [*fixed[1:], None], strict=True):
+        end = len(again) if after is None else again.find(after, at)
+        if end < 0:
             return "elsewhere"
-        found = max(found, _compare(chat, turn, again[at:start]), key=KINDS.index)
-        at, turn = start + cut, tokens[cut:]
-    end = max((n for n, token in enumerate(again) if token in chat.tokenizer.eos_ids), default=len(again)) + 1
-    end -= turn[-1] not in chat.tokenizer.eos_ids  # cut off, so it has no stop token
-    return max(found, _compare(chat, turn, again[at:end]), key=KINDS.index)
+        matches = str.startswith if after is None else str.__eq__  # the template goes on after the last turn
+        kept = turn.rpartition(close)[2]  # without its chain of thought
+        part = again[at:end]
+        found.add("same" if matches(part, turn) else "thinking" if matches(part, kept) else "turns")
+        at = end + len(after or "")
+    return max(found, key=["same", "thinking", "turns"].index)
 
 
-def _compare(chat: Chat, turn: list[int], again: list[int]) -> str:
-    close = chat.tokenizer.encode_plain("</think>\n\n")
-    after = next((n for n in range(len(turn), 0, -1) if turn[n - len(close) : n] == close), 0)
-    return "same" if turn == again else "thinking" if turn[after:] == again else "turns"
-
-
-def _find(tokens: list[int], part: list[int], at: int) -> int | None:
-    """Where part begins in tokens, from `at` on."""
-    return next((n for n in range(at, len(tokens)) if tokens[n : n + len(part)] == part), None)
-
-
-def probe(chat: Chat, environments: Callable, row: dict, seed: int, room: int) -> int:
+def probe(model: Transformer, chat: Chat, environments: Callable, row: dict, config: TrainConfig) -> int:
     """Tokens of the first row's prompt. ValueError where the environment or the chat template does not take it."""
     if not chat.tokenizer.has_chat_template:
         raise ValueError(
-            "got --environment with a model without a chat template, want an instruct model: change --model"
+            "got --environment with a model without a chat template, want an instruct model; change --model"
         )
-    episode = Episode(0, 0, row, reset_seed(seed, 0))
-    begin([episode], chat, environments, -1, room)
+    begin([episode := Episode(0, 0, row, config.seed)], chat, environments, -1, turn_room(model, config))
     if episode.failed:
         raise ValueError(f"the environment cannot begin with the first row: {episode.failed}")
     return len(episode.tokens)

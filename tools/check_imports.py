@@ -26,7 +26,7 @@ LIMITS = {"train.py": 300, "nanogspo/model.py": 200}
 # A row is a file, or all files of a package that have no row of their own; these may import each other, without a cycle
 ORDER = """
     kernels
-    nanogspo.inputs nanogspo.config nanogspo.device nanogspo.families nanogspo.tasks.base nanogspo.tasks.environments nanogspo.storage.files
+    nanogspo.inputs nanogspo.config nanogspo.device nanogspo.families nanogspo.tasks.base nanogspo.storage.files
     nanogspo.special_tokens nanogspo.templates nanogspo.tokenizer
     nanogspo.layers nanogspo.cache nanogspo.layouts nanogspo.model
     nanogspo.storage.safetensors nanogspo.quant nanogspo.lora nanogspo.fast
@@ -34,7 +34,7 @@ ORDER = """
     nanogspo.storage nanogspo.checkpoint
     nanogspo.objectives nanogspo.episodes nanogspo.experience nanogspo.optimizer nanogspo.storage.state nanogspo.tasks
     nanogspo.run.program nanogspo.run.process nanogspo.run.log nanogspo.run.curves nanogspo.run.planner
-    nanogspo.run.worker nanogspo.run.rewards
+    nanogspo.run.worker nanogspo.run.rewards nanogspo.run.environments
     nanogspo.evaluation nanogspo.data nanogspo.policy
     sample train
 """.split()

@@ -16,17 +16,17 @@ episode has an object that lives from turn to turn.
 
 reset and step must depend on nothing else: all episodes of a group begin with the same messages.
 
-Tests: tests/test_episodes.py
+This file is imported by the processes that environments run in, so it stays light; run/environments.py starts them.
+Tests: tests/test_environments.py
 """
 
-import copy
 import json
 import math
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from typing import Protocol
 
-SLOW = 1.0  # seconds of one call in this process, from which a warning is due
+from nanogspo.tasks.rewards import explained, own
 
 
 class Environment(Protocol):
@@ -35,49 +35,38 @@ class Environment(Protocol):
     def step(self, message: dict) -> tuple[list[dict], bool, float | None]: ...
 
 
-class Environments:
-    """Plays the episodes of a rollout in this process. given: a class, or an object that is copied for each episode."""
-
-    def __init__(self, given: type[Environment] | Environment):
-        self.make = given if isinstance(given, type) else lambda: copy.deepcopy(given)
-        self.live: dict = {}
-        self.warned = False
-
-    def __call__(self, requests: Sequence[dict]) -> list[dict]:
-        """A reply for each request: to its reset where the history is empty, else to its last message."""
-        began = time.monotonic()
-        replies = [play(self.make, self.live, copy.deepcopy(request)) for request in requests]
-        seconds = (time.monotonic() - began) / max(1, len(requests))
-        if seconds > SLOW and not self.warned:
-            self.warned = True
-            print(f"the environment takes {seconds:.1f} s a call; as FILE.py:Class its calls run side by side")
-        return replies
+def serve(source: str) -> tuple[None, Callable[[dict], dict]]:
+    """For run/worker.py. source: FILE.py:Class"""
+    file, _, name = source.rpartition(":")
+    make, live = own(file, name), {}
+    if not (hasattr(make, "reset") and hasattr(make, "step")):
+        raise ValueError(f"{source}: got no class with reset and step, want reset(row, seed) and step(message)")
+    return None, lambda request: play(make, live, request)
 
 
 def play(make: Callable[[], Environment], live: dict, request: dict) -> dict:
-    """One reply. live: the environments at work, by episode, each with the number of its steps."""
-    episode, history, where = tuple(request["id"]), request["history"], "reset"
-    environment, steps = live.pop(episode, (None, 0))
+    """The reply to a request. live: the environments at work, by episode, each with the number of its steps."""
+    episode, history, environment, reply = tuple(request["id"]), request["history"], None, None
     try:
-        if environment is None or steps != len(history) - 1:  # a new episode, or one whose worker was replaced
+        environment, steps = live.pop(episode, (None, 0))
+        if environment is None or steps != len(history) - 1:  # a new episode, or one whose process was replaced
             for other in [other for other in live if other[0] != episode[0]]:
                 del live[other]  # of an earlier rollout
             environment = make()
-            reply = _reply(environment, (environment.reset(request["row"], request["seed"]), False, None))
+            reply = environment.reset(request["row"], request["seed"]), False, None
             for message in history[:-1]:
                 environment.step(message)
-        if history:
-            where = "step"
-            reply = _reply(environment, environment.step(history[-1]))
+        reply = _checked(environment, environment.step(history[-1]) if history else reply)
     except (Exception, SystemExit) as error:  # somebody else's program: it may fail in any way
-        return {"failed": f"{where}: {type(error).__name__}: {' '.join(str(error)[:1000].split())[:200]}"}
+        file = getattr(sys.modules.get(type(environment).__module__), "__file__", "")
+        return {"failed": f"{'step' if history else 'reset'}: {explained(error, file)}"}
     if not reply["done"]:
         live[episode] = environment, len(history)
     return reply
 
 
-def _reply(environment: Environment, given: tuple) -> dict:
-    """What an environment gave, checked. ValueError says what it is instead."""
+def _checked(environment: Environment, given: tuple) -> dict:
+    """What an environment gave. ValueError says what it is instead."""
     if not isinstance(given, tuple | list) or len(given) != 3:
         raise ValueError(f"got {str(given)[:80]}, want (messages, done, reward)")
     messages, done, reward = given
@@ -87,10 +76,9 @@ def _reply(environment: Environment, given: tuple) -> dict:
         raise ValueError(f'got messages {str(messages)[:80]}, want a list of {{"role": ..., "content": ...}}')
     if not messages and not done:
         raise ValueError("got no messages and not done, want what the model is to answer")
-    extra = {"tools": getattr(environment, "tools", None)}
-    extra["truncated_reward"] = getattr(environment, "truncated_reward", None)
-    for value in (reward, extra["truncated_reward"]):
+    optional = {name: getattr(environment, name, None) for name in ("tools", "truncated_reward")}
+    for value in (reward, optional["truncated_reward"]):
         if value is not None and not math.isfinite(value):
             raise ValueError(f"got reward {value}, want a finite number or None")
     reward = None if reward is None else float(reward)
-    return json.loads(json.dumps({"messages": messages, "done": bool(done), "reward": reward, **extra}))
+    return json.loads(json.dumps({"messages": messages, "done": bool(done), "reward": reward, **optional}))
