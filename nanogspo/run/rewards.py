@@ -4,16 +4,17 @@
         rewards.probe(group)                       ends the run if a reward cannot work at all
         scores = rewards(groups, step)             never does
 
-A reward given as text runs in worker processes (run/worker.py), which are killed at the time limit and replaced; one
-given as a function runs here, in the main thread, and a slow one is warned about. A function in TRL's form is called
-once for a group; if that fails or is late, once for each of its answers, so that one bad answer costs only itself.
+A reward given as text runs in worker processes (run/worker.py), which are killed at the time limit and replaced. One
+given as a function runs here, in the main thread (if it is async, in others), and a slow one is warned about. A function
+in TRL's form is called once for a group; if that fails or is late, once for each of its answers, so that one bad answer
+costs only itself.
 
 A value that is left out (nan) is counted under what became of it:
 
     failed      raised, or returned something that is no value
     late        no answer within the time limit, which is that of one call
     died        its process ended: os._exit, a segmentation fault, out of memory
-    not_finite  nan or infinite
+    not_finite  nan, infinite, or too large for the arithmetic of training
     none        None: no opinion
 
 All but the last are printed once for each reward, with the answer; the counts of each step are in its facts.
@@ -26,11 +27,10 @@ import itertools
 import math
 import os
 import queue
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from nanogspo.inputs import shown, some
@@ -39,6 +39,8 @@ from nanogspo.tasks.rewards import REFERENCES, Group, Reward, parse, reference
 
 START = 60.0  # seconds for a process to start and import the file
 MOST_WORKERS = 8
+THREADS = 32  # calls of async functions that wait at the same time
+LARGEST = 1e18  # float32 must hold its square: rewards are divided by their standard deviation
 
 
 @dataclasses.dataclass
@@ -57,7 +59,7 @@ class Job(NamedTuple):
 
     reward: int
     group: int
-    answers: range
+    answers: tuple[int, ...]
 
 
 class Rewards:
@@ -88,11 +90,11 @@ class Rewards:
         self._batch: dict[str, bool] = {}  # of the texts: whether they have TRL's form, as the processes say
         self.timeout, self._state = timeout, state
         count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(count)
+        self._threads = ThreadPoolExecutor(THREADS)
         self._idle = queue.LifoQueue()  # the one used last is taken first, and others start only when they are needed
         for _ in range(count):
             self._idle.put(None)
-        self._workers, self._closed, self._told = set(), False, set()
+        self._workers, self._closed, self._quiet, self._told = set(), False, False, set()
 
     def __enter__(self) -> "Rewards":
         return self
@@ -116,31 +118,31 @@ class Rewards:
         right = [reference(group.row)] if any(group.row.get(name) is not None for name in REFERENCES) else ["Yes"]
         texts = [*group.answers, *right, "", "42", "One sentence,\nand another."][:4]
         ids = [*group.ids, *([0] * max(1, len(text)) for text in texts[len(group.ids) :])][:4]
-        told, self._told = self._told, {(name, kind) for name in self.names for kind in ("failed", "late", "died")}
+        self._quiet = True
         scores = self([dataclasses.replace(group, answers=texts, ids=ids)], 0)
-        self._told = told
+        self._quiet = False
         for name in self.names:
-            failures = [note["failed"].get(name) for note in scores.notes if "failed" in note]
-            if len(failures) == 4 and all(failures):
+            failures = [note["failed"][name] for note in scores.notes if name in note.get("failed", ())]
+            if len(failures) == len(texts):
                 raise ValueError(
-                    f"reward {name} failed on all four texts it was tried on: {failures[0]}; "
-                    f"correct it (columns of the row: {some(group.row)})"
+                    f"reward {name} failed on all four texts it was tried on, first with {failures[0]}; correct it "
+                    f"(columns of the row: {some(group.row)})"
                 )
 
     def __call__(self, groups: list[Group], step: int) -> Scores:
-        """The values of all answers. Whatever a reward does, this returns."""
+        """The values of all answers. Once the first process has started, this returns whatever a reward does."""
         state = (self._state() if self._state else {}) | {"global_step": step}
         jobs = []
         for k in range(len(self.names)):
             for g, group in enumerate(groups):
-                whole = range(len(group.answers))
-                jobs += [Job(k, g, whole)] if self._is_batch(k) else [Job(k, g, range(j, j + 1)) for j in whole]
+                whole = tuple(range(len(group.answers)))
+                jobs += [Job(k, g, part) for part in ([whole] if self._is_batch(k) else zip(whole))]
         done = self._run(jobs, groups, state)
-        again = [job for job, reply in done.items() if "error" in reply and len(job.answers) > 1]
-        singles = [Job(k, g, range(j, j + 1)) for k, g, whole in again for j in whole]
-        return self._scores(
-            groups, {job: done[job] for job in jobs if job not in set(again)} | self._run(singles, groups, state)
-        )
+        again = [job for job in jobs if "error" in done[job] and len(job.answers) > 1]
+        for job in again:
+            del done[job]
+        done |= self._run([job._replace(answers=(j,)) for job in again for j in job.answers], groups, state)
+        return self._scores(groups, done)
 
     def _is_batch(self, k: int) -> bool:
         """Starts the first process, if it is about a file."""
@@ -152,19 +154,21 @@ class Rewards:
         return self._batch[reward]
 
     def _run(self, jobs: list[Job], groups: list[Group], state: dict) -> dict[Job, dict]:
-        def begin(job: Job) -> Future | None:
-            if isinstance(reward := self._rewards[job.reward], Reward):
-                return None
-            return self._threads.submit(self._ask, {"reward": reward, "group": vars(part(job)), "state": state})
-
         def part(job: Job) -> Group:
             group, batch = groups[job.group], self._is_batch(job.reward)
             ids = [group.ids[j] for j in job.answers if batch]
             return dataclasses.replace(group, answers=[group.answers[j] for j in job.answers], ids=ids)
 
-        begun = {job: begin(job) for job in jobs}  # the processes are at work while this one runs its own
-        own = {job: self._call(job.reward, part(job), state) for job in jobs if not begun[job]}
-        return {job: own.get(job) or begun[job].result() for job in jobs}
+        replies = {}
+        for job in jobs:
+            if isinstance(reward := self._rewards[job.reward], str):
+                message = {"reward": reward, "group": vars(part(job)), "state": state}
+                replies[job] = self._threads.submit(self._ask, message)
+            elif reward.waits:
+                replies[job] = self._threads.submit(self._call, job.reward, part(job), state)
+        # the others are at work while this thread runs its own
+        own = {job: self._call(job.reward, part(job), state) for job in jobs if job not in replies}
+        return {job: own.get(job) or replies[job].result() for job in jobs}
 
     def _call(self, k: int, group: Group, state: dict) -> dict:
         start = time.monotonic()
@@ -201,41 +205,45 @@ class Rewards:
         texts = [answer for group in groups for answer in group.answers]
         first = [0, *itertools.accumulate(len(group.answers) for group in groups)]
         values = [[math.nan] * len(self.names) for _ in texts]
-        notes = [{"rewards": dict.fromkeys(self.names)} for _ in texts]
-        means, counts, samples = defaultdict(list), Counter(), {}
+        notes, extras = [{"rewards": dict.fromkeys(self.names)} for _ in texts], [{} for _ in texts]
+        found, counts, samples = defaultdict(list), Counter(), {}
         for (k, g, part), reply in done.items():
             name = self.names[k]
             for metric, value in reply.get("metrics", ()):
-                means[metric].append(value)
+                found[metric] += [value] if math.isfinite(value) else []
             for at, j in enumerate(part):
                 i = first[g] + j
-                notes[i] |= {column: listed[at] for column, listed in reply.get("extra", {}).items()}
-                said = None if "error" in reply else reply["values"][at]
-                values[i][k], kind = (math.nan, reply["kind"]) if "error" in reply else _total(said)
+                extras[i] |= {column: listed[at] for column, listed in reply.get("extra", {}).items()}
+                said = reply["values"][at] if "values" in reply else None
+                values[i][k], kind = _total(said) if "values" in reply else (math.nan, reply["kind"])
                 if not kind:
                     notes[i]["rewards"][name] = said
                     parts = said if isinstance(said, dict) else {}
-                    for key, value in {"": values[i][k], **{f"/{key}": value for key, value in parts.items()}}.items():
-                        means[f"reward/{name}{key}"] += [] if value is None else [value]
+                    for key, value in [("", values[i][k]), *((f"/{key}", value) for key, value in parts.items())]:
+                        found[f"reward/{name}{key}"] += [] if value is None else [value]
                     continue
                 counts[f"reward/{name}/{kind}"] += 1
                 if kind != "none":
-                    why = reply.get("error") or f"got {said}, want finite numbers"
-                    notes[i].setdefault("failed", {})[name] = why
+                    why = notes[i].setdefault("failed", {})[name] = reply.get(
+                        "error", f"got {said}, want finite numbers"
+                    )
                     samples.setdefault((k, kind), f"{why}, for the answer {shown(texts[i])}")
         for (k, kind), sample in samples.items():
             self._tell(k, kind, f"{counts[f'reward/{self.names[k]}/{kind}']} of {len(texts)} answers {kind}: {sample}")
-        return Scores(values, {name: statistics.fmean(found) for name, found in means.items() if found} | counts, notes)
+        means = {name: sum(listed) / len(listed) for name, listed in found.items() if listed}
+        return Scores(values, means | counts, [extra | note for extra, note in zip(extras, notes, strict=True)])
 
     def _tell(self, k: int, kind: str, text: str) -> None:
         """Once for each reward and kind."""
-        if (self.names[k], kind) not in self._told:
-            self._told.add((self.names[k], kind))
+        if not self._quiet and (k, kind) not in self._told:
+            self._told.add((k, kind))
             print(f"reward {self.names[k]}: {text}", flush=True)
 
 
 def _total(said: float | dict | None) -> tuple[float, str]:
     """(value, "") or (nan, kind). A dict counts with its sum, without parts that are None."""
     parts = [part for part in (said.values() if isinstance(said, dict) else [said]) if part is not None]
-    total = math.fsum(parts) if all(map(math.isfinite, parts)) else math.nan
-    return (total, "") if parts and math.isfinite(total) else (math.nan, "not_finite" if parts else "none")
+    if not parts:
+        return math.nan, "none"
+    total = sum(parts)
+    return (total, "") if all(abs(x) < LARGEST for x in (total, *parts)) else (math.nan, "not_finite")

@@ -12,7 +12,7 @@ arrives as its str(). The function may print (it goes to stderr) and read its st
 
 A process that is late is killed, with those that it started where there are process groups. If the caller is gone,
 the pipe closes, and the process ends whatever its function does: at once, or, if the function keeps Python's lock (as a
-regular expression that backtracks does), GRACE seconds after its limit by faulthandler's timer, which does not need the lock.
+regular expression that backtracks does), GRACE seconds after its limit by faulthandler's timer, which needs no lock.
 
 Spawned and read by threads, without fork or select, so that CUDA and Windows work.     Tests: tests/test_worker.py
 """
@@ -54,7 +54,7 @@ class Worker:
 
     def ask(self, message: Any, seconds: float) -> dict:
         """Its reply, after `seconds` at most: reads and writes that block are left to the other thread."""
-        self._messages.put(json.dumps([seconds, message], default=str))
+        self._messages.put(json.dumps([seconds + GRACE, message], default=str))
         try:
             reply = self._replies.get(timeout=seconds)
         except queue.Empty:
@@ -107,7 +107,7 @@ def main(serve: str) -> NoReturn:
     function, begun = getattr(importlib.import_module(module), name), False
     while True:
         seconds, message = messages.get()
-        faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+        faulthandler.dump_traceback_later(seconds, exit=True)
         try:
             value = function(message)
             if not begun:

@@ -34,14 +34,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanogspo.inputs import read_text, shown, some
 from nanogspo.tasks.addition import last_number
 
-OLD_IDS = "completions_ids"  # what TRL's documentation called completion_ids; passed where it is asked for by name
-BATCH = {"prompts", "completions", "completion_ids", OLD_IDS}  # one of them, and it is TRL's form
+BATCH = {"prompts", "completions", "completion_ids"}  # one of them, and it is TRL's form
 FORMS = "f(answer, row), or TRL's f(prompts, completions, **columns)"
+STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 STATE = {"epoch": 0.0, "max_steps": 0, "log_history": []}  # of TRL's trainer_state, where the caller says nothing
 REFERENCES = ("answer", "solution", "ground_truth", "completion")  # the first that a row has is its right answer
 
@@ -56,8 +56,7 @@ class Group:
     ids: list[list[int]]  # token ids of the answers
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """One --reward. `source` is what is left without the weight."""
 
     source: str
@@ -86,7 +85,7 @@ def parse(text: str) -> Spec:
 
 
 def load(source: str) -> "Reward":
-    """The reward that parse() read. Raises ValueError: a file that cannot be imported, a signature that fits no form."""
+    """The reward that parse() read. Raises ValueError if a file cannot be imported, or a signature fits no form."""
     spec = parse(source)
     if not spec.file:
         return Reward(NAMED[spec.name](spec.argument))
@@ -128,6 +127,7 @@ class Reward:
         self.name = getattr(function, "__name__", type(function).__name__)
         code = getattr(inspect.unwrap(function), "__code__", getattr(type(function).__call__, "__code__", None))
         self.file = code.co_filename if code else ""
+        self.waits = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
         try:
             signature = inspect.signature(function)
             self.parameters = signature.parameters
@@ -144,44 +144,34 @@ class Reward:
         extra, metrics = {}, []
 
         def log_extra(column: str, values: list) -> None:
-            extra[column] = _as_many(values, group, f"log_extra({column!r})")
+            extra[str(column)] = _as_many(values, group, f"log_extra({column!r})")
 
         def log_metric(name: str, value: float) -> None:
-            metrics.append((name, float(value)))
+            metrics.append((str(name), float(value)))
 
         try:
             if self.batch:
                 own = {"log_extra": log_extra, "log_metric": log_metric}
                 own["trainer_state"] = SimpleNamespace(**(STATE | state))
-                returned = _finished(self.function(**self._arguments(_columns(group) | own)))
-                values = _as_many(returned, group, "the list of rewards")
+                values = _as_many(_finished(self.function(**self._arguments(group, own))), group, "the list of rewards")
             else:
                 values = [_finished(self.function(answer, group.row)) for answer in group.answers]
             return {"values": [_value(value) for value in values], "extra": extra, "metrics": metrics}
         except (Exception, SystemExit) as error:
             return {"error": explained(error, self.file)}
 
-    def _arguments(self, offered: dict) -> dict:
-        """Of what there is, what the function takes."""
-        named = {
-            p.name: p.default is p.empty
-            for p in self.parameters.values()
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
-        if missing := [name for name, needed in named.items() if needed and name not in offered]:
-            raise ValueError(f"no column for the parameter {some(missing)}")
-        takes_all = any(p.kind == p.VAR_KEYWORD for p in self.parameters.values())
-        return {name: value for name, value in offered.items() if name in named or (takes_all and name != OLD_IDS)}
-
-
-def _columns(group: Group) -> dict:
-    """What TRL's GRPOTrainer._calculate_rewards hands over, but for its callbacks."""
-    G = len(group.answers)
-    chat = isinstance(group.prompt, list)
-    completions = [[{"role": "assistant", "content": text}] if chat else text for text in group.answers]
-    columns = {k: [v] * G for k, v in group.row.items() if k not in ("prompt", "completion", "completion_ids")}
-    ids = {"completion_ids": group.ids, OLD_IDS: group.ids}
-    return columns | ids | {"prompts": [group.prompt] * G, "completions": completions}
+    def _arguments(self, group: Group, own: dict) -> dict:
+        """What TRL's GRPOTrainer._calculate_rewards hands over; without **kwargs in the function, what it names."""
+        G, chat = len(group.answers), isinstance(group.prompt, list)
+        completions = [[{"role": "assistant", "content": text}] if chat else text for text in group.answers]
+        columns = {k: [v] * G for k, v in group.row.items() if k not in ("prompt", "completion", "completion_ids")}
+        own |= {"prompts": [group.prompt] * G, "completions": completions, "completion_ids": group.ids}
+        offered, takes = columns | own, self.parameters.values()
+        missing = [p.name for p in takes if p.default is p.empty and p.kind not in STARRED and p.name not in offered]
+        if missing:
+            raise ValueError(f"no column for the parameter {some(missing)}; the row has {some(group.row) or 'none'}")
+        takes_all = any(p.kind == p.VAR_KEYWORD for p in takes)
+        return {name: value for name, value in offered.items() if takes_all or name in self.parameters}
 
 
 def _as_many(values: Any, group: Group, what: str) -> list:
@@ -191,11 +181,11 @@ def _as_many(values: Any, group: Group, what: str) -> list:
     return values
 
 
-def _value(value: Any) -> float | dict | None:
+def _value(value: Any, part: bool = False) -> float | dict | None:
     """Numbers of numpy and torch as well; nan and infinity pass, and are counted by run/rewards.py."""
-    if isinstance(value, dict):
-        return {str(key): _value(part) for key, part in value.items()}
-    if isinstance(value, str):
+    if isinstance(value, dict) and not part:
+        return {str(key): _value(number, part=True) for key, number in value.items()}
+    if isinstance(value, str | dict):
         raise TypeError(f"got {shown(value)}, want a number, None or a dict of numbers")
     return None if value is None else float(value)
 
