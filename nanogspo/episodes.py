@@ -155,6 +155,17 @@ def sample_episodes(
     return episodes
 
 
+def episode_facts(episodes: list[Episode]) -> dict[str, float]:
+    """What metrics.jsonl says about a rollout of episodes."""
+    kinds, N = [e.reencoded for e in episodes], len(episodes)
+    return {
+        "turns": sum(len(e.history) for e in episodes) / N,
+        "environment_failed": sum(bool(e.failed) for e in episodes),
+        "reencoded_diff_frac": sum(kind in ("turns", "elsewhere") for kind in kinds) / N,
+        "thinking_dropped_frac": kinds.count("thinking") / N,
+    }
+
+
 def turn_room(model: Transformer, config: TrainConfig) -> int:
     """The most tokens an episode may have when a turn begins."""
     return min(config.max_episode_tokens, model.config.max_positions) - config.max_new_tokens
