@@ -29,6 +29,7 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Callable
 
 from nanogspo.config import TrainConfig, check, dump, resolve
 from nanogspo.run import program
@@ -47,6 +48,7 @@ from nanogspo import checkpoint, policy  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
 from nanogspo.data import Data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
+from nanogspo.episodes import probe  # noqa: E402
 from nanogspo.evaluation import count_exact, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience, sample_rollout  # noqa: E402
 from nanogspo.objectives import combine, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
@@ -54,6 +56,7 @@ from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.quant import packed_layers  # noqa: E402
 from nanogspo.run import curves, planner  # noqa: E402
+from nanogspo.run.environments import Environments  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
@@ -114,6 +117,10 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     trainer = Trainer(config, data, model, optimizer, phases, progress, rollout, inputs, folder, log, started)
+    if config.environment:
+        trainer.environments = held.enter_context(contextlib.closing(Environments(config.environment)))
+        row = task.train_problem(0, config.seed)
+        probe(model, chat, trainer.environments, row.row or {"prompt": row.messages, "answer": row.answer}, config)
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these
@@ -159,6 +166,7 @@ class Trainer:
     log: RunLog
     started: float
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    environments: Callable | None = None  # run/environments.py
     proved: bool = False  # True once separately scored old log-probs have given ratios of exactly 1; not saved
 
     def loop(self) -> None:
@@ -250,6 +258,7 @@ class Trainer:
             step=progress.step + 1,
             score_first=not self.proved,
             on_step=self.log.sampling(config.prompts_per_rollout * config.group_size, self.stop),
+            environments=self.environments,
         )
         if self.rollout is None:
             return False

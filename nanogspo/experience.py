@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.seq_logprob import sequence_sums
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
+from nanogspo.episodes import Episode, episode_facts, sample_episodes
 from nanogspo.model import Transformer
 from nanogspo.objectives import group_advantages
 from nanogspo.packing import Example, MicroBatch, pack, score
@@ -60,14 +61,21 @@ def sample_rollout(
     step: int,
     score_first: bool,
     on_step: Callable[[int, int], bool],
+    environments: Callable[[list[dict]], list[dict]] | None = None,
 ) -> Experience | None:
     """Prompts -> answers -> rewards -> advantages -> micro-batches -> old log-probs. None if on_step ended it early.
 
     first_problem  number of the first of the task's training problems, which also seeds the sampling
     step           the update that is the first to use the rollout: a row of samples.jsonl says so
     score_first    see `experience`
+    environments   of several turns, run/environments.py; each answer is then an episode, rewarded by its environment
     """
     problems = [task.train_problem(first_problem + i, config.seed) for i in range(config.prompts_per_rollout)]
+    if environments:
+        rows = [p.row or {"prompt": p.messages, "answer": p.answer} for p in problems]
+        how = {"first_prompt": first_problem, "on_step": on_step}
+        episodes = sample_episodes(model, chat, environments, rows, config, **how)
+        return episodes and episode_rollout(model, chat, episodes, config, step, score_first)
     prompts = [chat.prompt(p) for p in problems]
     answers = generate(
         model,
@@ -113,6 +121,47 @@ def sample_rollout(
     for a, text, reward, A in zip(answers, texts, rewards, advantages.tolist(), strict=True):
         row = {"step": step, "prompt": read[a.prompt_index], "answer": text, "reward": reward}
         rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens)})
+    return rollout
+
+
+def episode_rollout(
+    model: Transformer, chat: Chat, episodes: list[Episode], config: TrainConfig, step: int, score_first: bool
+) -> Experience:
+    """Episodes -> advantages -> micro-batches -> old log-probs."""
+    rewards = torch.tensor([e.reward for e in episodes]).view(-1, config.group_size)  # (P, G)
+    table = rewards.where(~rewards.isnan(), rewards.nanmean(1, keepdim=True)).nan_to_num()  # (P, G)
+    advantages = group_advantages(table, divide_by_std=config.divide_by_std)  # (P, G)
+    advantages = advantages.where(~rewards.isnan(), 0.0).flatten()  # (N,)
+    rollout = experience(
+        model,
+        [Example(e.tokens, e.loss_mask) for e in episodes],
+        advantages,
+        updates=config.updates_per_rollout,
+        max_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+        device=config.device,
+        score_first=score_first,
+    )
+    rollout.facts = {
+        "reward": table.mean().item(),
+        "reward_std": table.std(dim=1).mean().item(),
+        "exact": (table == 1).float().mean().item(),
+        "zero_spread_frac": (table.amax(1) == table.amin(1)).float().mean().item(),
+        "truncated_frac": sum(e.truncated for e in episodes) / len(episodes),
+        "answer_len": sum(sum(e.loss_mask) for e in episodes) / len(episodes),
+        "sampler_gap_max": sampler_gap(rollout, [e.logp for e in episodes]),
+        **episode_facts(episodes),
+    }
+    for e, A in zip(episodes, advantages.tolist(), strict=True):
+        read = chat.tokenizer.decode(e.tokens[: e.loss_mask.index(True)], skip_special_tokens=False)
+        row = {
+            "step": step,
+            "prompt": read,
+            "answer": e.text,
+            "reward": None if e.failed or not e.rewards else e.reward,
+        }
+        row |= {"advantage": A, "truncated": e.truncated, "length": sum(e.loss_mask), "messages": e.messages}
+        rollout.samples.append(row | ({"failed": e.failed} if e.failed else {}))
     return rollout
 
 

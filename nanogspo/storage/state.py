@@ -57,6 +57,8 @@ def inputs(config: TrainConfig) -> dict[str, dict]:
     files = {"data": pathlib.Path(config.data)} if config.data else {}
     if config.data and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
         raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")
+    if config.environment:
+        files["environment"] = pathlib.Path(config.environment.rpartition(":")[0])
     for kind, name in (("model", config.model), ("adapter", config.adapter)):
         if name and (kind, name) != ("model", "tiny"):
             folder = resolve(name, want=kind)

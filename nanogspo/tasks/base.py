@@ -11,7 +11,7 @@ import random
 import zlib
 from array import array
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -22,6 +22,7 @@ class Problem:
     text: str  # "47+38="
     messages: list[dict[str, str]]  # [{"role": "user", "content": "What is 47+38? ..."}]
     answer: str  # "85"
+    row: dict = field(default_factory=dict, hash=False, compare=False)  # own columns
 
 
 class Task(Protocol):
