@@ -45,7 +45,7 @@ import torch  # noqa: E402
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
-from nanogspo.data import Data, choose_rewards, choose_task, read_data  # noqa: E402
+from nanogspo.data import Data, choose_environments, choose_rewards, choose_task, read_data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
@@ -105,6 +105,7 @@ def set_up(
     if config.plan_only:
         return None
     judges = choose_rewards(config, data, rewards, weights, held)
+    environments = choose_environments(config, data, outline.config, held)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -125,7 +126,7 @@ def set_up(
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     state = progress, rollout, frozen, inputs
-    sampler = Sampler(model, chat, data.task, config, judges)
+    sampler = Sampler(model, chat, data.task, config, judges, environments)
     trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
     if changed:
         log.changed(progress.step, changed)

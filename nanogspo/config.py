@@ -112,6 +112,13 @@ class TrainConfig:
         4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move", low=1, high=10**6
     )
     max_new_tokens: int = flag(64, "answers are cut here, and then count as truncated", low=1, high=10**7)
+    environment: str = flag(
+        "", "FILE.py:Class with reset and step: episodes of several turns, with max_new_tokens for each", path=True
+    )
+    max_turns: int = flag(8, "turns of the model in an episode", low=1, high=10**4)
+    max_episode_tokens: int = flag(
+        4096, "an episode ends when its prompt, turns and messages leave no room for another turn", low=2, high=10**7
+    )
     rollout_rows: int = flag(0, "answers decoded at a time, to bound the KV cache; 0: all of a rollout")
     temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained", high=100)
     top_k: int = flag(0, "must stay 0 in RL: truncated sampling is not the distribution that is scored")
@@ -506,6 +513,10 @@ def check(config: TrainConfig) -> None:
         )
     if config.adapter and not config.lora_r:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
+    if config.environment and not re.fullmatch(r".+\.py:\w+", config.environment):
+        raise ValueError(f"got --environment {config.environment}, want FILE.py:Class")
+    if config.environment and not rl:
+        raise ValueError("got --environment with --algo sft, which has no rewards; want gspo or grpo")
     if not rl:
         return
     if config.algo == "grpo" and 0 < config.clip_high < 0.01:
@@ -539,6 +550,11 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             "got --top-k or --top-p in RL: the sampled distribution would not be the one that is scored, "
             "and every ratio would be off; want 0 and 1"
+        )
+    if config.environment and config.max_episode_tokens <= config.max_new_tokens:
+        raise ValueError(
+            f"got --max-episode-tokens {config.max_episode_tokens} and --max-new-tokens {config.max_new_tokens} for "
+            "each turn, want room for a prompt and several turns"
         )
     if config.lora_dropout:
         raise ValueError(

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
+from nanogspo.episodes import probe
 from nanogspo.evaluation import split
 from nanogspo.families import ModelConfig
 from nanogspo.packing import Example
+from nanogspo.run.environments import Environments
 from nanogspo.run.rewards import Rewards
-from nanogspo.sampler import group_of
+from nanogspo.sampler import group_of, row_of
 from nanogspo.tasks import build_task
 from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.jsonl import load_jsonl
@@ -152,3 +154,14 @@ def choose_rewards(
     rewards = held.enter_context(Rewards(given or config.reward, weights or None, timeout=config.reward_timeout))
     rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
     return rewards
+
+
+def choose_environments(
+    config: TrainConfig, data: Data, model: ModelConfig, held: contextlib.ExitStack
+) -> Environments | None:
+    """The processes that --environment runs in, once it has begun an episode of the first training problem."""
+    if not config.environment:
+        return None
+    environments = held.enter_context(contextlib.closing(Environments(config.environment, config.reward_timeout)))
+    probe(model, data.chat, environments, row_of(data.task.train_problem(0, config.seed)), config)
+    return environments

@@ -65,6 +65,7 @@ def generate(
     eos_ids: Sequence[int] = (),
     seed: int = 0,
     first_prompt: int = 0,
+    streams: Sequence[tuple[int, int, int]] = (),
     max_rows: int = 0,
     on_step: Callable[[int, int], bool] | None = None,
 ) -> list[Answer]:
@@ -75,6 +76,7 @@ def generate(
     top_k, top_p    keep the k likeliest tokens (0: all), then the fewest whose mass reaches top_p; logp is renormalised
     eos_ids         tokens that end an answer
     seed            of the run; with a prompt's number, counted from first_prompt, it decides what is drawn for it
+    streams         (prompt's number, answer, turn) of every prompt, for later turns of episodes (episodes.py)
     max_rows        rows decoded at a time, rounded down to whole groups (one at least); 0: all
     on_step         called after every decode step with how many answers are complete, and how many tokens each other
                     one has; a true return ends the sampling there, with the answers as far as they have got
@@ -103,6 +105,7 @@ def generate(
             eos_ids=eos_ids,
             seed=seed,
             first_prompt=first_prompt + first,
+            streams=streams[first : first + per_slice],
         )
         for rows, tokens, logp, finished in steps:
             for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
@@ -137,6 +140,7 @@ def _decode(
     eos_ids: Sequence[int],
     seed: int,
     first_prompt: int = 0,
+    streams: Sequence[tuple[int, int, int]] = (),
 ) -> Iterator[Step]:
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device, was_training = model.embed_tokens.weight.device, model.training
@@ -152,8 +156,9 @@ def _decode(
         logits = fused.logits(hidden[segments.cu_seqlens[1:].long() - 1])  # (P, V)
 
         # the first token of every answer
-        numbers = range(first_prompt, first_prompt + len(prompts))
-        uniforms = torch.cat([draw_uniforms(seed, n, max_new_tokens, group_size) for n in numbers], dim=1)  # (T, N)
+        streams = streams or [(first_prompt + p, 0, 0) for p in range(len(prompts))]
+        uniforms = [draw_uniforms(seed, n, max_new_tokens, group_size, *where) for n, *where in streams]
+        uniforms = torch.cat(uniforms, dim=1)  # (T, N)
         batch = DecodeBatch(cache, uniforms.to(device), (temperature, top_k, top_p), sorted(eos_ids))
         batch.sample_next(logits.repeat_interleave(group_size, dim=0))  # (N, V)
 
@@ -188,10 +193,12 @@ def _decode(
         model.train(was_training)
 
 
-def draw_uniforms(seed: int, prompt_number: int, steps: int, group_size: int) -> Tensor:
+def draw_uniforms(seed: int, prompt_number: int, steps: int, group_size: int, answer: int = 0, turn: int = 0) -> Tensor:
     """(steps, group_size) float64 in [0, 1): the numbers that the answers to one prompt are drawn with.
 
     seed, prompt_number   both modulo 2^64: the key of a Philox generator, so all pairs have streams of their own
+    answer, turn          the high words of its 256-bit counter. A first turn (0) draws for all answers at once; from
+                          the second on every answer has its own stream of 2^128 numbers, whoever else still runs
 
     float64, because at V = 151,936 a fp32 uniform could not tell apart tokens rarer than 6e-8. Another number of steps
     changes none of the numbers before. numpy guarantees the raw stream for all its versions.
@@ -199,7 +206,8 @@ def draw_uniforms(seed: int, prompt_number: int, steps: int, group_size: int) ->
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
     key = np.array([seed % 2**64, prompt_number % 2**64], dtype=np.uint64)
-    raw = np.random.Philox(key=key).random_raw(steps * group_size)  # (steps * G,) uint64
+    counter = np.array([0, 0, answer, turn], dtype=np.uint64)  # the lowest word first
+    raw = np.random.Philox(key=key, counter=counter).random_raw(steps * group_size)  # (steps * G,) uint64
     return torch.from_numpy((raw >> np.uint64(11)) * 2.0**-53).view(steps, group_size)
 
 

@@ -141,11 +141,19 @@ class Sampler:
         )  # (N,)
         cut = [slice(p * config.group_size, (p + 1) * config.group_size) for p in range(len(problems))]
         columns = samples, totals, right, advantages
-        groups = [Group(problem, *(column[own] for column in columns)) for problem, own in zip(problems, cut, strict=True)]
+        groups = [
+            Group(problem, *(column[own] for column in columns)) for problem, own in zip(problems, cut, strict=True)
+        ]
         return groups, scores.facts | facts
 
     def answers(
-        self, problems: list[Problem], group_size: int, temperature: float, first: int, on_step: OnStep, max_rows: int = 0
+        self,
+        problems: list[Problem],
+        group_size: int,
+        temperature: float,
+        first: int,
+        on_step: OnStep,
+        max_rows: int = 0,
     ) -> tuple[list[Sample] | None, dict[str, float]]:
         """group_size answers to each problem, and facts about episodes. (None, {}) if on_step ended it early."""
         config = self.config

@@ -36,7 +36,7 @@ ORDER = """
     nanogspo.objectives nanogspo.reference nanogspo.experience nanogspo.episodes nanogspo.sampler nanogspo.optimizer
     nanogspo.storage.state nanogspo.tasks
     nanogspo.run.program nanogspo.run.process nanogspo.run.log nanogspo.run.curves nanogspo.run.planner
-    nanogspo.run.worker nanogspo.run.rewards
+    nanogspo.run.worker nanogspo.run.rewards nanogspo.run.environments
     nanogspo.evaluation nanogspo.data nanogspo.policy
     sample train
 """.split()

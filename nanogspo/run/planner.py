@@ -175,6 +175,8 @@ def rollout_rows(config: TrainConfig) -> int:
 def cache_slots(config: TrainConfig, longest_prompt: int) -> int:
     """Tokens a rollout's KVCache has room for: a prompt once for its group; an answer's last token is never fed."""
     rows = rollout_rows(config)
+    if config.environment:  # later turns share no prompt
+        return rows * config.max_episode_tokens
     return rows // config.group_size * longest_prompt + rows * (config.max_new_tokens - 1)
 
 
@@ -196,6 +198,8 @@ def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
     prompt = longest_prompt - 1  # a prompt's last token stands before each of its answers
     N, G = config.prompts_per_rollout * config.group_size, config.group_size
     size = config.batch_size if config.algo == "sft" else N // config.updates_per_rollout
+    if config.environment:
+        return max(config.max_episode_tokens, config.micro_batch_tokens)
     whole = size * alone
     if config.algo != "sft" and prompt >= SHARE_PROMPT_FROM:
         # groups of which an update has a part, at most

@@ -60,7 +60,9 @@ def inputs(config: TrainConfig) -> dict[str, dict]:
     files = {"data": pathlib.Path(config.data)} if here else {}
     if here and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
         raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")
-    own = [re.match(r"(.*?\.py)(?=[:=]|$)", text, re.DOTALL) for text in (*config.task, *config.reward)]
+    own = [
+        re.match(r"(.*?\.py)(?=[:=]|$)", text, re.DOTALL) for text in (*config.task, *config.reward, config.environment)
+    ]
     files |= {f"code/{found[1]}": pathlib.Path(found[1]) for found in own if found}
     for kind, name in (("model", config.model), ("adapter", config.adapter)):
         if name and (kind, name) != ("model", "tiny"):

@@ -68,7 +68,9 @@ class Scores:
 
     def beside(self, values: list[float]) -> "Scores":
         """With one more column, of weight 1."""
-        return replace(self, values=[[*a, b] for a, b in zip(self.values, values, strict=True)], weights=[*self.weights, 1.0])
+        return replace(
+            self, values=[[*a, b] for a, b in zip(self.values, values, strict=True)], weights=[*self.weights, 1.0]
+        )
 
     def fraction(self, total: float) -> float:
         """A total over what an answer gets to which every reward gives a 1."""
@@ -108,7 +110,12 @@ def load(source: str) -> "Reward":
     spec = parse(source)
     if not spec.file:
         return Reward(NAMED[spec.name](spec.argument))
-    path = str(Path(spec.file).resolve())
+    return Reward(own(spec.file, spec.name), f"{spec.file}:{spec.name}")
+
+
+def own(file: str, name: str) -> Callable:
+    """What a user's file calls by this name, a function or a class. ValueError: it cannot be imported, or has none."""
+    path = str(Path(file).resolve())
     sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported, as in `python FILE.py`
     # a name of its own: a file called random.py must not stand in for Python's
     found = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
@@ -117,11 +124,11 @@ def load(source: str) -> "Reward":
         found.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         said = explained(error, path)
-        raise ValueError(f"{spec.file}: got {said}, want a file that can be imported; correct it") from error
-    if not callable(function := getattr(module, spec.name, None)):
-        own = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"{spec.file}: got no function {spec.name}, want one of {some(own) or 'its functions'}")
-    return Reward(function, f"{spec.file}:{spec.name}")
+        raise ValueError(f"{file}: got {said}, want a file that can be imported; correct it") from error
+    if not callable(value := getattr(module, name, None)):
+        names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == found.name]
+        raise ValueError(f"{file}: got no function or class {name}, want one of {some(names) or 'its own'}")
+    return value
 
 
 def explained(error: BaseException, file: str) -> str:
