@@ -377,7 +377,7 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
         name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
         if name not in fields:
             items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-            hint = explain(name, [str(n.value) for n in items if isinstance(n, yaml.ScalarNode)], fields, yaml=True)
+            hint = explain(name, [n.value[:200] for n in items if isinstance(n, yaml.ScalarNode)], fields, yaml=True)
             if not hint and (near := difflib.get_close_matches(name, fields, n=1)):
                 hint = f"; did you mean {near[0]}?"
             raise ValueError(f"{where}: unknown field {name[:80]!r}{hint}")
