@@ -11,6 +11,7 @@ import math
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ import asyncio, os, signal, sys, time
 from beside import FOUR          # a file beside this one
 state = []
 lock = asyncio.Semaphore(1)      # belongs to one event loop
+print("imported")
 
 def right(answer, row):
     print("printed")
@@ -99,10 +101,11 @@ def refused(call, *arguments):
 
 def test_specs():
     file = parse("C:\\my\\reward.py:f=0.3")
-    assert (file.file, file.name, file.weight, file.source) == ("C:\\my\\reward.py", "f", 0.3, "C:\\my\\reward.py:f")
+    assert (file.file, file.name, file.weight) == ("C:\\my\\reward.py", "f", 0.3)
     pattern = parse("regex:a=b: .py")
     assert (pattern.name, pattern.argument, pattern.weight) == ("regex", "a=b: .py", 1.0)
     assert parse("regex:a=1=-2").argument == "a=1" and parse("regex:a=1=-2").weight == -2
+    assert load("regex:^a=1$=1")(Group("?", {}, ["a=1"], []), {})["values"] == [1.0]
     assert "exact" in refused(parse, "exakt:answer") and "finite" in refused(parse, "exact=nan")
 
 
@@ -128,7 +131,7 @@ def test_both_forms_from_a_file(own, capfd):
         "longest": 4.0,
     }
     out, err = capfd.readouterr()
-    assert not out and "printed" in err
+    assert not out and "printed" in err and err.count("imported") == 1  # for three functions
 
 
 def test_a_group_that_fails_is_called_again_answer_by_answer(own, capsys):
@@ -175,6 +178,29 @@ def test_a_reward_that_cannot_work_ends_the_run(own, folder, tmp_path):
         (tmp_path / "broken.py").write_text(source)
         assert said in refused(load, f"{tmp_path}/broken.py:f")
     assert "FileNotFoundError" in refused(load, f"{tmp_path}/nowhere.py:f")
+
+
+def test_closing_ends_calls_that_run(own):
+    """Ctrl-C while a function hangs: 8 calls of 30 s in one process are over at once, and none is started anew."""
+    rewards = own("wild", timeout=30)
+    rewards.probe(Group("?", {}, ["1"], [[0]]))
+    before = list(rewards._workers)
+    caught = []
+
+    def call():
+        try:
+            rewards([Group("?", {}, ["hang"] * 8, [[0]] * 8)], 0)
+        except CancelledError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.2)
+    start = time.monotonic()
+    rewards.close()
+    thread.join()
+    assert time.monotonic() - start < 5
+    assert not rewards._workers and all(worker.process.poll() is not None for worker in before)
 
 
 def test_a_probe_prints_nothing_and_needs_one_success(own, capsys):
