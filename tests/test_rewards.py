@@ -147,19 +147,19 @@ def test_whatever_a_reward_does_each_answer_is_counted(own, capsys):
     texts = [f"{n} " for n in range(60)]
     for at, kind in [(3, "hang"), (10, "raise"), (11, "raise"), (20, "nan"), (21, "inf"), (30, "none"), (40, "die")]:
         texts[at] = f"{kind} "
-    rewards = own("wild", timeout=0.5, workers=2)
+    rewards = own("wild", timeout=2, workers=2)
     rewards.probe(Group("?", {}, ["1"], [[0]]))
     groups = [Group("?", {}, texts[n : n + 6], [[0]] * 6) for n in range(0, 60, 6)]
     start = time.monotonic()
     scores = rewards(groups, 0)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 20  # it hangs for 60 s
     right = {n: float(n) for n, text in enumerate(texts) if text[0].isdigit()}
     assert {n: value for n, (value,) in enumerate(scores.values) if not math.isnan(value)} == right
     counts = {"failed": 2, "late": 1, "died": 1, "not_finite": 2, "none": 1}
     for kind, count in counts.items():
         assert scores.facts[f"reward/wild/{kind}"] == count
     assert scores.notes[10]["failed"]["wild"].startswith("ValueError: no way (random.py:")
-    assert "0.5 s" in scores.notes[3]["failed"]["wild"] and "exit code -11" in scores.notes[40]["failed"]["wild"]
+    assert "within 2 s" in scores.notes[3]["failed"]["wild"] and "exit code -11" in scores.notes[40]["failed"]["wild"]
     assert "failed" not in scores.notes[30]
     assert len(capsys.readouterr().out.splitlines()) == 4
     rewards(groups[1:2], 1)
@@ -199,12 +199,12 @@ def test_closing_ends_calls_that_run(own):
     start = time.monotonic()
     rewards.close()
     thread.join()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert not rewards._workers and all(worker.process.poll() is not None for worker in before)
 
 
 def test_a_probe_prints_nothing_and_needs_one_success(own, capsys):
-    rewards = own("wild", timeout=0.5)
+    rewards = own("wild")
     rewards.probe(Group("?", {}, ["raise", "nan", "die", "1"], [[0]] * 4))
     assert not capsys.readouterr().out
     text = refused(rewards.probe, Group("?", {}, ["raise", "nan", "inf", "raise"], [[0]] * 4))
@@ -256,14 +256,19 @@ def test_values_and_columns_that_could_hurt_the_run(capsys):
 
 
 def test_async_functions_wait_together():
+    waiting, most = 0, 0
+
     async def slow(answer, row):
+        nonlocal waiting, most
+        waiting += 1  # all run in one thread, that of the loop
+        most = max(most, waiting)
         await asyncio.sleep(0.2)
+        waiting -= 1
         return 1
 
-    start = time.monotonic()
     with Rewards([slow]) as rewards:
         assert rewards([Group("?", {}, ["a"] * 16, [[0]] * 16)], 0).values == [[1.0]] * 16
-    assert time.monotonic() - start < 1.6  # one after the other: 3.2
+    assert most > 1
 
 
 def test_async_functions_run_where_a_loop_runs_already():
