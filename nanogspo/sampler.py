@@ -27,7 +27,7 @@ from nanogspo.packing import Example
 from nanogspo.rollout import Answer, generate
 from nanogspo.tasks import rewards as judges
 from nanogspo.tasks.base import Problem, Task
-from nanogspo.tasks.mix import is_right
+from nanogspo.tasks.mix import is_right, own_metrics
 from nanogspo.tasks.rewards import Scores
 
 OnStep = Callable[[int, int], bool]
@@ -152,8 +152,8 @@ class Sampler:
         on_step: OnStep,
         most: int = 0,
     ) -> tuple[list[Sample] | None, dict[str, float]]:
-        """group_size answers to each problem, and facts about episodes. (None, {}) if on_step ended it early. most: rows
-        decoded at a time."""
+        """group_size answers to each problem, at most `most` decoded at a time, and facts about episodes. (None, {}) if
+        on_step ended it early."""
         config = self.config
         if self.environments:
             how = dataclasses.replace(config, group_size=group_size, temperature=temperature)
@@ -200,8 +200,10 @@ class Sampler:
         elif not self.rewards:
             scores = scores.beside([self.task.reward(problems[n // G], s.text) for n, s in enumerate(samples)])
         totals = total_rewards(torch.tensor(scores.values, dtype=torch.float64), scores.weights).tolist()
-        columns = zip([p for p in problems for _ in range(G)], samples, totals, strict=True)
-        return scores, totals, [is_right(self.task, p, s.text, scores.fraction(total)) for p, s, total in columns]
+        asked, texts = [p for p in problems for _ in range(G)], [s.text for s in samples]
+        scores.facts.update(own_metrics(self.task, asked, texts))
+        columns = zip(asked, texts, totals, strict=True)
+        return scores, totals, [is_right(self.task, p, text, scores.fraction(total)) for p, text, total in columns]
 
 
 def of_answer(chat: Chat, prompt: list[int], answer: Answer) -> Sample:
