@@ -53,21 +53,15 @@ def test_strict_and_lenient(path, text, exact, lenient):
 
 def test_rows_become_problems(path):
     task = get_task(f"gsm8k:{path}")
-    train = [task.train_problem(n, 3) for n in range(50)]
-    size = len({p.text for p in train})
-    held = task.held_out(50 - size)
-    assert 40 <= size < 50 and {p.row["question"] for p in train + held} == {row["question"] for row in ROWS}
-    assert len({p.text for p in train[:size]}) == size and train[:size] != [
-        task.train_problem(n, 4) for n in range(size)
-    ]
-    assert task.held_out(1) == held[:1]
+    train, held = [task.train_problem(n, 3) for n in range(45)], task.held_out(5)
+    assert sorted(p.row["question"] for p in train + held) == sorted(row["question"] for row in ROWS)
     for problem in train + held:
         assert task.exact(problem, problem.answer) and "<<" not in problem.answer and "+1=" in problem.answer
         assert problem.messages[0]["content"].startswith(problem.row["question"] + "\n") and "####" in problem.text
         assert problem.row["question"] in problem.text and set(problem.text + problem.answer) <= set(task.characters)
         assert strict(problem.answer) == f"{int(problem.row['question'].split()[0]) + 1}"
-    with pytest.raises(ValueError, match=f"want 1 to {50 - size} for gsm8k"):
-        task.held_out(51 - size)
+    with pytest.raises(ValueError, match="want at most the 5 of gsm8k"):
+        task.held_out(6)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +79,6 @@ def test_a_bad_row_is_named(tmp_path, row, message):
         Gsm8k(path)
 
 
-def test_all_rows_held_out(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"question": "q7", "answer": "#### 4"}))
+def test_it_has_no_size(path):
     with pytest.raises(ValueError, match="got size 2 for gsm8k:.*, which has none; leave --task-size out"):
         get_task(f"gsm8k:{path}", 2)

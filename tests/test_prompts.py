@@ -119,7 +119,7 @@ def test_long_prompts_are_left_out_and_counted():
             one.leave_out(too_long)
         assert one.left_out == 62 - sum(n < 10 for n in [*numbers, 3, 3]) and len(one.held_out()) == 2
         assert all(len(p.text) == 4 for p in one.held_out() + drawn(one, 20))
-    with pytest.raises(ValueError, match="got 2 prompts, all of them too long, want some .*--max-prompt-tokens"):
+    with pytest.raises(ValueError, match="got 2 prompts, all too long, want some .*--max-prompt-tokens"):
         task(*rows(10, 11), too_long=too_long)
 
 

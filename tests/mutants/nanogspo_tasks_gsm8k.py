@@ -6,7 +6,7 @@ MUTANTS = {
     "tests/test_gsm8k.py": [
         ("marked[-1]", "marked[0]", "a number that was corrected"),
         ("LAST_LINE.fullmatch(", "LAST_LINE.search(", "strict is as lenient as lenient"),
-        ("self._exam if is_held_out(question) else", "self._exam if False else", "nothing is held out"),
+        ("held_out=len(rows) // 10", "held_out=0", "nothing is held out"),
         ('re.sub(r"<<.*?>>", "", answer)', "answer", "calculator notes to imitate"),
         ("0.5 * self", "1.0 * self", "form pays nothing"),
     ],
