@@ -7,7 +7,7 @@
 
 Read next: base.py (what a task is), addition.py (a finite pool, walked in epochs), reverse.py (too many words to list,
 so each draw is its own dice), countdown.py (an equation, and its form), gsm8k.py, reasoning_gym.py; prompts.py (rows of
-one's own for RL); jsonl.py (not a task but SFT rows). rows.py reads files and data sets, forms.py what a row says. A new
+one's own for RL); jsonl.py (no task but SFT rows). rows.py reads files and data sets, forms.py what a row says. A new
 task is a file and its class in TASKS. Countdown's reward goes up to 1.1: being right and being in form add up.
 
 Tests: tests/test_tasks.py, and a file for each of the later ones
