@@ -46,9 +46,8 @@ from torch import Tensor  # noqa: E402
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
 from nanogspo.chat import Chat  # noqa: E402
-from nanogspo.data import Data  # noqa: E402
+from nanogspo.data import Data, open_environments  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
-from nanogspo.episodes import probe  # noqa: E402
 from nanogspo.evaluation import count_exact, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience, sample_rollout  # noqa: E402
 from nanogspo.objectives import combine, grpo_loss, gspo_loss, ratio_quantiles, sft_loss  # noqa: E402
@@ -56,7 +55,6 @@ from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.quant import packed_layers  # noqa: E402
 from nanogspo.run import curves, planner  # noqa: E402
-from nanogspo.run.environments import Environments  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
@@ -95,6 +93,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
         data = Data.from_task(config, task, chat, outline.config)
     else:
         config, data = Data.from_rows(config, chat, outline.config)
+    environments = held.enter_context(open_environments(config, data, outline.config)) if config.environment else None
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
@@ -117,10 +116,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack) -> "Trainer | None":
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     trainer = Trainer(config, data, model, optimizer, phases, progress, rollout, inputs, folder, log, started)
-    if config.environment:
-        trainer.environments = held.enter_context(contextlib.closing(Environments(config.environment)))
-        row = task.train_problem(0, config.seed)
-        probe(model, chat, trainer.environments, row.row or {"prompt": row.messages, "answer": row.answer}, config)
+    trainer.environments = environments
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these

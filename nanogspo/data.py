@@ -5,13 +5,18 @@ The n-th example is a function of n and the seed, so a cursor is one integer, an
 Tests: tests/test_data.py, tests/test_train.py
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
+from nanogspo.episodes import probe
 from nanogspo.evaluation import split
+from nanogspo.experience import environment_row
 from nanogspo.families import ModelConfig
 from nanogspo.packing import Example
+from nanogspo.run.environments import Environments
 from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.jsonl import load_jsonl
 
@@ -81,3 +86,14 @@ class Data:
             return None
         example = self.problems[0] if self.problems else self.task.train_problem(0, self.seed)
         return example.messages[-1]["content"] if self.chat.tokenizer.has_chat_template else example.text
+
+
+@contextlib.contextmanager
+def open_environments(config: TrainConfig, data: Data, model: ModelConfig) -> Iterator[Environments]:
+    """The processes that --environment runs in, once it has begun an episode of the first training problem."""
+    environments = Environments(config.environment)
+    try:
+        probe(model, data.chat, environments, environment_row(data.task.train_problem(0, config.seed)), config)
+        yield environments
+    finally:
+        environments.close()

@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
+from nanogspo.families import ModelConfig
 from nanogspo.model import Transformer
 from nanogspo.rollout import Answer, generate
 
@@ -112,7 +113,7 @@ def sample_episodes(
     """
     G, stopped = config.group_size, False
     episodes = [Episode(first_prompt + n // G, n % G, rows[n // G], config.seed) for n in range(G * len(rows))]
-    room = turn_room(model, config)
+    room = turn_room(model.config, config)
     begin(episodes, chat, environments, first_prompt, room)
     running = episodes
 
@@ -166,9 +167,9 @@ def episode_facts(episodes: list[Episode]) -> dict[str, float]:
     }
 
 
-def turn_room(model: Transformer, config: TrainConfig) -> int:
+def turn_room(model: ModelConfig, config: TrainConfig) -> int:
     """The most tokens an episode may have when a turn begins."""
-    return min(config.max_episode_tokens, model.config.max_positions) - config.max_new_tokens
+    return min(config.max_episode_tokens, model.max_positions) - config.max_new_tokens
 
 
 def begin(episodes: list[Episode], chat: Chat, environments: Callable, first_prompt: int, room: int) -> None:
@@ -292,7 +293,7 @@ def reencoded(chat: Chat, e: Episode) -> str:
     return max(found, key=["same", "thinking", "turns"].index)
 
 
-def probe(model: Transformer, chat: Chat, environments: Callable, row: dict, config: TrainConfig) -> int:
+def probe(model: ModelConfig, chat: Chat, environments: Callable, row: dict, config: TrainConfig) -> int:
     """Tokens of the first row's prompt. ValueError where the environment or the chat template does not take it."""
     if not chat.tokenizer.has_chat_template:
         raise ValueError(

@@ -27,7 +27,7 @@ from nanogspo.model import Transformer
 from nanogspo.objectives import group_advantages
 from nanogspo.packing import Example, MicroBatch, pack, score
 from nanogspo.rollout import generate
-from nanogspo.tasks.base import Task
+from nanogspo.tasks.base import Problem, Task
 
 
 @dataclasses.dataclass
@@ -72,9 +72,8 @@ def sample_rollout(
     """
     problems = [task.train_problem(first_problem + i, config.seed) for i in range(config.prompts_per_rollout)]
     if environments:
-        rows = [p.row or {"prompt": p.messages, "answer": p.answer} for p in problems]
         how = {"first_prompt": first_problem, "on_step": on_step}
-        episodes = sample_episodes(model, chat, environments, rows, config, **how)
+        episodes = sample_episodes(model, chat, environments, [*map(environment_row, problems)], config, **how)
         return episodes and episode_rollout(model, chat, episodes, config, step, score_first)
     prompts = [chat.prompt(p) for p in problems]
     answers = generate(
@@ -122,6 +121,10 @@ def sample_rollout(
         row = {"step": step, "prompt": read[a.prompt_index], "answer": text, "reward": reward}
         rollout.samples.append(row | {"advantage": A, "truncated": not a.finished, "length": len(a.tokens)})
     return rollout
+
+
+def environment_row(problem: Problem) -> dict:
+    return problem.row or {"prompt": problem.messages, "answer": problem.answer}
 
 
 def episode_rollout(

@@ -400,7 +400,7 @@ def test_the_calculator_works_out_sums_and_nothing_else():
 def test_the_first_row_is_tried(monkeypatch):
     def tried(environment, row, chat=CHAT, room=500):
         config = dataclasses.replace(CONFIG, max_episode_tokens=room + 40)
-        return probe(tiny_model(), chat, OwnEnvironments(environment), row, config)
+        return probe(tiny_model().config, chat, OwnEnvironments(environment), row, config)
 
     scripted(monkeypatch, "ab…")
     e, *_ = sample([{"ask": "x"}])
