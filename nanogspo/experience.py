@@ -141,8 +141,8 @@ def episode_rollout(
         advantages,
         updates=config.updates_per_rollout,
         max_tokens=config.micro_batch_tokens,
-        temperature=config.temperature,
         device=config.device,
+        temperature=config.temperature,
         score_first=score_first,
     )
     rollout.facts = {
