@@ -26,11 +26,6 @@ MUTANTS = {
             "a bridge without the template's last newline",
         ),
         (
-            "before = e.messages[: len(e.messages) - len(new) - 1]",
-            "before = e.messages[:-1]",
-            "the environment's words twice",
-        ),
-        (
             "(e.number, e.answer, turn) for e",
             "(e.number, 0, turn) for e",
             "all answers of a group draw alike from the second turn on",
