@@ -104,6 +104,7 @@ class RunLog:
         self.say(
             f"eval {step:>{max(4, len(str(self.steps)))}} | {phase:<7} | exact {exact:6.1%}"
             f" | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
+            + (f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}" if "eval_reward_se" in more else "")
         )
         return row
 
@@ -133,6 +134,11 @@ class RunLog:
     def has(self, **values: object) -> bool:
         """Is there a row already, other than an update's, with these values? A run killed at a phase's end wrote it."""
         return any(all(row.get(key) == value for key, value in values.items()) for row in self._notes)
+
+    def results(self, phase: str) -> list[float]:
+        """The evaluations of a phase in order, higher is better: the mean reward, else the fraction right, else -loss."""
+        keys = [(row, [k for k in ("eval_reward", "eval_exact", "eval_loss") if k in row]) for row in self._notes]
+        return [row[k[0]] * (-1 if k[0] == "eval_loss" else 1) for row, k in keys if k and row["phase"] == phase]
 
     def _note(self, row: dict) -> None:
         _write(self._metrics, row)
