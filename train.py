@@ -337,7 +337,7 @@ class Trainer:
                 log.evaluation(**where, successes=right, count=config.eval_size, **facts)
 
     def compare(self, name: str, result: float) -> None:
-        """An evaluation of the main phase with those before it: keep the best weights, end when there is no progress."""
+        """An evaluation of the main phase beside those before it: keep the best weights, end without progress."""
         config, results = self.config, [*self.log.results(name), result]
         if name != config.algo:
             return

@@ -354,7 +354,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 PER_CALL = {"resume", "out", "accept_changes", "plan_only", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
-    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "save_merged", "control", "device", "threads",
+    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "save_merged", "control",
+    "device", "threads",
     "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 

@@ -25,7 +25,6 @@ from nanogspo.sampler import Sampler, per_task
 from nanogspo.tasks.base import Problem, smallest_hashes
 from nanogspo.tasks.jsonl import Example
 
-
 EXAM_STREAM = 2**40  # the number of the first held-out problem, for its random numbers: beyond every training problem
 
 

@@ -136,7 +136,7 @@ class RunLog:
         return any(all(row.get(key) == value for key, value in values.items()) for row in self._notes)
 
     def results(self, phase: str) -> list[float]:
-        """The evaluations of a phase in order, higher is better: the mean reward, else the fraction right, else -loss."""
+        """The evaluations of a phase in order, higher is better: mean reward, else the fraction right, else -loss."""
         keys = [(row, [k for k in ("eval_reward", "eval_exact", "eval_loss") if k in row]) for row in self._notes]
         return [row[k[0]] * (-1 if k[0] == "eval_loss" else 1) for row, k in keys if k and row["phase"] == phase]
 
