@@ -352,7 +352,7 @@ def test_functions_of_trls_documentation_run_unchanged(tmp_path):
 
 
 def test_rewards_by_name():
-    row = {"answer": "1,234", "solution": "no", "other": [{"role": "assistant", "content": "cat"}]}
+    row = {"answer": "1,234", "zero": 0, "solution": "no", "other": [{"role": "assistant", "content": "cat"}]}
     for text, answer, value in [
         ("exact", " 1,234\n", 1),
         ("exact", "1234", 0),
@@ -361,6 +361,7 @@ def test_rewards_by_name():
         ("numeric", "It is 1234.0004.", 1),
         ("numeric", "It is 1235", 0),
         ("numeric", "nothing", 0),
+        ("numeric:zero", "nothing", 0),
         ("numeric:other", "5", None),
         ("regex:^\\d+$", "12", 1),
         ("regex:^\\d+$", "12a", 0),
