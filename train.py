@@ -105,8 +105,7 @@ def set_up(
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
-    judges = choose_rewards(config, data, rewards, weights, held)
-    environments = choose_environments(config, data, outline.config, held)
+    judges = choose_rewards(config, data, rewards, weights, held), choose_environments(config, data, outline.config, held)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -127,7 +126,7 @@ def set_up(
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     state = progress, rollout, frozen, inputs
-    sampler = Sampler(model, chat, data.task, config, judges, environments)
+    sampler = Sampler(model, chat, data.task, config, *judges)
     trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
     if changed:
         log.changed(progress.step, changed)
@@ -324,8 +323,8 @@ class Trainer:
             return
         if data.held_out:
             loss, accuracy = held_out_loss(self.model, data.held_out, config, self.stop)
-            on_step = log.sampling(3, self.stop)
-            answers = sample_answers(self.model, data.chat, data.held_out, config, on_step) if last else []
+            asked, on_step = data.held_out if last else [], log.sampling(3, self.stop)
+            answers = sample_answers(self.model, data.chat, asked, config, on_step)
             if not self.stop:
                 self.compare(name, -loss)
                 log.answers(self.progress.step, answers)
