@@ -76,11 +76,10 @@ def run(
     """
     with contextlib.ExitStack() as held:  # the run's folder and its log are closed however the run ends
         trainer = set_up(config, held, task, rewards, weights)
-        if trainer is None:
+        if not trainer:
             return None
         trainer.loop()
-        trainer.finish()
-        return trainer.folder, {k: v for row in read_rows(trainer.folder / "metrics.jsonl") for k, v in row.items()}
+        return trainer.finish()
 
 
 def set_up(
@@ -98,14 +97,16 @@ def set_up(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     # tokenizer, the model's outline (shapes without numbers), data, memory
-    task = task or choose_task(config)
-    config, tokenizer, outline = policy.describe(config, task)
+    config, tokenizer, outline = policy.describe(config, task := task or choose_task(config))
     chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
     config, data = read_data(config, task, chat, outline.config)
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
-    judges = choose_rewards(config, data, rewards, weights, held), choose_environments(config, data, outline.config, held)
+    judges = (
+        choose_rewards(config, data, rewards, weights, held),
+        choose_environments(config, data, outline.config, held),
+    )
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -323,8 +324,8 @@ class Trainer:
             return
         if data.held_out:
             loss, accuracy = held_out_loss(self.model, data.held_out, config, self.stop)
-            asked, on_step = data.held_out if last else [], log.sampling(3, self.stop)
-            answers = sample_answers(self.model, data.chat, asked, config, on_step)
+            on_step = log.sampling(3, self.stop)
+            answers = sample_answers(self.model, data.chat, data.held_out, config, on_step) if last else []
             if not self.stop:
                 self.compare(name, -loss)
                 log.answers(self.progress.step, answers)
@@ -368,8 +369,8 @@ class Trainer:
         runstate.save_state(path, self.model, self.optimizer, progress, rollout, self.inputs, self.frozen)
         program.state = path
 
-    def finish(self) -> None:
-        """Save, draw the curves, and say where things are."""
+    def finish(self) -> tuple[pathlib.Path, dict]:
+        """Save, draw the curves, and say where things are. Returns what `run` does."""
         if self.phases[self.progress.phase].name != "control":
             if self.stop:
                 self.save_state()
@@ -382,3 +383,4 @@ class Trainer:
         else:
             seconds = time.perf_counter() - self.started
             print(summary(self.config, self.folder, picture, self.data.example_prompt(), seconds))
+        return self.folder, {k: v for row in read_rows(self.folder / "metrics.jsonl") for k, v in row.items()}
