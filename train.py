@@ -45,8 +45,7 @@ import torch  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
-from nanogspo.chat import Chat  # noqa: E402
-from nanogspo.data import Data, choose_environments, choose_rewards, choose_task, read_data  # noqa: E402
+from nanogspo.data import Data, choose_judges, choose_task, read_data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
@@ -97,16 +96,13 @@ def set_up(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     # tokenizer, the model's outline (shapes without numbers), data, memory
-    config, tokenizer, outline = policy.describe(config, task := task or choose_task(config))
-    chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
-    config, data = read_data(config, task, chat, outline.config)
+    task = task or choose_task(config)
+    config, tokenizer, outline = policy.describe(config, task)
+    config, data = read_data(config, task, tokenizer, outline.config)
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
-    judges = (
-        choose_rewards(config, data, rewards, weights, held),
-        choose_environments(config, data, outline.config, held),
-    )
+    judges = choose_judges(config, data, outline.config, rewards, weights, held)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -127,7 +123,7 @@ def set_up(
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     state = progress, rollout, frozen, inputs
-    sampler = Sampler(model, chat, data.task, config, *judges)
+    sampler = Sampler(model, data.chat, data.task, config, *judges)
     trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
     if changed:
         log.changed(progress.step, changed)
