@@ -31,7 +31,8 @@ class Largest:
         return self.problem(self.draw(random.Random(f"{seed}/{n}"), held_out=False))
 
     def held_out(self, count: int) -> list[Problem]:
-        return [self.problem(t) for t in first_distinct(lambda n: self.draw(random.Random(f"held out/{n}"), True), count)]
+        texts = first_distinct(lambda n: self.draw(random.Random(f"held out/{n}"), held_out=True), count)
+        return [self.problem(text) for text in texts]
 
     def reward(self, problem: Problem, answer: str) -> float:
         return float(answer.strip() == problem.answer)

@@ -498,14 +498,14 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"got --epochs {config.epochs:g} {why}; want --steps")
     if config.epochs and config.steps != TrainConfig.steps:
         raise ValueError(f"got --epochs {config.epochs:g} and --steps {config.steps}, want one of them")
-    if config.data and rl and not config.reward:
+    if config.data and rl and not config.reward and not config.environment:
         raise ValueError(
             f"got --data with --algo {config.algo} and no --reward: rows do not say what a good answer is; want "
             "--reward FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate rows"
         )
-    if not rl and (config.reward or config.system or config.max_prompt_tokens):
-        name = next(name for name in ("reward", "system", "max_prompt_tokens") if getattr(config, name))
-        raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo")
+    for name in ("reward", "environment", "system", "max_prompt_tokens", "beta", "dynamic_sampling", "mask_truncated"):
+        if not rl and getattr(config, name):
+            raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo")
     if config.quant != "none" and not config.lora_r:
         raise ValueError(
             f"got --quant {config.quant} with --lora-r 0 (full fine-tuning{', as configs/tiny.yaml says' * tiny}): "
@@ -515,10 +515,12 @@ def check(config: TrainConfig) -> None:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
     if config.environment and not re.fullmatch(r".+\.py:\w+", config.environment):
         raise ValueError(f"got --environment {config.environment}, want FILE.py:Class")
-    if config.environment and not rl:
-        raise ValueError("got --environment with --algo sft, which has no rewards; want gspo or grpo")
-    if not rl:
-        return
+    if rl:
+        check_rl(config)
+
+
+def check_rl(config: TrainConfig) -> None:
+    """The refusals of sampling and its objectives."""
     if config.algo == "grpo" and 0 < config.clip_high < 0.01:
         raise ValueError(
             f"got --clip-high {config.clip_high} with grpo: that is GSPO's range, for ratios averaged over an answer; "

@@ -93,8 +93,8 @@ class Data:
         drawn = [task.train_problem(n, config.seed) for n in range(50)]
         if imitated and not all(problem.answer for problem in drawn):
             raise ValueError(
-                f"got {imitated}, which imitates the task's own answers, with problems that have none; want an `answer` "
-                "in every row, or --warm-steps 0"
+                f"got {imitated}, which imitates the task's own answers, with problems that have none; want an "
+                "`answer` in every row, or --warm-steps 0"
             )
         # the answer of a row may be a solution, which nobody is to say word for word
         said = [p for p in drawn if p.answer and (imitated or not p.row)]

@@ -33,7 +33,7 @@ def examine(
     config, tokens = sampler.config, [len(sampler.chat.prompt(problem)) for problem in problems]
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
     rows = planner.cache_slots(config, max(tokens)) // (max(tokens) + config.max_new_tokens - 1)
-    samples, facts = sampler.answers(problems, 1, 0.0, 0, on_step, max_rows=max(1, rows))
+    samples, facts = sampler.answers(problems, 1, 0.0, 0, on_step, most=max(1, rows))
     if samples is None:
         return 0, {}
     scores, totals, right = sampler.judge(problems, samples, step)

@@ -14,10 +14,11 @@ n_i, add up loss_i * n_i / N: value and gradient are those of the whole. That is
 averages: min(r A, clip(r) A) w = min(r A w, clip(r) A w) for w >= 0, so a weight of an answer is a factor of its
 advantage (`answer_weights`).
 
-Left out: dual clip, token-level advantages. A ratio overflows to inf at a log-ratio of 88.7, where a loss of inf (A < 0)
-or a gradient of nan (A > 0) is returned as it is: no update should be made from such a batch, and a clamp would hide it.
+Left out: dual clip, token-level advantages. A ratio overflows to inf at a log-ratio of 88.7, where a loss of inf
+(A < 0) or a gradient of nan (A > 0) is returned as it is: no update should be made from such a batch, and a clamp
+would hide it.
 
-Lesson: lessons/12_gspo.md       Tests: tests/test_objectives.py
+Lesson: lessons/12_gspo.md       Tests: tests/test_objectives.py, tests/test_policy_loss.py
 Shapes: P prompts, G answers to each; N sequences; M their scored tokens, end to end.
 """
 

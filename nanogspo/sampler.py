@@ -6,7 +6,7 @@
 
 An answer is a Sample, whether it was one turn or an episode of several (episodes.py).
 
-Reading order: Sampler.rollout, round, judge, Group, rollout_facts.       Tests: tests/test_sampler.py, tests/test_train.py
+Reading order: Sampler.rollout, round, judge, Group, rollout_facts.      Tests: tests/test_sampler.py, test_train.py
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from nanogspo.packing import Example
 from nanogspo.rollout import Answer, generate
 from nanogspo.tasks import rewards as judges
 from nanogspo.tasks.base import Problem, Task
-from nanogspo.tasks.mix import is_right
+from nanogspo.tasks.mix import is_right, own_metrics
 from nanogspo.tasks.rewards import Scores
 
 OnStep = Callable[[int, int], bool]
@@ -139,12 +139,9 @@ class Sampler:
             normalize_first=config.reward_mix == "normalize_then_sum",
             divide_by_std=config.divide_by_std,
         )  # (N,)
-        cut = [slice(p * config.group_size, (p + 1) * config.group_size) for p in range(len(problems))]
-        columns = samples, totals, right, advantages
-        groups = [
-            Group(problem, *(column[own] for column in columns)) for problem, own in zip(problems, cut, strict=True)
-        ]
-        return groups, scores.facts | facts
+        columns, G = (samples, totals, right, advantages), config.group_size
+        parts = [[column[p * G : (p + 1) * G] for column in columns] for p in range(len(problems))]
+        return [Group(problems[p], *part) for p, part in enumerate(parts)], scores.facts | facts
 
     def answers(
         self,
@@ -153,9 +150,10 @@ class Sampler:
         temperature: float,
         first: int,
         on_step: OnStep,
-        max_rows: int = 0,
+        most: int = 0,
     ) -> tuple[list[Sample] | None, dict[str, float]]:
-        """group_size answers to each problem, and facts about episodes. (None, {}) if on_step ended it early."""
+        """group_size answers to each problem, at most `most` decoded at a time, and facts about episodes. (None, {}) if
+        on_step ended it early."""
         config = self.config
         if self.environments:
             how = dataclasses.replace(config, group_size=group_size, temperature=temperature)
@@ -174,7 +172,7 @@ class Sampler:
             eos_ids=self.chat.tokenizer.eos_ids,
             seed=config.seed,
             first_prompt=first,
-            max_rows=max_rows or config.rollout_rows,
+            max_rows=most or config.rollout_rows,
             on_step=on_step,
         )
         if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
@@ -201,9 +199,11 @@ class Sampler:
             scores = scores.beside([s.own for s in samples])
         elif not self.rewards:
             scores = scores.beside([self.task.reward(problems[n // G], s.text) for n, s in enumerate(samples)])
-        totals = total_rewards(torch.tensor(scores.values), scores.weights).tolist()
-        columns = zip([p for p in problems for _ in range(G)], samples, totals, strict=True)
-        return scores, totals, [is_right(self.task, p, s.text, scores.fraction(total)) for p, s, total in columns]
+        totals = total_rewards(torch.tensor(scores.values, dtype=torch.float64), scores.weights).tolist()
+        asked, texts = [p for p in problems for _ in range(G)], [s.text for s in samples]
+        scores.facts.update(own_metrics(self.task, asked, texts))
+        columns = zip(asked, texts, totals, strict=True)
+        return scores, totals, [is_right(self.task, p, text, scores.fraction(total)) for p, text, total in columns]
 
 
 def of_answer(chat: Chat, prompt: list[int], answer: Answer) -> Sample:

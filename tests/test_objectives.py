@@ -183,7 +183,7 @@ def test_an_abstention_leaves_the_others_as_in_a_smaller_group():
 
 @pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
 def test_advantages_of_several_functions_are_trls(how):
-    """TRL's own lines for both, on values nobody abstained from; ours are not divided by the batch's deviation again."""
+    """TRL's lines for both, where nobody abstained; ours are not divided by the batch's deviation again."""
     values, weights = torch.rand(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), [0.7, 0.3]
     grouped, w = values.view(3, 4, 2), torch.tensor(weights, dtype=torch.float64)
     if how == "normalize_then_sum":

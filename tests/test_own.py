@@ -1,4 +1,4 @@
-"""One's own task, data and reward, from the command line and from Python: train.py with examples/, on the tiny model."""
+"""One's own task, data and reward, from the command line and from Python: train.py with examples/, the tiny model."""
 
 import math
 import pathlib
@@ -60,7 +60,7 @@ def test_from_python_with_plain_objects(tmp_path):
 
 
 def test_answers_without_a_reward_are_left_out_of_training(tmp_path):
-    """Reward functions that abstain on every second answer: the run is the same whatever those answers would have got."""
+    """Reward functions that abstain on every second answer, by None or by nan: the same run."""
 
     def run_with(name, value):
         seen = []
@@ -73,7 +73,8 @@ def test_answers_without_a_reward_are_left_out_of_training(tmp_path):
         return metrics, folder
 
     (none, folder), (nan, other) = run_with("none", None), run_with("nan", math.nan)
-    assert none["unrewarded_frac"] == 0.5 and none["reward/sometimes/none"] > 0 and nan["reward/sometimes/not_finite"] > 0
+    assert none["unrewarded_frac"] == nan["unrewarded_frac"] == 0.5
+    assert none["reward/sometimes/none"] > 0 and nan["reward/sometimes/not_finite"] > 0
     saved = pathlib.Path("model", "model.safetensors")
     assert (folder / saved).read_bytes() == (other / saved).read_bytes()
     rows = [row for row in read_rows(folder / "samples.jsonl") if row["reward"] is None]

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.prepacked import FP32_FROM, Layer, PrepackedLinear, can_prepack, can_prepack_head
+from kernels.prepacked import FP32_FROM, Layer, PrepackedLinear, can_prepack, can_prepack_head, padded_rows
+from nanogspo import tiny
+from nanogspo.fast.fused_linear import FusedLinears
 from tests.strategies import SEEDS
 
 BF16 = torch.ones(1, 1, dtype=torch.bfloat16)
@@ -46,7 +49,7 @@ def truth(x, layer):
 
 
 @pytest.mark.isa
-@given(group=groups(), rows=st.sampled_from([(1,), (2, 3), (33,), (0,)]), seed=SEEDS)
+@given(group=groups(), rows=st.sampled_from([(1,), (2, 3), (33,), (3, 11), (0,)]), seed=SEEDS)
 def test_the_same_as_the_layers(group, rows, seed):
     """fp32: the order of sums. bf16: the result is rounded; and A, B and x A.T, by half an eps each."""
     wide, layers = group
@@ -90,3 +93,37 @@ def test_what_is_prepacked(dtype, wide, layer, head):
     assert can_prepack(weight.to("meta")) == layer  # the planner asks about weights that are not there yet
     elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=weight.shape)
     assert not can_prepack(elsewhere) and not can_prepack_head(elsewhere)
+
+
+def test_the_tiny_model_is_not_prepacked():
+    """Its layers are faster as they are, and oneDNN would keep 0.6 MB for each number of rows."""
+    fused = FusedLinears(tiny.build("abc", seed=0)[1])
+    assert set(fused._fused.values()) == {None} and fused._head is None
+
+
+def test_rows_are_padded_by_an_eighth_at_most():
+    for n in range(2049):
+        assert n <= padded_rows(n) <= 1.125 * n and padded_rows(padded_rows(n)) == padded_rows(n)
+    assert [padded_rows(n) for n in (0, 1, 15, 16, 17, 32, 33, 512)] == [0, 1, 15, 16, 18, 32, 36, 512]
+
+
+class Heights(TorchDispatchMode):
+    """The numbers of rows that oneDNN's matmul is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_linear_pointwise" in str(func):
+            self.seen.add(args[0].shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_matmuls_are_compiled():
+    """Rows of a rollout finish one by one. oneDNN keeps a compiled matmul for each number of them."""
+    layers, x = PrepackedLinear([Layer(torch.ones(2, 3))]), torch.ones(128, 3)
+    with torch.no_grad(), Heights() as heights:
+        for n in range(1, len(x) + 1):
+            layers.linear(x[None, :n])
+    assert len(heights.seen) == 16 + 3 * 8  # 1 to 16, and eight in each of (16, 32], (32, 64], (64, 128]

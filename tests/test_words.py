@@ -66,7 +66,10 @@ def test_the_table_has_no_name_of_ours_which_no_line_could_reach():
     assert sum(len(names.split()) for names in TABLE) == len(WORDS), "a name stands twice"
 
 
-VALUES = {"--lora-targets": "q_proj,v_proj", "--clip-low": "0.1", "--clip-high": "0.1", "--lr": "1e-6"}
+VALUES = {
+    "--reward-mix": "sum_then_normalize", "--reward": "exact", "--lora-targets": "q_proj,v_proj", "--clip-low": "0.1",
+    "--clip-high": "0.1", "--lr": "1e-6",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WORDS)

@@ -5,8 +5,8 @@
         scores = rewards(groups, step)             never does
 
 A reward given as text runs in worker processes (run/worker.py), which are killed at the time limit and replaced. One
-given as a function runs here, in the main thread (if it is async, in others), and a slow one is warned about. A function
-in TRL's form is called once for a group; if that fails or is late, once for each of its answers, so that one bad answer
+given as a function runs here, in the main thread (if it is async, in others), and a slow one is warned about. One
+in TRL's form is called once for a group; if that fails or is late, once for each of its answers, so that a bad answer
 costs only itself.
 
 A value that is left out (nan) is counted under what became of it:
@@ -22,6 +22,7 @@ All but the last are printed once for each reward, with the answer; the counts o
 Reading order: Rewards.__call__, _run, _ask, _scores.        Tests: tests/test_rewards.py
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -51,7 +52,7 @@ class Job(NamedTuple):
     answers: tuple[int, ...]
 
 
-class Rewards:
+class Rewards(contextlib.AbstractContextManager):
     """Raises ValueError for a reward that cannot be: an unknown name, a signature that fits neither form."""
 
     def __init__(
@@ -70,7 +71,7 @@ class Rewards:
         state    what TRL's functions find in trainer_state, beside global_step
         """
         specs = [parse(reward) if isinstance(reward, str) else None for reward in rewards]
-        self._rewards = [spec.source if spec else Reward(f) for spec, f in zip(specs, rewards, strict=True)]
+        self._rewards = [f if isinstance(f, str) else Reward(f) for f in rewards]
         names = [spec.name if spec else f.name for spec, f in zip(specs, self._rewards, strict=True)]
         self.names = [name if name not in names[:k] else f"{name}_{k + 1}" for k, name in enumerate(names)]
         self.weights = list(weights) if weights else [spec.weight if spec else 1.0 for spec in specs]
@@ -84,9 +85,6 @@ class Rewards:
         for _ in range(count):
             self._idle.put(None)
         self._workers, self._closed, self._quiet, self._told = set(), False, False, set()
-
-    def __enter__(self) -> "Rewards":
-        return self
 
     def __exit__(self, *error) -> None:
         self.close()
@@ -135,8 +133,7 @@ class Rewards:
 
     def _is_batch(self, k: int) -> bool:
         """Starts the first process, if it is about a file."""
-        reward = self._rewards[k]
-        if isinstance(reward, Reward):
+        if isinstance(reward := self._rewards[k], Reward):
             return reward.batch
         if reward not in self._batch and "error" in (reply := self._ask(None)):
             raise ValueError(reply["error"])

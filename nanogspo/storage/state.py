@@ -204,7 +204,7 @@ def load_frozen(path: pathlib.Path, model: nn.Module) -> dict[str, Tensor]:
     kinds = {name: (s.dtype, s.shape) for name, s in header.items() if name.startswith(REFERENCE)}
     fits = kinds == {name: (p.dtype, tuple(p.shape)) for name, p in trained.items()}
     _refuse(path, ["reference"] if kinds and not fits else [])
-    return {n.removeprefix(REFERENCE): header[n].read().to(trained[n].device) for n in kinds}
+    return {n.removeprefix(REFERENCE): header[n].read().to(p.device) for n, p in trained.items() if kinds}  # in order
 
 
 def _examples(path: pathlib.Path, tokens: Tensor, lengths: Tensor) -> list[Example]:

@@ -45,7 +45,7 @@ def get_task(name: str, size: int | None = None) -> Task:
 
 
 def build_task(names: Sequence[str], size: int | None = None) -> Task:
-    """The task, or the mix of tasks, that --task names: NAME or FILE.py[:Class], each with =SHARE if there are several."""
+    """The task, or the mix of tasks, that --task names: NAME or FILE.py[:Class], with =SHARE if there are several."""
     tasks, shares = [], []
     for text in names:
         name, share = re.fullmatch(r"(.*?)(?:=([0-9.]+))?", text, re.DOTALL).groups()
@@ -60,7 +60,7 @@ NEEDED = ("train_problem", "held_out", "reward")
 
 
 def own_task(text: str, size: int | None = None) -> Task:
-    """The task in a file of the user's own, `FILE.py` or `FILE.py:Class`: its class is called without arguments, or with
+    """The task in a file of the user's own, FILE.py or FILE.py:Class: its class is called without arguments, or with
     --task-size. What it needs is train_problem, held_out and reward (base.Task); `name` and `exact` may be left out."""
     path, _, wanted = text.rpartition(":") if text.rpartition(":")[0].endswith(".py") else (text, "", "")
     module = import_file(path, "--task")

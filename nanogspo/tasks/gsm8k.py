@@ -5,7 +5,8 @@
 
 `exact` is strict: the number after the last #### or in the last \\boxed{}, else a last line that is only a number, or
 that says "answer is" or "answer:" and one. `metrics` adds `lenient`: the last number anywhere, as
-lm-evaluation-harness's flexible-extract. Their difference is form, not arithmetic. The reward is 1 for exact, 0.5 for lenient alone.
+lm-evaluation-harness's flexible-extract. Their difference is form, not arithmetic. The reward is 1 for exact, 0.5 for
+lenient alone.
 
 A tenth of the rows is held out by a hash of the question, so that a run on the train split is measured without the test
 split. The calculator notes of the reference answers (<<48/2=24>>) are taken out.      Tests: tests/test_gsm8k.py

@@ -47,8 +47,23 @@ class Mix:
         return self.tasks[problem.task].reward(problem, answer_text)
 
 
+def part(task: Task, problem: Problem) -> Task:
+    """The one of several tasks that a problem belongs to."""
+    return task.tasks[problem.task] if isinstance(task, Mix) else task
+
+
 def is_right(task: Task, problem: Problem, answer_text: str, reward: float) -> bool:
     """Whether an answer counts as right: what the task says, and where it has no `exact`, whether the reward is 1 or
     more."""
-    task = task.tasks[problem.task] if isinstance(task, Mix) else task
-    return bool(task.exact(problem, answer_text)) if hasattr(task, "exact") else reward >= 1
+    own = part(task, problem)
+    return bool(own.exact(problem, answer_text)) if hasattr(own, "exact") else reward >= 1
+
+
+def own_metrics(task: Task, problems: Sequence[Problem], texts: Sequence[str]) -> dict[str, float]:
+    """Means of what tasks with `metrics` say of answers besides."""
+    found = {}
+    for problem, text in zip(problems, texts, strict=True):
+        own = part(task, problem)
+        for key, value in own.metrics(problem, text).items() if hasattr(own, "metrics") else ():
+            found.setdefault(key, []).append(value)
+    return {key: sum(values) / len(values) for key, values in found.items()}

@@ -78,9 +78,8 @@ class Scores:
 
 
 class Spec(NamedTuple):
-    """One --reward. `source` is what is left without the weight."""
+    """One --reward."""
 
-    source: str
     name: str  # for metrics
     file: str  # "" for a reward by name
     argument: str
@@ -89,35 +88,41 @@ class Spec(NamedTuple):
 
 def parse(text: str) -> Spec:
     """Read FILE.py:function[=WEIGHT] or name[:argument][=WEIGHT]. Raises ValueError for a name that is no reward."""
-    source, equals, number = text.rpartition("=")
+    source, _, number = text.rpartition("=")
     try:
-        weight = float(number) if equals else 1.0
-    except ValueError:  # an equals sign of a pattern
-        equals, weight = "", 1.0
-    source = source if equals else text
-    if not math.isfinite(weight):
-        raise ValueError(f"got a weight of {number} in --reward {text}, want a finite number")
+        weight = float(number)
+    except ValueError:  # no weight: an equals sign of a pattern, or none at all
+        source, weight = text, 1.0
+    if not source or not math.isfinite(weight):
+        raise ValueError(f"got --reward {shown(text)}, want a reward and a finite weight, as in exact=0.5")
     if found := re.fullmatch(r"(.+\.py):(\w+)", source):  # C:\my\reward.py:function has two colons
-        return Spec(source, found[2], found[1], "", weight)
+        return Spec(found[2], found[1], "", weight)
     name, _, argument = source.partition(":")
     if name not in NAMED:
         raise ValueError(f"got reward {shown(text)}, want FILE.py:function or one of {', '.join(NAMED)}")
-    return Spec(source, name, "", argument, weight)
+    return Spec(name, "", argument, weight)
 
 
-def load(source: str) -> "Reward":
-    """The reward that parse() read. Raises ValueError if a file cannot be imported, or a signature fits no form."""
-    spec = parse(source)
-    if not spec.file:
-        return Reward(NAMED[spec.name](spec.argument))
-    return Reward(own(spec.file, spec.name), f"{spec.file}:{spec.name}")
+def load(text: str) -> "Reward":
+    """The reward of a text. Raises ValueError if a file cannot be imported, or a signature fits no form."""
+    name, file, argument, _ = parse(text)
+    return Reward(own(file, name), f"{file}:{name}") if file else Reward(NAMED[name](argument))
 
 
 def own(file: str, name: str) -> Callable:
     """What a user's file calls by this name, a function or a class. ValueError: it cannot be imported, or has none."""
+    if not callable(found := _imported(file).get(name)):
+        module = _imported(file)["__name__"]
+        names = [n for n, v in _imported(file).items() if callable(v) and getattr(v, "__module__", "") == module]
+        raise ValueError(f"{file}: got no function or class {name}, want one of {some(names) or 'its own'}")
+    return found
+
+
+@functools.cache  # once, however many of its functions are rewards
+def _imported(file: str) -> dict:
     path = str(Path(file).resolve())
-    sys.path.insert(0, os.path.dirname(path))  # what stands beside the file can be imported, as in `python FILE.py`
-    # a name of its own: a file called random.py must not stand in for Python's
+    sys.path.insert(0, os.path.dirname(path))  # what is beside the file can be imported, as in `python FILE.py`
+    # a name of its own: a file called random.py must not replace Python's
     found = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
     module = sys.modules[found.name] = importlib.util.module_from_spec(found)
     try:
@@ -125,10 +130,7 @@ def own(file: str, name: str) -> Callable:
     except (Exception, SystemExit) as error:
         said = explained(error, path)
         raise ValueError(f"{file}: got {said}, want a file that can be imported; correct it") from error
-    if not callable(value := getattr(module, name, None)):
-        names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == found.name]
-        raise ValueError(f"{file}: got no function or class {name}, want one of {some(names) or 'its own'}")
-    return value
+    return vars(module)
 
 
 def explained(error: BaseException, file: str) -> str:
@@ -227,14 +229,14 @@ def _finished(value: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(wait(), _loop()).result() if inspect.isawaitable(value) else value
 
 
-def serve(sources: list[str]) -> tuple[dict[str, bool], Callable[[dict], dict]]:
+def serve(texts: list[str]) -> tuple[dict[str, bool], Callable[[dict], dict]]:
     """For run/worker.py: which of the rewards have TRL's form, and what answers a message."""
-    rewards = {source: load(source) for source in sources}
+    rewards = {text: load(text) for text in texts}
 
     def answer(message: dict) -> dict:
         return rewards[message["reward"]](Group(**message["group"]), message["state"])
 
-    return {source: reward.batch for source, reward in rewards.items()}, answer
+    return {text: reward.batch for text, reward in rewards.items()}, answer
 
 
 # ---- rewards by name: each takes the text behind the colon and gives f(answer, row)

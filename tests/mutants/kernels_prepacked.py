@@ -9,7 +9,15 @@ MUTANTS = {
             "weight.shape[1] >= FP32_FROM",
             "prepacked fp16",
         ),
-        ("weight.shape[1] >= FP32_FROM", "weight.shape[1] > FP32_FROM", "256 channels are not wide enough"),
+        ("weight.shape[1] >= FP32_FROM", "weight.shape[1] > FP32_FROM", "512 channels are not wide enough"),
+        ("FP32_FROM = 512", "FP32_FROM = 256", "the tiny model is prepacked"),
+        ("if more := padded_rows(n) - n:", "if more := 0:", "a matmul is compiled for every number of rows"),
+        (
+            "_linear(padded, blocks, bias)[:n]",
+            "_linear(padded, blocks, bias)[-n:]",
+            "the rows of the padding are returned",
+        ),
+        ("(n - 1).bit_length() - 4", "(n - 1).bit_length() - 3", "rows are padded by a quarter"),
         ('weight.device.type in ("cpu", "meta") and', "", "prepacked weights on a GPU"),
         ("else m.B * m.scale for m in layers]", "else m.B for m in layers]", "the adapter's scale is forgotten"),
         (

@@ -12,7 +12,11 @@ MUTANTS = {
         ),
         ('"accept_changes", "plan_only"', '"plan_only"', "what was accepted once is accepted for ever"),
         ("{**base, **given}", "{**given, **base}", "the file wins over the flags"),
-        ("if config.updates_per_rollout == 1:", "if config.updates_per_rollout == 0:", "REINFORCE under another name"),
+        (
+            "if config.updates_per_rollout == 1 and",
+            "if config.updates_per_rollout == 0 and",
+            "REINFORCE under another name",
+        ),
         ("if config.top_k or config.top_p != 1:", "if config.top_k and config.top_p != 1:", "truncated sampling in RL"),
         ("not low <= value <= high", "value < low or high < value", "nan passes every comparison"),
         ("or value == exclude", "", "a bound that is itself excluded is let through"),

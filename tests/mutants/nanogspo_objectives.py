@@ -66,4 +66,35 @@ MUTANTS = {
         ("lengths.sum() != total", "False", "a GPU's check is all that a CPU has"),
         ("    if not lengths.is_cpu:\n        return\n", "", "every loss waits for the GPU"),
     ],
+    "tests/test_policy_loss.py": [
+        (
+            "log_ratio = (seq_logp.detach() - old_seq_logp) / lengths",
+            "log_ratio = seq_logp.detach() - old_seq_logp",
+            "quantiles of ratios that are not per token",
+        ),
+        (
+            "per_token = log_ratio + (logp - logp.detach())",
+            "per_token = log_ratio + (logp - old_logp)",
+            "GSPO-token whose value is not GSPO's",
+        ),
+        (
+            "return -(advantages.detach() * means).mean(), metrics",
+            "return -(advantages.detach() * means * lengths).mean(), metrics",
+            "REINFORCE sums over tokens",
+        ),
+        ("d.expm1() - d, cu_seqlens", "d.exp() - d - 1, cu_seqlens", "a KL of close policies that is rounding"),
+        ("d.expm1() - d, cu_seqlens", "(-d).expm1() + d, cu_seqlens", "the KL the wrong way round"),
+        ("(weights * sequence_sums(d", "(sequence_sums(d", "the KL averaged otherwise than the loss"),
+        (
+            "lengths * counts.sum() / (lengths * counts).sum().clamp(min=1)",
+            "lengths * len(counts) / lengths.sum()",
+            "tokens that are left out count in DAPO's divisor",
+        ),
+        (
+            "lengths / max_new_tokens * counts.sum() / len(counts)",
+            "lengths / max_new_tokens",
+            "Dr. GRPO's divisor depends on how many were cut off",
+        ),
+        ("return weights * counts  # (N,)", "return weights  # (N,)", "what is left out is trained on"),
+    ],
 }

@@ -83,4 +83,11 @@ MUTANTS = {
         ),
         ('"one layer unpacked": widest * model', '"one layer unpacked": 0 * model', "unpacking takes no memory"),
     ],
+    "tests/test_train_objectives.py": [
+        (
+            "REFERENCE: tensor_bytes(trained) if is_copied(config) else 0",
+            "REFERENCE: 0",
+            "a copy of the model that no plan counts",
+        ),
+    ],
 }

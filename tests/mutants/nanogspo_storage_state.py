@@ -47,4 +47,17 @@ MUTANTS = {
         ("names = SMALL_FILES if", "names = () if", "the tokenizer and the configuration of a model may change"),
         ('("adapter", config.adapter)', '("adapter", "")', "the adapter a run began with may change"),
     ],
+    "tests/test_train_objectives.py": [
+        (
+            "    tensors |= {REFERENCE + name: t for name, t in (frozen or {}).items()}\n",
+            "",
+            "the reference is not saved",
+        ),
+        (
+            "for n, p in trained.items() if kinds}",
+            "for n, p in sorted(trained.items()) if kinds}",
+            "a resumed run's state has another order",
+        ),
+        ("if sizes and changed and (missing", "if False and (missing", "what is missing in a rollout is called damage"),
+    ],
 }

@@ -43,11 +43,6 @@ MUTANTS = {
             "an entropy that depends on how answers fall into micro-batches",
         ),
         ("log_ratios.append(log_ratio)", "log_ratios[:] = [log_ratio]", "quantiles of the last micro-batch"),
-        (
-            "(seq_logp.detach() - old_seq_logp) / batch.lengths",
-            "seq_logp.detach() - old_seq_logp",
-            "quantiles of ratios that are not per token",
-        ),
         ("if log.has(**where, eval_count=config.eval_size):", "if False:", "an exam counts twice"),
         (" if last else []", "", "answers to held-out rows at every evaluation"),
         ("        trainer.save_state()  # from now on", "        # from now on", "what was accepted is asked again"),
@@ -99,5 +94,24 @@ MUTANTS = {
     ],
     "tests/test_planner.py": [
         ("    if config.plan_only:", "    if False:", "--plan-only starts the run"),
+    ],
+    "tests/test_train_objectives.py": [
+        (
+            'config.prompts_per_rollout * self.rollout.facts.get("sampling_rounds", 1)',
+            "config.prompts_per_rollout",
+            "problems of further rounds are asked again",
+        ),
+        (
+            "self.frozen = self.frozen or freeze(self.model, config)",
+            "self.frozen = freeze(self.model, config)",
+            "the reference follows the policy",
+        ),
+        ("        frozen = runstate.load_frozen(state, model)\n", "", "a resumed run takes a new reference"),
+        ("loss = loss + config.beta * terms", "loss = loss + terms", "beta is 1"),
+        (
+            "rollout.advantages.nan_to_num() * weights",
+            "rollout.advantages.nan_to_num()",
+            "every --loss-average is GRPO's",
+        ),
     ],
 }
