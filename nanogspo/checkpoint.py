@@ -44,11 +44,7 @@ COMPARED = 2**20  # numbers of two matrices at a time
 
 
 def load(
-    path_or_repo: str | os.PathLike,
-    *,
-    device="cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    quant: str | None = None,
+    path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = torch.bfloat16, quant: str | None = None
 ) -> Transformer:
     """A Transformer with the weights of a Hugging Face checkpoint.
 

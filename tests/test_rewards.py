@@ -177,7 +177,7 @@ def test_a_reward_that_cannot_work_ends_the_run(own, folder, tmp_path):
     ]:
         (tmp_path / "broken.py").write_text(source)
         assert said in refused(load, f"{tmp_path}/broken.py:f")
-    assert "FileNotFoundError" in refused(load, f"{tmp_path}/nowhere.py:f")
+    assert "got --reward" in (said := refused(load, f"{tmp_path}/nowhere.py:f")) and "is no file here" in said
 
 
 def test_closing_ends_calls_that_run(own):

@@ -19,11 +19,10 @@ FIELDS = {  # a programming problem: field -> its heading in the user turn, in t
     "output_format": "Output format",
 }
 # Names that TRL, axolotl, ms-swift or OpenAI train by, of a row and of a message. A weight of 1 is neutral.
-FOREIGN = {
-    *("image", "images", "video", "videos", "audio", "audios", "documents", "functions", "history", "chosen"),
-    *("rejected", "input_ids", "labels", "completion_mask", "assistant_masks", "loss", "loss_mask", "loss_scale"),
-    *("train_detail", "mask", "masked", "prefix"),
-}
+FOREIGN = frozenset(
+    """image images video videos audio audios documents functions history chosen rejected input_ids labels
+    completion_mask assistant_masks loss loss_mask loss_scale train_detail mask masked prefix""".split()
+)
 SPEAKERS = {
     **{"human": "user", "user": "user", "system": "system"},
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "function_call"), "assistant"),

@@ -14,6 +14,7 @@ split. The calculator notes of the reference answers (<<48/2=24>>) are taken out
 
 import re
 
+from nanogspo.inputs import named
 from nanogspo.tasks.addition import last_number
 from nanogspo.tasks.base import Problem, is_held_out, refuse_count, shuffled
 from nanogspo.tasks.forms import filled
@@ -30,12 +31,10 @@ class Gsm8k:
     def __init__(self, source: str = ""):
         self._train, self._exam = [], []
         for where, row in read_rows(source or "hf:openai/gsm8k:main"):
-            try:
+            with named(where):
                 question, answer = filled(row.get("question"), "question"), filled(row.get("answer"), "answer")
                 if "####" not in answer:
                     raise ValueError('got an answer without "#### " and a number, want one at its end; mend the row')
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
             messages = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
             text = f"{INSTRUCTION}\n\nQuestion: {question}\nAnswer: "
             problem = Problem(text, messages, re.sub(r"<<.*?>>", "", answer), row)

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 
+from nanogspo.inputs import named
 from nanogspo.tasks.base import Problem, shuffled, smallest_hashes
 from nanogspo.tasks.forms import filled, messages_of, with_system
 
@@ -53,10 +54,8 @@ class PromptRows:
         """Without the prompts that are too long, counted in left_out; then the sides are chosen anew."""
         kept = []
         for where, key, problem in self._rows:
-            try:
+            with named(where):  # a template may not take these messages
                 kept += [] if too_long(problem) else [(where, key, problem)]
-            except ValueError as error:  # a template that does not take these messages
-                raise ValueError(f"{where}: {error}") from error
         self.left_out += len(self._rows) - len(kept)
         self._rows = kept
         self._split()
@@ -95,7 +94,7 @@ class PromptRows:
 
 def _problem(where: str, row: dict, system: str) -> tuple[str, Problem]:
     """(hash of what is asked, problem)."""
-    try:
+    with named(where):
         prompt = row.get("prompt")
         if prompt is None:
             raise ValueError(f"got a row with {', '.join(map(repr, row)) or 'no keys'}, want a prompt; rename the keys")
@@ -108,8 +107,6 @@ def _problem(where: str, row: dict, system: str) -> tuple[str, Problem]:
         messages = with_system(turns, row.get("system") or "")
         if messages[0]["role"] != "system":
             messages = with_system(messages, system)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     asked = json.dumps([turn for turn in turns if turn["role"] != "system"], sort_keys=True)
     text = prompt if isinstance(prompt, str) else ""
     answer = next((row[key] for key in ANSWERS if isinstance(row.get(key), str)), "")

@@ -10,8 +10,8 @@ Source: github.com/open-thought/reasoning-gym.      Tests: tests/test_reasoning_
 import random
 import re
 
+from nanogspo.inputs import optional
 from nanogspo.tasks.base import Problem, is_held_out
-from nanogspo.tasks.rows import optional
 
 ITEMS = 10**6  # item numbers to draw from; the package makes an item when it is asked for
 TRIES = 1000  # draws for one problem of a side, which 1.1 or 10 should find
