@@ -25,6 +25,7 @@ Lessons: lessons/00_setup.md, lessons/12_gspo.md
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import shlex
 import sys
@@ -326,12 +327,24 @@ class Trainer:
             on_step = log.sampling(3, self.stop)
             answers = sample_answers(self.model, data.chat, data.held_out, config, on_step) if last else []
             if not self.stop:
+                self.compare(name, -loss)
                 log.answers(self.progress.step, answers)
                 log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
         if data.problems:
             right, facts = self.examine(data.problems)
             if not self.stop:
+                self.compare(name, facts.get("eval_reward", right / len(data.problems)))
                 log.evaluation(**where, successes=right, count=config.eval_size, **facts)
+
+    def compare(self, name: str, result: float) -> None:
+        """An evaluation of the main phase beside those before it: keep the best weights, end without progress."""
+        config, results = self.config, [*self.log.results(name), result]
+        if name != config.algo:
+            return
+        if config.keep_best and result == max(results) > max(results[:-1], default=-math.inf):
+            policy.save(self.model, config, self.folder / "best", self.data.chat.tokenizer)
+        n = config.patience
+        self.progress.phase_done |= 0 < n < len(results) and max(results[-n:]) <= max(results[:-n])
 
     def next_phase(self) -> None:
         """A fresh optimiser; the control also goes back to the weights at the end of the warm-up."""

@@ -91,6 +91,11 @@ class TrainConfig:
         low=-1,
         high=10**6,
     )
+    eval_samples: int = flag(
+        0, "also sample so many answers to each held-out problem: how often one, and any of them, is right", high=1000
+    )
+    patience: int = flag(0, "end after so many evaluations in a row that are no better than the best; 0: never")
+    keep_best: bool = flag(False, "also keep the weights of the best evaluation of the main phase, in best/")
     save_every: int = flag(50, "updates between saves of the state that --resume reads", low=1)
     warm_steps: int = flag(0, "at most this many SFT updates on the task's own answers before RL starts")
     warm_until: float = flag(
@@ -349,7 +354,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 PER_CALL = {"resume", "out", "accept_changes", "plan_only", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
-    "steps", "eval_every", "eval_size", "save_every", "save_merged", "control", "device", "threads",
+    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "save_merged", "control",
+    "device", "threads",
     "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 

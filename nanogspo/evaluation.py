@@ -20,22 +20,35 @@ from nanogspo.model import Transformer
 from nanogspo.packing import pack, score
 from nanogspo.rollout import generate
 from nanogspo.run import planner
+from nanogspo.run.log import wilson_interval
 from nanogspo.sampler import Sampler, per_task
 from nanogspo.tasks.base import Problem, smallest_hashes
 from nanogspo.tasks.jsonl import Example
+
+EXAM_STREAM = 2**40  # the number of the first held-out problem, for its random numbers: beyond every training problem
 
 
 def examine(
     sampler: Sampler, problems: list[Problem], on_step: Callable[[int, int], bool], step: int = 0
 ) -> tuple[int, dict[str, float]]:
     """(how many problems are answered right, greedily; with reward functions or an environment the mean reward and its
-    standard error, and for several tasks each one's fraction). Nothing is right if on_step ended it early."""
+    standard error, with --eval-samples pass@1 and pass@K, for several tasks each one's fraction). Nothing is right if
+    on_step ended it early."""
     config, tokens = sampler.config, [len(sampler.chat.prompt(problem)) for problem in problems]
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
     rows = planner.cache_slots(config, max(tokens)) // (max(tokens) + config.max_new_tokens - 1)
     samples, facts = sampler.answers(problems, 1, 0.0, 0, on_step, most=max(1, rows))
     if samples is None:
         return 0, {}
+    if K := config.eval_samples:
+        tries, _ = sampler.answers(problems, K, config.temperature, EXAM_STREAM, on_step)
+        if tries is None:
+            return 0, {}
+        _, _, hits = sampler.judge(problems, tries, step)
+        solved = sum(any(hits[first : first + K]) for first in range(0, len(hits), K))
+        low, high = wilson_interval(solved, len(problems))
+        facts |= {"pass_at_1": sum(hits) / len(hits), f"pass_at_{K}": solved / len(problems)}
+        facts |= {f"pass_at_{K}_low": low, f"pass_at_{K}_high": high}
     scores, totals, right = sampler.judge(problems, samples, step)
     if sampler.rewards or sampler.environments:
         some = torch.tensor([total for total in totals if total == total], dtype=torch.float64)

@@ -39,19 +39,14 @@ class Experience:
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
     ref_logp: list[list[Tensor | None]] = dataclasses.field(default_factory=list)  # likewise; None: no reference
 
-    def answers_of(self, update: int) -> range:
-        """Of one minibatch, trained on or not."""
-        size = len(self.examples) // len(self.minibatches)
-        return range(update * size, (update + 1) * size)
-
     def weights(self, update: int, average: str, max_new_tokens: int) -> tuple[Tensor, float]:
         """(answer_weights (N,) of all answers, 0 outside the update's; the fraction of its answers in the average that
         are trained on)."""
-        rows = self.answers_of(update)
-        lengths = torch.tensor([sum(self.examples[i].loss_mask) for i in rows])  # (answers of the update,)
-        counts = ~self.advantages[rows.start : rows.stop].isnan()  # (answers of the update,)
-        weights = torch.zeros(len(self.examples))  # (N,)
-        weights[rows.start : rows.stop] = answer_weights(lengths, counts, average, max_new_tokens)
+        size, weights = len(self.examples) // len(self.minibatches), torch.zeros(len(self.examples))  # (N,)
+        rows = slice(update * size, (update + 1) * size)
+        lengths = torch.tensor([sum(example.loss_mask) for example in self.examples[rows]])  # (size,)
+        counts = ~self.advantages[rows].isnan()  # (size,)
+        weights[rows] = answer_weights(lengths, counts, average, max_new_tokens)
         trained = sum(len(batch.index) for batch in self.minibatches[update])
         return weights, trained / max(int(counts.sum()), 1)
 

@@ -183,8 +183,8 @@ class Tokenizer:
 
         messages         [{"role": "user", "content": "…"}, …] of plain JSON values; keys that hold None are dropped,
                          because templates print the word. Where `content` is a list of text parts and the template does
-                         not print those as it prints text (Qwen3 fails), or drops all but the first of a system turn
-                         (Gemma 3), it is given the parts joined
+                         not read those (Qwen3 fails), or drops all but the first of a system turn (Gemma 3), it is
+                         given the parts joined
         template_kwargs  whatever this template asks for: enable_thinking=False (Qwen3), tools=[…], date_string="…".
                          add_generation_prompt is True unless given (transformers: False): mostly we want an answer
 
@@ -224,27 +224,19 @@ class Tokenizer:
         """What the template is given as the content of a message: text parts joined where it would lose some."""
         parts = content if isinstance(content, list) else []
         texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        if (
-            not texts
-            or len(texts) < len(parts)
-            or (self._reads_parts and (len(texts) == 1 or message.get("role") != "system"))
-        ):
-            return content
-        return "".join(texts)
+        all_read = self._reads_parts and (len(texts) == 1 or message.get("role") != "system") if texts else True
+        return content if all_read or len(texts) < len(parts) else "".join(texts)
 
     @functools.cached_property
     def _reads_parts(self) -> bool:
-        """Whether the template prints a list with one text part as it prints the text."""
+        """Whether the template prints the text of a part, and not the part as Python or JSON spells it."""
         given = BARE | self.special_tokens
-        contents = "x", [{"type": "text", "text": "x"}]
-        asked = [json.dumps(given | {"messages": [{"role": "user", "content": content}]}) for content in contents]
+        given["messages"] = [{"role": "user", "content": [{"type": "text", "text": "xyz"}]}]
         try:
-            as_text, as_parts = (
-                templates.render(next(iter(self.templates.values())), variables) for variables in asked
-            )
+            shown = templates.render(next(iter(self.templates.values())), json.dumps(given))
         except ValueError:
             return False
-        return as_text == as_parts
+        return "xyz" in shown and not any(f"{quote}xyz{quote}" in shown for quote in "'\"")
 
     def spells(self, name: str) -> bool:
         """Whether a chat template has this name in it: one that none of them spells is not read."""

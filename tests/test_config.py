@@ -47,6 +47,7 @@ def value_of(field):
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
     text = text.filter(lambda s: not s.startswith(("-", "~")))  # a flag; the home folder, which has a test of its own
     kinds = {int: st.integers(-(10**9), 10**9), float: st.floats(allow_nan=False), bool: st.booleans(), str: text}
+    kinds[tuple[str, ...]] = st.lists(text.filter(bool), max_size=3).map(tuple)  # given several times
     return kinds[field.type]
 
 
@@ -59,6 +60,8 @@ def argv_of(values):
     for name, value in values.items():
         if isinstance(value, bool):
             argv.append(flag(name) if value else "--no-" + flag(name)[2:])
+        elif isinstance(value, tuple):
+            argv += [f"{flag(name)}={one}" for one in value]
         else:
             argv.append(f"{flag(name)}={value}")
     return argv
@@ -70,7 +73,7 @@ def argv_of(values):
 
 # epochs, which rule out steps, have a test of their own
 ANY = SOME.map(lambda values: {name: value for name, value in values.items() if name != "epochs"})
-GIVEN = ANY.map(lambda values: {name: value for name, value in values.items() if value != ""})
+GIVEN = ANY.map(lambda values: {name: value for name, value in values.items() if value not in ("", ())})
 
 
 @given(values=GIVEN)

@@ -335,6 +335,16 @@ def test_limits_end_an_episode(monkeypatch):
     assert (e.text, len(e.history)) == ("ab", 1)
 
 
+def test_every_turn_has_random_numbers_of_its_own(monkeypatch):
+    seen = scripted(monkeypatch, "a", "b", "c")
+    sample([{"ask": "x", "turns": 3}, {"ask": "y"}], first_prompt=4)
+    assert [how["streams"] for *_, how in seen] == [
+        (),
+        [(4, 0, 1), (4, 1, 1), (5, 0, 1), (5, 1, 1)],
+        [(4, 0, 2), (4, 1, 2)],
+    ]
+
+
 def test_another_stop_token_stands_for_the_templates(monkeypatch):
     """Qwen may end a turn with <|endoftext|>: it is kept as sampled, and the bridge follows."""
     files = {**CHAT.tokenizer.files, "generation_config.json": json.dumps({"eos_token_id": 70}).encode()}
@@ -400,7 +410,7 @@ def test_the_calculator_works_out_sums_and_nothing_else():
 def test_the_first_row_is_tried(monkeypatch):
     def tried(environment, row, chat=CHAT, room=500):
         config = dataclasses.replace(CONFIG, max_episode_tokens=room + 40)
-        return probe(tiny_model(), chat, OwnEnvironments(environment), row, config)
+        return probe(tiny_model().config, chat, OwnEnvironments(environment), row, config)
 
     scripted(monkeypatch, "ab…")
     e, *_ = sample([{"ask": "x"}])

@@ -61,12 +61,6 @@ def needs(completions, colour):
 
 def unfit(answer):
     return 1.0
-
-def wrong_type(answer, row):
-    return "1.0"
-
-def leaves(answer, row):
-    sys.exit()
 """
 
 
@@ -181,8 +175,8 @@ def test_a_reward_that_cannot_work_ends_the_run(own, folder, tmp_path):
 
 
 def test_closing_ends_calls_that_run(own):
-    """Ctrl-C while a function hangs: 8 calls of 30 s in one process are over at once, and none is started anew."""
-    rewards = own("wild", timeout=30)
+    """Ctrl-C while a function hangs: 8 calls of 4 s in one process are over at once, and none is started anew."""
+    rewards = own("wild", timeout=4)
     rewards.probe(Group("?", {}, ["1"], [[0]]))
     before = list(rewards._workers)
     caught = []
@@ -271,10 +265,22 @@ def test_async_functions_wait_together():
     assert most > 1
 
 
+def test_an_exception_in_a_library_has_the_line_of_the_function():
+    def reads(answer, row):
+        return json.loads("{")
+
+    line = reads.__code__.co_firstlineno + 1
+    assert Reward(reads)(GROUP, {})["error"].endswith(f"(test_rewards.py:{line})")
+    assert "SystemExit: 3" in Reward(lambda answer, row: sys.exit(3))(GROUP, {})["error"]
+
+
 def test_async_functions_run_where_a_loop_runs_already():
     """As in a notebook."""
 
+    loops = set()
+
     async def f(answer, row):
+        loops.add(asyncio.get_running_loop())
         return len(answer)
 
     async def cell():
@@ -282,6 +288,7 @@ def test_async_functions_run_where_a_loop_runs_already():
             return rewards([GROUP], 0).values
 
     assert asyncio.run(cell()) == [[1.0], [4.0]]
+    assert len(loops) == 1  # what a function keeps, such as a session, belongs to one
 
 
 @pytest.mark.parametrize(
@@ -345,7 +352,7 @@ def test_functions_of_trls_documentation_run_unchanged(tmp_path):
 
 
 def test_rewards_by_name():
-    row = {"answer": "1,234", "solution": "no", "other": [{"role": "assistant", "content": "cat"}]}
+    row = {"answer": "1,234", "zero": 0, "solution": "no", "other": [{"role": "assistant", "content": "cat"}]}
     for text, answer, value in [
         ("exact", " 1,234\n", 1),
         ("exact", "1234", 0),
@@ -354,6 +361,7 @@ def test_rewards_by_name():
         ("numeric", "It is 1234.0004.", 1),
         ("numeric", "It is 1235", 0),
         ("numeric", "nothing", 0),
+        ("numeric:zero", "nothing", 0),
         ("numeric:other", "5", None),
         ("regex:^\\d+$", "12", 1),
         ("regex:^\\d+$", "12a", 0),

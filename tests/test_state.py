@@ -179,6 +179,14 @@ def test_tokens_of_a_rollout_are_tensors(tmp_path):
     assert json.loads(metadata["state"]).keys() == {*("progress", "config", "files", "checksums", "rollout", "crc32")}
 
 
+def test_an_episode_keeps_what_is_scored_of_it(tmp_path):
+    """Several scored stretches, and token 0 in all places."""
+    path, N, Y = tmp_path / "state.safetensors", False, True
+    episodes = [Example([0, 1, 0, 5, 0, 0, 7, 0], [N, N, Y, Y, N, N, Y, Y]), Example([3, 0, 0], [N, Y, N])]
+    save_state(path, *run(), PROGRESS, ROLLOUT | {"examples": episodes})
+    assert load_state(path, *run(seed=1))[1]["examples"] == episodes
+
+
 def test_a_missing_state_is_refused(tmp_path):
     assert "no state to resume from" in one_line(tmp_path / "state.safetensors", *run())
 
@@ -316,6 +324,7 @@ WRONG = {
     "a token too few": lambda t, f: t.update({"rollout.tokens": torch.tensor([1, 2, 3, 4, 5])}),
     "tokens are fractions": lambda t, f: t.update({"rollout.tokens": t["rollout.tokens"].double()}),
     "tokens are negative": lambda t, f: t.update({"rollout.tokens": -t["rollout.tokens"]}),
+    "a first scored token that is not": lambda t, f: t["rollout.tokens"][2].mul_(-1),
     "tokens in a table": lambda t, f: t.update({"rollout.tokens": t["rollout.tokens"].view(3, 2)}),
     "lengths in a row": lambda t, f: t.update({"rollout.lengths": t["rollout.lengths"].view(-1)}),
     "nothing but a prompt": lambda t, f: t.update({"rollout.lengths": torch.tensor([[4, 4], [2, 1]])}),

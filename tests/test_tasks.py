@@ -287,7 +287,7 @@ def test_reverse_pays_for_order_and_charges_for_length():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: get_task("addtion"), "got task 'addtion', want one of addition, reverse; "),
+        (lambda: get_task("addtion"), "got task 'addtion', want one of addition, reverse, countdown, gsm8k, "),
         (lambda: get_task("addition", 0), "got size 0 for addition, want 1 or more"),
         (lambda: get_task("reverse", 2), "got size 2 for reverse, want 3 or more"),
         (lambda: get_task("addition", 1).held_out(1000), "got 1000 held-out problems, want 1 to 14 for 1-digit"),

@@ -87,6 +87,7 @@ def test_what_is_printed_is_no_answer(start, capfd):
 def test_what_raises_is_told_and_goes_on(start):
     worker, _ = start()
     assert worker.ask("raise", 10) == {"error": "KeyError: 'a'", "kind": "failed"}
+    time.sleep(0.3)  # without work
     assert worker.ask("hello", 10)["value"]["said"] == "hello"
     assert start("refuse")[1] == {"error": "got nothing to serve", "kind": "failed"}
 
@@ -101,6 +102,16 @@ def test_a_late_process_is_killed_at_its_limit_and_its_children_too(start):
     assert gone(child)
 
 
+def test_a_process_that_is_killed_leaves_no_thread_and_no_pipe(start):
+    worker, _ = start()
+    worker.kill()
+    for _ in range(1000):
+        if worker.process.stdout.closed:
+            break
+        time.sleep(0.01)
+    assert worker.process.stdin.closed and worker.process.stdout.closed
+
+
 def test_a_process_that_ends_itself_is_told_at_once(start):
     worker, _ = start()
     assert worker.ask("die", 30) == {"error": "its process ended (exit code 3)", "kind": "died"}
@@ -109,20 +120,22 @@ def test_a_process_that_ends_itself_is_told_at_once(start):
 
 @pytest.mark.skipif(os.name == "nt", reason="looks at /proc")
 @pytest.mark.parametrize(
-    "hang", ["time.sleep(60)", "import re; re.match('(a+)+$', 'a' * 60 + 'b')"], ids=["sleeps", "keeps the lock"]
+    "hang, grace",
+    [("time.sleep(60)", 5), ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", -59)],
+    ids=["sleeps", "keeps the lock"],
 )
-def test_a_killed_caller_leaves_no_process(tmp_path, hang):
+def test_a_killed_caller_leaves_no_process(tmp_path, hang, grace):
     """kill -9 of the caller. A backtracking expression keeps Python's lock, so that no other thread runs: that process
     ends by its timer, after the limit of 60 s and GRACE, here -59."""
     (tmp_path / "served.py").write_text(
         f"import time\ndef serve(message):\n    return None, answer\ndef answer(message):\n    {hang}\n"
     )
-    caller = textwrap.dedent("""
+    caller = textwrap.dedent(f"""
         from nanogspo.run import worker
         w = worker.Worker("served:serve")
         w.ask(None, 30)
         print(w.process.pid, flush=True)
-        worker.GRACE = 1 - 60
+        worker.GRACE = {grace}
         w.ask(None, 60)
     """)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}

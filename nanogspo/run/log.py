@@ -93,7 +93,10 @@ class RunLog:
         exact = successes / count if count else math.nan
         row = {"step": step, "phase": phase, "eval_exact": exact, "eval_low": low, "eval_high": high}
         row |= {"eval_count": count, **more}
-        self._examined(row, f"exact {exact:6.1%} | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}")
+        text = f"exact {exact:6.1%} | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
+        if "eval_reward_se" in more:
+            text += f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}"
+        self._examined(row, text)
         return row
 
     def held_out(self, *, step: int, phase: str, loss: float, accuracy: float, count: int) -> None:
@@ -118,6 +121,11 @@ class RunLog:
     def has(self, **values: object) -> bool:
         """Is there a row already, other than an update's, with these values? A run killed at a phase's end wrote it."""
         return any(all(row.get(key) == value for key, value in values.items()) for row in self._notes)
+
+    def results(self, phase: str) -> list[float]:
+        """The evaluations of a phase in order, higher is better: mean reward, else the fraction right, else -loss."""
+        keys = [(row, [k for k in ("eval_reward", "eval_exact", "eval_loss") if k in row]) for row in self._notes]
+        return [row[k[0]] * (-1 if k[0] == "eval_loss" else 1) for row, k in keys if k and row["phase"] == phase]
 
     def _examined(self, row: dict, text: str) -> None:
         self._note(row)

@@ -125,8 +125,14 @@ def save_state(
     if rollout:
         examples = rollout["examples"]
         tensors |= {ROLLOUT + name: t for name, t in rollout["tensors"].items()}
-        tensors[TOKENS] = torch.tensor([token for e in examples for token in e.tokens])  # (tokens of all,)
-        tensors[LENGTHS] = torch.tensor([[len(e.tokens), e.loss_mask.index(True)] for e in examples])  # (N, 2)
+        prompts = [e.loss_mask.index(True) for e in examples]
+        kept = [  # ~token: one after the prompt that is not scored, of an episode's other turns
+            token if scored or i < prompt else ~token
+            for e, prompt in zip(examples, prompts, strict=True)
+            for i, (token, scored) in enumerate(zip(e.tokens, e.loss_mask, strict=True))
+        ]
+        tensors[TOKENS] = torch.tensor(kept)  # (tokens of all,)
+        tensors[LENGTHS] = torch.tensor([[len(e.tokens), p] for e, p in zip(examples, prompts, strict=True)])  # (N, 2)
         facts["rollout"] = rollout["facts"]
     write_state(path, tensors, facts)
 
@@ -209,12 +215,16 @@ def _examples(path: pathlib.Path, tokens: Tensor, lengths: Tensor) -> list[Examp
     """The inverse of what save_state does; each has at least a token of a prompt and one of an answer."""
     sound = tokens.dtype == lengths.dtype == torch.int64 and tokens.ndim == 1 and lengths.shape[1:] == (2,)
     sound = sound and bool(((lengths[:, 1] > 0) & (lengths[:, 1] < lengths[:, 0])).all())
-    sound = sound and lengths[:, 0].sum() == len(tokens) and bool((tokens >= 0).all())
+    sound = sound and lengths[:, 0].sum() == len(tokens)
     _refuse(path, [] if sound else [TOKENS, LENGTHS])
-    parts = tokens.split(lengths[:, 0].tolist())
+    pairs = [*zip(tokens.split(lengths[:, 0].tolist()), lengths[:, 1].tolist(), strict=True)]
+    _refuse(path, [] if all((part[: prompt + 1] >= 0).all() for part, prompt in pairs) else [TOKENS])
     return [
-        Example(part.tolist(), [i >= prompt for i in range(len(part))])
-        for part, prompt in zip(parts, lengths[:, 1].tolist(), strict=True)
+        Example(
+            [token if token >= 0 else ~token for token in part.tolist()],
+            [i >= prompt and token >= 0 for i, token in enumerate(part.tolist())],
+        )
+        for part, prompt in pairs
     ]
 
 

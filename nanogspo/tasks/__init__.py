@@ -8,9 +8,11 @@
     task    = build_task(("addition=0.7", "mine.py=0.3"))       what --task says: shipped tasks and own ones, mixed
 
 Read next: base.py (what a task is), addition.py (a finite pool, walked in epochs), reverse.py (too many words to list,
-so each draw is its own dice), jsonl.py (not a task but a file: SFT rows). A new task is a file and its class in TASKS.
+so each draw is its own dice), countdown.py (an equation, and its form), gsm8k.py, reasoning_gym.py; prompts.py (rows of
+one's own for RL); jsonl.py (no task but SFT rows). rows.py reads files and data sets, forms.py what a row says. A new
+task is a file and its class in TASKS. Countdown's reward goes up to 1.1: being right and being in form add up.
 
-Tests: tests/test_tasks.py
+Tests: tests/test_tasks.py, and a file for each of the later ones
 """
 
 import re
@@ -32,6 +34,8 @@ NAMED = {"gsm8k": Gsm8k, "reasoning_gym": ReasoningGym}  # built from what follo
 
 def get_task(name: str, size: int | None = None) -> Task:
     """The task called `name`; `size` is its difficulty (digits, or letters), None takes the task's own default.
+
+    gsm8k and reasoning_gym take more behind a colon: gsm8k:FILE, reasoning_gym:NAME.
 
     Raises ValueError for a name that is no task, or a size the task cannot have.
     """

@@ -101,8 +101,8 @@ def _key(numbers: list[int], target: int) -> str:
 def _problem(numbers: list[int], target: int, solution: str) -> Problem:
     request = (
         f"Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
-        "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And "
-        "return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>."
+        "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. "
+        "And return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>."
     )
     answer = f"<think>\n{solution} = {target}\n</think>\n<answer>{solution}</answer>"
     row = {"numbers": numbers, "target": target}

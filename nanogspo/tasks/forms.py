@@ -50,9 +50,8 @@ def _turn(turn: object, i: int) -> object:
         raise ValueError(
             f"got from {shown(speaker)} in conversations[{i}], want one of {', '.join(SPEAKERS)}; rename it"
         )
-    message = {"role": SPEAKERS[speaker], "content": value} | {
-        k: v for k, v in turn.items() if k not in ("from", "value")
-    }
+    more = {key: part for key, part in turn.items() if key not in ("from", "value")}
+    message = {"role": SPEAKERS[speaker], "content": value, **more}
     if speaker == "function_call":
         want = 'a JSON object {"name", "arguments"}, or a list of them; mend the call'
         calls = json_of(filled(value, f"conversations[{i}].value").encode(errors="surrogatepass"), want)

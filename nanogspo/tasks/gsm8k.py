@@ -5,10 +5,10 @@
 
 `exact` is strict: the number after the last #### or in the last \\boxed{}, else a last line that is only a number, or
 that says "answer is" or "answer:" and one. `metrics` adds `lenient`: the last number anywhere, as
-lm-evaluation-harness's flexible-extract. Their difference is form, not arithmetic. The reward is 1 for exact, 0.5 for
-lenient alone.
+lm-evaluation-harness's flexible-extract. Their difference is form, not arithmetic. The reward is 1 for exact,
+0.5 for lenient alone.
 
-A tenth of the rows is held out by a hash of the question, so that a run on the train split is measured without the test
+A tenth of the rows is held out by a hash of the question, so a run on the train split is measured without the test
 split. The calculator notes of the reference answers (<<48/2=24>>) are taken out.      Tests: tests/test_gsm8k.py
 """
 
@@ -16,43 +16,20 @@ import re
 
 from nanogspo.inputs import named
 from nanogspo.tasks.addition import last_number
-from nanogspo.tasks.base import Problem, is_held_out, refuse_count, shuffled
+from nanogspo.tasks.base import Problem
 from nanogspo.tasks.forms import filled
+from nanogspo.tasks.prompts import PromptRows
 from nanogspo.tasks.rows import read_rows
 
 INSTRUCTION = 'Solve the problem step by step. End with a line of "#### " and the number.'
-MARKED = re.compile(r"####\s*(.*)|\\boxed\{([^{}]*)\}")
+MARKED = re.compile(r"####[ $*]*([-−]?[0-9][0-9,.]*)|\\boxed\{([^{}]*)\}")
 LAST_LINE = re.compile(r"(?:.*\banswer(?: is|:))?[\s*$€£]*([-−]?[0-9][0-9,]*(?:\.[0-9]+)?)[\s*$%.]*", re.IGNORECASE)
 
 
-class Gsm8k:
-    name = "gsm8k"
-
+class Gsm8k(PromptRows):
     def __init__(self, source: str = ""):
-        self._train, self._exam = [], []
-        for where, row in read_rows(source or "hf:openai/gsm8k:main"):
-            with named(where):
-                question, answer = filled(row.get("question"), "question"), filled(row.get("answer"), "answer")
-                if "####" not in answer:
-                    raise ValueError('got an answer without "#### " and a number, want one at its end; mend the row')
-            messages = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
-            text = f"{INSTRUCTION}\n\nQuestion: {question}\nAnswer: "
-            problem = Problem(text, messages, re.sub(r"<<.*?>>", "", answer), row)
-            (self._exam if is_held_out(question) else self._train).append(problem)
-        if not self._train:
-            raise ValueError(f"got {len(self._exam)} rows of {source}, all of them held out by their hash, want more")
-
-    @property
-    def characters(self) -> str:
-        return "".join(sorted(set().union(*(p.text + p.answer for p in self._train + self._exam))))
-
-    def train_problem(self, n: int, seed: int) -> Problem:
-        epoch, i = divmod(n, len(self._train))
-        return self._train[shuffled(len(self._train), f"{seed}/{epoch}")[i]]
-
-    def held_out(self, count: int) -> list[Problem]:
-        refuse_count(count, len(self._exam), "gsm8k")
-        return [self._exam[i] for i in shuffled(len(self._exam), "held-out")[:count]]
+        rows = [(where, _row(where, row)) for where, row in read_rows(source or "hf:openai/gsm8k:main")]
+        super().__init__(rows, name="gsm8k", held_out=len(rows) // 10)
 
     def reward(self, problem: Problem, answer_text: str) -> float:
         return 1.0 if self.exact(problem, answer_text) else 0.5 * self.metrics(problem, answer_text)["lenient"]
@@ -62,6 +39,14 @@ class Gsm8k:
 
     def metrics(self, problem: Problem, answer_text: str) -> dict[str, float]:
         return {"lenient": float(last_number(answer_text) == strict(problem.answer))}
+
+
+def _row(where: str, row: dict) -> dict:
+    with named(where):
+        question, answer = filled(row.get("question"), "question"), filled(row.get("answer"), "answer")
+        if "####" not in answer:
+            raise ValueError('got an answer without "#### " and a number, want one at its end; mend the row')
+    return {**row, "prompt": f"{question}\n\n{INSTRUCTION}\n", "answer": re.sub(r"<<.*?>>", "", answer)}
 
 
 def strict(text: str) -> str:

@@ -45,10 +45,7 @@ class PromptRows:
         """
         self.name, self.left_out, self._held_out = name, 0, held_out
         self._rows = [(where, *_problem(where, row, system)) for where, row in rows]
-        if too_long:
-            self.leave_out(too_long)
-        else:
-            self._split()
+        self.leave_out(too_long or (lambda problem: False))
 
     def leave_out(self, too_long: Callable[[Problem], bool]) -> None:
         """Without the prompts that are too long, counted in left_out; then the sides are chosen anew."""
@@ -57,14 +54,10 @@ class PromptRows:
             with named(where):  # a template may not take these messages
                 kept += [] if too_long(problem) else [(where, key, problem)]
         self.left_out += len(self._rows) - len(kept)
+        if not kept:
+            count = len(self._rows)
+            raise ValueError(f"got {count} prompts, all too long, want some to train on; raise --max-prompt-tokens")
         self._rows = kept
-        self._split()
-
-    def _split(self) -> None:
-        if not self._rows:
-            raise ValueError(
-                f"got {self.left_out} prompts, all of them too long, want some to train on; raise --max-prompt-tokens"
-            )
         first = {}  # key -> problem
         for _, key, problem in self._rows:
             first.setdefault(key, problem)

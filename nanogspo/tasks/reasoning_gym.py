@@ -12,6 +12,7 @@ import re
 
 from nanogspo.inputs import optional
 from nanogspo.tasks.base import Problem, is_held_out
+from nanogspo.templates import one_line
 
 ITEMS = 10**6  # item numbers to draw from; the package makes an item when it is asked for
 TRIES = 1000  # draws for one problem of a side, which 1.1 or 10 should find
@@ -26,7 +27,10 @@ class ReasoningGym:
         if name not in known:
             raise ValueError(f"got task reasoning_gym:{name}, want one of its names: {', '.join(sorted(known))}")
         self.name = f"reasoning_gym:{name}"
-        self._items = gym.create_dataset(name, seed=0, size=ITEMS)
+        try:
+            self._items = gym.create_dataset(name, seed=0, size=ITEMS)
+        except Exception as error:  # two of them have fewer items, or need settings
+            raise ValueError(f"got {self.name}, which cannot be made ({one_line(error)}), want another") from error
 
     def train_problem(self, n: int, seed: int) -> Problem:
         return self._draw(f"{seed}/{n}", held_out=False)
@@ -42,7 +46,10 @@ class ReasoningGym:
 
     def reward(self, problem: Problem, answer_text: str) -> float:
         answers = re.findall(r"<answer>(.*?)</answer>", answer_text, re.DOTALL)
-        return float(self._items.score_answer((answers or [answer_text])[-1].strip(), problem.row))
+        try:
+            return float(self._items.score_answer((answers or [answer_text])[-1].strip(), problem.row))
+        except Exception:  # a scorer that cannot read what a model wrote
+            return 0.0
 
     def exact(self, problem: Problem, answer_text: str) -> bool:
         return self.reward(problem, answer_text) >= 1

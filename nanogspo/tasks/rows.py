@@ -16,6 +16,7 @@ or a chat template would see tool calls that nobody made. Values without a JSON 
 Tests: tests/test_rows.py
 """
 
+import contextlib
 import datetime
 import decimal
 import re
@@ -31,14 +32,8 @@ SPLIT = re.compile(r"(train|validation|test)\b")
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     """(where, row) in order. ValueError "WHERE: got ..., want ...; do ..." at the first bad row, and for none."""
     source = str(source)
-    if source.startswith("hf:"):
-        rows = _hub(source)
-    elif source.endswith(".parquet"):
-        rows = _parquet(source)
-    else:
-        rows = _json(source)
-    empty = True
-    for where, row in rows:
+    read, empty = _hub if source.startswith("hf:") else _parquet if source.endswith(".parquet") else _json, True
+    for where, row in read(source):
         if not isinstance(row, dict):
             raise ValueError(f'{where}: got a JSON {kind(row)}, want an object; write rows like {{"prompt": "..."}}')
         yield where, row
@@ -104,9 +99,6 @@ def plain(value: Any, column: str) -> Any:
         return str(value)
     if hasattr(value, "tolist"):  # numpy arrays and numbers
         return plain(value.tolist(), column)
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            pass
+    with contextlib.suppress(AttributeError, ValueError):  # no bytes; bytes that are no UTF-8
+        return value.decode()
     raise ValueError(f"got {type(value).__name__} in column {column!r}, want text, numbers or lists; drop the column")

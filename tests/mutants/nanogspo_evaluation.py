@@ -19,9 +19,7 @@ MUTANTS = {
         (" and tuple(e.tokens) not in known]", "]", "a held-out row trained on in another form"),
         ("if e.row not in chosen and tuple", "if tuple", "a held-out row trained on under another system prompt"),
         ("steps = max(1, math.ceil", "steps = max(0, math.ceil", "a run of no update, whose record is refused"),
-        ("sorted(rows)[:count]", "list(rows)[:count]", "held out by the order of the file"),
         ("and e.line == rows[e.row]]", "]", "a repeated row measured twice"),
-        ("len(rows) // 10) if", "len(rows)) if", "a file of 250 rows with 50 to train on"),
         ("math.ceil(round(config.epochs", "math.floor(round(config.epochs", "the last rows of the last epoch left out"),
     ],
     "tests/test_train.py": [

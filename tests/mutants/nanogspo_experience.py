@@ -65,6 +65,6 @@ MUTANTS = {
         ),
         ("rollout_facts(task, groups) |", "rollout_facts(task, kept) |", "the reward of groups with a spread alone"),
         ("    with reference or nullcontext():", "    with nullcontext():", "the policy is its own reference"),
-        ("trained / max(int(counts.sum()), 1)", "trained / len(rows)", "a mean over answers that are left out"),
+        ("trained / max(int(counts.sum()), 1)", "trained / size", "a mean over answers that are left out"),
     ],
 }

@@ -25,6 +25,15 @@ MUTANTS = {
             "the graph of rows that left",
         ),
     ],
+    "tests/test_episodes.py": [
+        (
+            "streams=streams[first : first + per_slice]",
+            "streams=streams[:per_slice]",
+            "later turns draw alike in every slice",
+        ),
+        ("np.array([0, 0, answer, turn]", "np.array([answer, turn, 0, 0]", "streams of turns that overlap"),
+        ("np.array([0, 0, answer, turn]", "np.array([0, 0, 0, turn]", "all answers draw alike from the second turn on"),
+    ],
     "tests/test_rollout.py": [
         (
             "fused.logits(hidden[segments.cu_seqlens[1:].long() - 1])",

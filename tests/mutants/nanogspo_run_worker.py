@@ -9,7 +9,6 @@ MUTANTS = {
         ('[sys.executable, "-P", "-m"', '[sys.executable, "-m"', "a json.py in the working folder is imported"),
         ("                    os.killpg(self.process.pid, signal.SIGKILL)", "                    pass", "what it started lives on"),
         ('if reply.get("kind") in ("late", "died"):', 'if reply.get("kind") == "died":', "a late process goes on and answers the next question"),
-        ("        os._exit(0)\n", "        pass\n", "a process without its caller stays where there are no groups"),
         ("            os.killpg(0, signal.SIGKILL)", "            return", "a process without its caller stays"),
         ("        faulthandler.dump_traceback_later(seconds, exit=True)\n", "", "a process that keeps the lock stays"),
         ("        faulthandler.cancel_dump_traceback_later()\n", "        faulthandler.dump_traceback_later(0.01, exit=True)\n", "a process without work ends"),

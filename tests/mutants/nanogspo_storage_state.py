@@ -4,6 +4,8 @@
 FILE = "nanogspo/storage/state.py"
 MUTANTS = {
     "tests/test_state.py": [
+        ("if scored or i < prompt else ~token", "", "of an episode everything after the prompt is trained on"),
+        ("(part[: prompt + 1] >= 0)", "(part[:prompt] >= 0)", "an example whose first scored token is none"),
         (" if n.startswith(ROLLOUT) or n in _random_state()}", "}", "a run that fits in memory cannot be resumed"),
         (
             '(weight_files(folder) if kind == "model" else ())',

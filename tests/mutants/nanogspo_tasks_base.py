@@ -14,5 +14,7 @@ MUTANTS = {
             "    random.Random(0).shuffle(order)",
             "every seed and every epoch in the same order",
         ),
+        ("sorted(hashes)[:count]", "list(hashes)[:count]", "held out by the order of the file"),
+        ("len(hashes) // 10) if", "len(hashes)) if", "a file of 250 rows with 50 to train on"),
     ],
 }

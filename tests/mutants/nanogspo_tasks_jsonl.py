@@ -5,11 +5,6 @@ FILE = "nanogspo/tasks/jsonl.py"
 MUTANTS = {
     "tests/test_tasks.py": [
         (
-            "start=1):\n        if not raw",
-            "start=0):\n        if not raw",
-            "an error that names the line above the bad one",
-        ),
-        (
             "if len(tokens) <= max_length]",
             "if len(tokens) < max_length]",
             "a row of exactly the maximal length is left out",
@@ -26,24 +21,12 @@ MUTANTS = {
             '"content": completion}], None',
             "loss on what the prompt's assistant said, and a given turn that refuses its row",
         ),
-        (
-            "if assistant or not isinstance(content, str):",
-            "if not isinstance(content, str):",
-            "empty answers are learned",
-        ),
-        ("return bool(said[0][1]) if said else learnable", "return learnable", "weight 0 and train false are ignored"),
-        (
-            "    if len({bool(value) for _, value in said}) > 1:",
-            "    if False:",
-            "weight counts, train that contradicts it does not",
-        ),
-        ("        if value and not learnable:", "        if False:", "train true on a user turn is ignored"),
         ("| given | ({", "| ({", "chat_template_kwargs of a row are ignored"),
         ('({"tools": tools} if tools else {})', "{}", "tools of a row are ignored"),
-        ("[turn + 1 for turn in learn]", "learn", "a system turn moves the loss one turn up"),
-        ("    elif system and messages[0]", "    elif False and messages[0]", "a second system text is ignored"),
+        ("turn + len(messages) - turns for", "turn for", "a system turn moves the loss one turn up"),
+        ("len(str(path)) :]))", "0:]))", "digits of a file's name taken for the line's"),
         ("and not tokenizer.spells(key):", "and False:", "tools that the template does not read are ignored"),
-        ('_refuse_foreign(row, "the row")', "None", "images of a row are ignored"),
+        ('refuse_foreign(row, "the row")', "None", "images of a row are ignored"),
         (
             'notes.update(f"{key!r} is not used" for key in row if key not in used)',
             "None",

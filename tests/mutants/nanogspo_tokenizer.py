@@ -56,4 +56,9 @@ MUTANTS = {
         ("        if type(i) is not int or i >= 2**31:", "        if False:", "ids of another type are a traceback"),
         ("functools.partial(need, kind=dict,", "functools.partial(need, kind=list,", "text_config is not read"),
     ],
+    "tests/test_forms.py": [
+        ("self._reads_parts and (len", "(len", "Python's own spelling of a list for a prompt"),
+        ("and not any(f", "and any(f", "parts joined where the template prints each trimmed"),
+        ('or message.get("role") != "system"', "or True", "all but the first part of a system turn lost"),
+    ],
 }
