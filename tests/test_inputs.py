@@ -185,9 +185,9 @@ def test_kinds_are_those_of_json():
 
 
 def test_what_is_beside_a_users_file_can_be_imported_then_and_later(tmp_path, monkeypatch):
-    """Later behind everything else: a json.py there does not stand in for Python's."""
+    """Later behind everything else: a datasets.py there does not stand in for the package."""
     monkeypatch.setattr("sys.path", [*sys.path])
-    for name in ("beside_now", "beside_later", "json"):
+    for name in ("beside_now", "beside_later"):
         (tmp_path / f"{name}.py").write_text(f"said = {name!r}")
     (tmp_path / "mine.py").write_text(
         "import beside_now\n\ndef later():\n    import beside_later\n    return beside_later.said"

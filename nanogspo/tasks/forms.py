@@ -120,6 +120,13 @@ def messages_of(value: object, name: str, *, learnable: bool) -> tuple[list[dict
     return messages, learn
 
 
+def asked_in(prompt: object) -> list[dict]:
+    """The turns of a row's `prompt`: messages, or text, which is a user's turn."""
+    if isinstance(prompt, list):
+        return messages_of(prompt, "prompt", learnable=False)[0]
+    return [{"role": "user", "content": filled(prompt, "prompt")}]
+
+
 def with_system(messages: list[dict], system: object) -> list[dict]:
     """The messages behind a first turn of this text, unless they have it."""
     if not isinstance(system, str):

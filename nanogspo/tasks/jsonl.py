@@ -38,7 +38,7 @@ from pathlib import Path
 from nanogspo import packing
 from nanogspo.inputs import json_of, kind, named
 from nanogspo.tasks import forms
-from nanogspo.tasks.forms import FIELDS, filled, messages_of, problem_of, refuse_foreign, with_system
+from nanogspo.tasks.forms import FIELDS, asked_in, filled, messages_of, problem_of, refuse_foreign, with_system
 from nanogspo.tasks.rows import read_rows
 from nanogspo.tokenizer import Tokenizer, conversation_examples
 
@@ -127,10 +127,7 @@ def _encode(row: dict, tokenizer: Tokenizer, template_kwargs: dict, notes: Count
             (row["prompt"], row["completion"]) if pair else problem_of(row, chat=tokenizer.has_chat_template)
         )
         completion = filled(completion, "completion" if pair else "solution")
-        if isinstance(prompt, list):
-            messages, _ = messages_of(prompt, "prompt", learnable=False)
-        else:
-            messages = [{"role": "user", "content": filled(prompt, "prompt")}]
+        messages = asked_in(prompt)
         messages, learn = [*messages, {"role": "assistant", "content": completion}], [len(messages)]
     else:
         raise ValueError(f"got a row with {', '.join(map(repr, row)) or 'no keys'}, want {FORMS}; rename the keys")

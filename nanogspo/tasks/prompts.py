@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 from nanogspo.inputs import named
 from nanogspo.tasks.base import Problem, shuffled, smallest_hashes
-from nanogspo.tasks.forms import filled, messages_of, with_system
+from nanogspo.tasks.forms import asked_in, with_system
 
 ANSWERS = ("answer", "solution", "ground_truth", "completion")
 
@@ -91,10 +91,7 @@ def _problem(where: str, row: dict, system: str) -> tuple[str, Problem]:
         prompt = row.get("prompt")
         if prompt is None:
             raise ValueError(f"got a row with {', '.join(map(repr, row)) or 'no keys'}, want a prompt; rename the keys")
-        if isinstance(prompt, list):
-            turns, _ = messages_of(prompt, "prompt", learnable=False)
-        else:
-            turns = [{"role": "user", "content": filled(prompt, "prompt")}]
+        turns = asked_in(prompt)
         if turns[-1]["role"] not in ("user", "tool"):
             raise ValueError(f"got a prompt that ends in a turn of {turns[-1]['role']}, want a user's; drop that turn")
         messages = with_system(turns, row.get("system") or "")
