@@ -68,17 +68,7 @@ def run(config: SampleConfig) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    answers = generate(
-        model,
-        ids,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        eos_ids=tokenizer.eos_ids,
-        seed=config.seed,
-        max_rows=MAX_ROWS,
-    )
+    answers = generate(model, ids, **settings(tokenizer, config), max_rows=MAX_ROWS)
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"> {prompt}\n{tokenizer.decode(answer.tokens)}\n")
 
@@ -102,22 +92,17 @@ def encode(tokenizer: Tokenizer, messages: list[dict], text: str, config: Sample
     return tokenizer.chat([*system, *messages], **thinking)
 
 
+def settings(tokenizer: Tokenizer, config: SampleConfig) -> dict:
+    """What `generate` and `decode` are told about how to sample."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    return {name: getattr(config, name) for name in names} | {"eos_ids": tokenizer.eos_ids}
+
+
 def stream(model: Transformer, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> Iterator[str]:
     """Pieces of text as they become certain. A character may span several tokens (most emoji do), so what decodes to
     the replacement character is held back until it is whole."""
     ids, shown = [], ""
-    steps = decode(
-        model,
-        [prompt],
-        group_size=1,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        eos_ids=tokenizer.eos_ids,
-        seed=config.seed,
-    )
-    for _, tokens, _, _ in steps:
+    for _, tokens, _, _ in decode(model, [prompt], group_size=1, **settings(tokenizer, config)):
         ids += tokens
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogspo.families import ModelConfig, export_config, model_config, text_part
-from nanogspo.inputs import read_json, some
+from nanogspo.inputs import named, read_json, some
 from nanogspo.lora import LoRALinear, lora_layers
 from nanogspo.model import Transformer
 from nanogspo.quant import KINDS, LINEAR, NF4Linear, packed_layers, put, quantize_linear
@@ -44,11 +44,7 @@ COMPARED = 2**20  # numbers of two matrices at a time
 
 
 def load(
-    path_or_repo: str | os.PathLike,
-    *,
-    device="cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    quant: str | None = None,
+    path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = torch.bfloat16, quant: str | None = None
 ) -> Transformer:
     """A Transformer with the weights of a Hugging Face checkpoint.
 
@@ -198,10 +194,8 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
             q = nf4_from_file(name, {"weight": stored.read(), **parts}).to(device)
             put(model, parent, NF4Linear(q, module.bias, bytes(parts[QUANT_STATE].flatten().tolist())))
         elif name in packs:  # rounded to dtype first: the weights that everybody else packs
-            try:
+            with named(f"{stored.path}: {name}"):
                 put(model, parent, quantize_linear(stored.read().to(dtype).to(device), module.bias, quant))
-            except ValueError as e:
-                raise ValueError(f"{stored.path}: {name}: {e}") from e
         else:
             module.register_parameter(leaf, nn.Parameter(stored.read().to(dtype).to(device)))
 
@@ -267,9 +261,8 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
     _write_shards(path, tensors)
     if source is None:
         atomic_write(path / "generation_config.json", json.dumps({"eos_token_id": list(model.config.eos_ids)}))
-    elif (source / "generation_config.json").exists():
-        atomic_write(path / "generation_config.json", (source / "generation_config.json").read_bytes())
-    for name in PROCESSOR_FILES if whole else ():
+    copied = ("generation_config.json", *(PROCESSOR_FILES if whole else ())) if source else ()
+    for name in copied:
         if (source / name).exists():
             atomic_write(path / name, (source / name).read_bytes())
     if tokenizer is not None:

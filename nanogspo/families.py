@@ -1,7 +1,7 @@
 """What differs between model families, as data: a Hugging Face config.json -> ModelConfig.
 
-One transformer (model.py) serves every family below; a family is one row of FAMILIES. The columns are named for the
-mechanism, not for the vendor, and model.py reads nothing else:
+One transformer (model.py) serves every family; a family is one row of FAMILIES, a block of families.yaml, which holds
+all tables of this file. The columns are named for the mechanism, not for the vendor, and model.py reads nothing else:
 
     norm_plus_one   RMSNorm multiplies by (1 + w) in fp32 and rounds last (Gemma); else rounds first, then * w (Llama)
     post_norms      a second norm after attention and after the MLP, before the residual is added ("sandwich")
@@ -10,7 +10,7 @@ mechanism, not for the vendor, and model.py reads nothing else:
     scale_embedding the embedding is multiplied by sqrt(hidden_size), rounded to the weight dtype
     layer_pattern   which layers see only a sliding window
 
-Reading order: FAMILIES, ModelConfig, model_config, the small readers under it, export_config.
+Reading order: families.yaml, Family, ModelConfig, model_config, the small readers under it, export_config.
 Two generations of files are read: what the hub holds (rope_theta, rope_scaling, sliding_window_pattern at the top)
 and what transformers 5 writes (rope_parameters, layer_types). Both must give the same model.
 A key of the file is read, or known to have no effect on what a text model computes (NO_EFFECT), or known to change it
@@ -22,7 +22,10 @@ Lesson: lessons/01_one_transformer.md       Tests: tests/test_families.py
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nanogspo.inputs import REQUIRED, need, shown, some
 
@@ -43,7 +46,7 @@ class Family:
     activation_key: str = "hidden_act"
     scale_embedding: bool = False
     layer_pattern: str = "full"  # "full" | "window_flag" (Qwen) | "alternate" (Gemma 2) | "every_nth_full" (Gemma 3)
-    softcaps: tuple[str, ...] = ()  # which of SOFTCAPS act
+    softcaps: list[str] = field(default_factory=list)  # which of SOFTCAPS act
     attn_scalar: bool = False  # whether query_pre_attn_scalar replaces head_dim in the attention scale
     head_dim: int | None = None  # class default when the file is silent; None: hidden_size / heads
     tied: bool = False  # class default of tie_word_embeddings
@@ -51,94 +54,11 @@ class Family:
 
 
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", defaults={"max_position_embeddings": 2048}),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, o_bias=False, layer_pattern="window_flag"),
-    # every size from 0.6B to 32B has head_dim 128, whatever hidden_size / heads says
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, layer_pattern="window_flag", head_dim=128),
-    "gemma": Family(
-        "GemmaForCausalLM",
-        norm_plus_one=True,
-        activation=GELU_TANH,
-        scale_embedding=True,
-        head_dim=256,
-        tied=True,
-        defaults={"max_position_embeddings": 8192},
-    ),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        norm_plus_one=True,
-        post_norms=True,
-        activation=GELU_TANH,
-        activation_key="hidden_activation",
-        scale_embedding=True,
-        layer_pattern="alternate",
-        softcaps=SOFTCAPS,
-        attn_scalar=True,
-        head_dim=256,
-        tied=True,
-        defaults={
-            "sliding_window": 4096,
-            "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "max_position_embeddings": 8192,
-        },
-    ),
-    # Gemma 3 has qk_norm instead of the soft-caps; of a file that sets both transformers obeys the final one alone.
-    # The 4B+ files are sparse, so the class defaults are part of the format.
-    "gemma3": Family(
-        "Gemma3ForCausalLM",
-        norm_plus_one=True,
-        post_norms=True,
-        qk_norm=True,
-        activation=GELU_TANH,
-        activation_key="hidden_activation",
-        scale_embedding=True,
-        layer_pattern="every_nth_full",
-        softcaps=SOFTCAPS[1:],
-        attn_scalar=True,
-        head_dim=256,
-        tied=True,
-        defaults={
-            "vocab_size": 262208,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "sliding_window": 4096,
-            "query_pre_attn_scalar": 256,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-            "sliding_window_pattern": 6,
-            "max_position_embeddings": 131072,
-        },
-    ),
-}
-
-# model_type of a file -> row of FAMILIES. Multimodal wrappers are read for their text part only: with text positions
-# their three-axis RoPE (M-RoPE) is exactly plain RoPE.
-MODEL_TYPES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen2_vl_text": "qwen2",
-    "qwen2_vl": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen2_5_vl": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gemma3": "gemma3",
-}
-# Multimodal model types -> their class. It keeps the text layers in model.language_model, a text-only class in model.
-WRAPPERS = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "gemma3": "Gemma3ForConditionalGeneration",
-}
-DEFAULT_THETA = {"qwen2_vl": 1e6, "qwen2_5_vl": 1e6, "qwen3_vl": 5e5}  # of files that state no rope_theta
+# The tables are data: families.yaml has them, and says what is in each
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+FAMILIES = {name: Family(**row) for name, row in TABLES["families"].items()}
+MODEL_TYPES = {model_type: name for name, types in TABLES["model_types"].items() for model_type in types}
+WRAPPERS, DEFAULT_THETA = TABLES["wrappers"], TABLES["default_theta"]
 # what export_config writes: the text-only type that transformers opens without its wrapper
 TEXT_TYPES = {"gemma3": "gemma3_text"}
 
@@ -275,34 +195,14 @@ def model_config(config: dict) -> ModelConfig:
 
 MOST_LAYERS, LONGEST_CONTEXT = 1024, 2**40  # beyond every model there is, and small enough to be counted with
 
-# Keys that change what a model computes, in a way that is not built here -> what is wanted instead. None, false, 0 and
-# empty are fine.
-CHANGES = {
-    "use_bidirectional_attention": "a decoder: this is an embedding model",
-    "rope_interleaved": "rotated halves: transformers rotates no neighbouring channels here",
-    "pruned_heads": "all heads",
-    "transformers_weights": "weights in model.safetensors or behind its index",
-}
+CHANGES = TABLES["changes"]  # keys that are refused when set
+NO_EFFECT = frozenset(TABLES["no_effect"].split())
 READ = frozenset(
     """architectures attention_bias auto_map dtype eos_token_id head_dim hidden_act hidden_activation hidden_size
     intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias model_type num_attention_heads
     num_hidden_layers num_key_value_heads partial_rotary_factor quantization_config query_pre_attn_scalar rms_norm_eps
     rope_local_base_freq rope_parameters rope_scaling rope_theta sliding_window sliding_window_pattern text_config
     thinker_config tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()
-)
-# how transformers runs, trains or samples; labels; what transformers 4 wrote of every config
-NO_EFFECT = frozenset(
-    """_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path _sliding_window_pattern
-    add_cross_attention attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
-    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder is_llama_config
-    label2id length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
-    torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
-    use_cache use_mrope""".split()
 )
 MEDIA = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa|mm)_")  # pictures and sound, which a text has not
 
@@ -396,29 +296,7 @@ def _layer_types(row: Family, text: dict, L: int, where: str) -> tuple[str, ...]
     return types
 
 
-# rope_type -> the keys it cannot do without. "mrope" with text positions is "default".
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-}
-# what a RoPE entry may hold, and the numbers that make sense
-ROPE_RANGES = {
-    "rope_theta": (1.01, 1e15),
-    "factor": (1e-3, 1e6),
-    "low_freq_factor": (1e-6, 1e6),
-    "high_freq_factor": (1e-6, 1e6),
-    "original_max_position_embeddings": (1, LONGEST_CONTEXT),
-    "partial_rotary_factor": (1e-3, 1),
-    "attention_factor": (1e-3, 1e3),
-    "beta_fast": (1e-6, 1e9),
-    "beta_slow": (1e-6, 1e9),
-    "mscale": (0, 1e3),
-    "mscale_all_dim": (0, 1e3),
-    "truncate": None,
-    "rope_type": None,
-}
+ROPE_KEYS, ROPE_RANGES = TABLES["rope_keys"], TABLES["rope_ranges"]
 
 
 def _rope(text: dict, layer_types: tuple[str, ...], where: str) -> dict[str, dict]:

@@ -2,18 +2,20 @@
 
 Every reader of a JSON file goes through `read_json` and `need`, so that a wrong type, a nan, a number of 300 digits or
 a thousand nested lists is one ValueError with the file's name in it, before anything is allocated. `text_of` and
-`json_of` are for text that people write: prompts, templates, one row of a JSONL file.
+`json_of` are for text that people write: prompts, templates, one row of a JSONL file. `import_file`, `explained` and
+`optional` are for code that is not ours.
 
 Tests: tests/test_inputs.py
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import stat
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +61,15 @@ def need(values: dict, key: str, kind: type, *, where: str, low=-1e300, high=1e3
     raise ValueError(f"got {key}={shown(value)}, want {wanted} in {where}")
 
 
+@contextlib.contextmanager
+def named(where: object) -> Iterator[None]:
+    """A ValueError from within gets in front of it where that was: a file, a line, a place in a row."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def kind(value: Any) -> str:
     """What JSON calls the type of a Python value."""
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
@@ -83,10 +94,8 @@ def read_bytes(path: str | os.PathLike, want: str) -> bytes:
 def read_text(path: str | os.PathLike, want: str) -> str:
     """A whole file of UTF-8; `want` as in read_bytes."""
     data = read_bytes(path, want)
-    try:
+    with named(path):
         return text_of(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def text_of(data: bytes) -> str:
@@ -116,10 +125,8 @@ def json_of(data: bytes, want: str) -> Any:
 
 def parse_json(data: bytes, where: str) -> dict:
     """The object in these bytes of UTF-8, with or without a byte mark."""
-    try:
+    with named(where):
         value = json_of(data, "an object; fetch the file again")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     level = [value]
     for _ in range(DEEPEST):
         parents = (x for x in level if isinstance(x, dict | list))
@@ -137,24 +144,45 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def import_file(path: str, flag: str) -> ModuleType:
-    """A Python file of the user's own, as a module named like it; files beside it can be imported from it. ValueError
-    with one line if there is none, or if running it raises anything."""
-    name, folder = os.path.splitext(os.path.basename(path))[0], os.path.dirname(os.path.abspath(path))
-    if not os.path.isfile(path):
+    """A Python file of the user's own, as a module. ValueError with one line if there is none, or if running it fails.
+
+    Files beside it can be imported: first of all while it is run, as in `python FILE.py`, and later behind all others,
+    so that a datasets.py there does not stand in for a package that is imported by then.
+    """
+    path_there = os.path.realpath(path)
+    if not os.path.isfile(path_there):
         raise ValueError(f"got {flag} {path}, which is no file here; want FILE.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    known = sys.modules.get(name)
-    sys.modules[name] = module  # where dataclasses and pickle look for the module of a class
+    folder, name = os.path.split(path_there)
+    # a name of its own: a file called random.py must not stand in for Python's
+    spec = importlib.util.spec_from_file_location(f"user_{os.path.splitext(name)[0]}", path_there)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        where = f"{path}:{lines[-1]}" if lines else path
-        raise ValueError(f"{where}: {type(error).__name__}: {error}; want a file that can be imported") from error
+    except (Exception, SystemExit) as error:
+        said = explained(error, path_there)
+        raise ValueError(f"{path}: got {said}, want a file that can be imported; correct it") from error
     finally:
         sys.path.remove(folder)
-        if known:
-            sys.modules[name] = known
+        sys.path.append(folder)
     return module
+
+
+def explained(error: BaseException, file: str) -> str:
+    """An exception in one line, with the last line of `file` that led to it: "KeyError: 'a' (reward.py:7)"."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        error, lines = type(error)(error.msg), [error.lineno]
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return text + (f" ({os.path.basename(file)}:{lines[-1]})" if lines else "")
+
+
+def optional(name: str, reason: str) -> ModuleType:
+    """A package that only some runs need, from requirements-extra.txt."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"got {reason} without the package {name.partition('.')[0]} ({some([error])}); "
+            "do: pip install -r requirements-extra.txt"
+        ) from error

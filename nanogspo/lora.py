@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kernels.lora import frozen_linear
 from nanogspo.inputs import some
-from nanogspo.quant import LINEAR, PackedLinear, dense_weight, weight_count
+from nanogspo.quant import LINEAR, PackedLinear, dense_weight, put, weight_count
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -110,8 +110,7 @@ def add_lora(
         if not base.weight.is_meta:
             draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound  # (r, in)
             layer.lora_A.weight.data.copy_(draw)
-        parent, leaf = name.rsplit(".", 1)
-        setattr(model.get_submodule(parent), leaf, layer)
+        put(model, name, layer)
         touched.append(name)
     return touched
 

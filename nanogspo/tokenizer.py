@@ -34,6 +34,8 @@ from nanogspo.storage.files import TOKENIZER_FILES, atomic_write, resolve
 from nanogspo.templates import one_line
 
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>")  # Qwen; Gemma 1 to 3; Gemma 4; Llama 3
+# What a template is always given. tools and documents as None, because some templates only ask whether they are none
+BARE = {"tools": None, "documents": None, "add_generation_prompt": True}
 
 
 def load_tokenizer(path_or_repo: str | Path) -> "Tokenizer":
@@ -201,16 +203,9 @@ class Tokenizer:
         name = "tool_use" if template_kwargs.get("tools") and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise ValueError(f"got chat templates {[*self.templates]}, want a default one: rename one in {self.folder}")
-        # tools and documents are there as None, because some templates only ask whether they are none
-        given = {"tools": None, "documents": None, "add_generation_prompt": True}
-        given |= {**self.special_tokens, **template_kwargs}
+        given = BARE | self.special_tokens | template_kwargs
         given["messages"] = [
-            {
-                key: self._content(value, m) if key == "content" else value
-                for key, value in m.items()
-                if value is not None
-            }
-            for m in messages
+            {k: self._content(v, m) if k == "content" else v for k, v in m.items() if v is not None} for m in messages
         ]
         try:
             variables = json.dumps(given)
@@ -235,7 +230,7 @@ class Tokenizer:
     @functools.cached_property
     def _reads_parts(self) -> bool:
         """Whether the template prints the text of a part, and not the part as Python or JSON spells it."""
-        given = {**self.special_tokens, "tools": None, "documents": None, "add_generation_prompt": True}
+        given = BARE | self.special_tokens
         given["messages"] = [{"role": "user", "content": [{"type": "text", "text": "xyz"}]}]
         try:
             shown = templates.render(next(iter(self.templates.values())), json.dumps(given))

@@ -3,88 +3,21 @@
     python train.py --num-generations 16
     train.py: unknown flag --num-generations 16; here it is --group-size 16
 
-TABLE holds them: their names -> (who has them, our flags, what differs). README.md shows it; a test keeps both equal.
+words.yaml holds them, read into TABLE. README.md shows it; a test keeps both equal.
 Nothing is translated in silence: a word that means nearly the same thing would change a run without a trace.
 
-Reading order: TABLE, translate, explain, explain_flags.      Tests: tests/test_words.py
+Reading order: words.yaml, translate, explain, explain_flags.      Tests: tests/test_words.py
 """
 
 import re
 import shlex
 from collections.abc import Container, Sequence
+from pathlib import Path
 
-# Who: T is TRL (GRPOConfig, SFTConfig, ModelConfig, its scripts), L LLaMA-Factory, O others (Unsloth, GSPO guides, and
-# verl by the end of its dotted names). Our flags: {} is their value; a dict is by their value, with * for every other
-# one; "" means that no flag of ours takes their value: the remark says what to do, in a dict that it is the default.
-BATCH = (
-    "SFT: --batch-size is per_device_train_batch_size x gradient_accumulation_steps; RL: an update has "
-    "--prompts-per-rollout x --group-size / --updates-per-rollout answers; memory: --micro-batch-tokens"
-)
-GROUP, NONE = "--divide-by-std", "--no-divide-by-std"
-LOSSES = {"grpo": "--loss-average sequence", "dapo": "--loss-average token", "dr_grpo": "--loss-average constant"}
-LEFT_OUT = "longer ones are left out and counted, never cut"
-TABLE: dict[str, tuple[str, str | dict[str, str], str]] = {
-    "model_name_or_path": ("TL", "--model {}", ""),
-    "model_name model.path": ("O", "--model {}", ""),
-    "bf16": ("TL", {"true": "--dtype bf16", "false": "--dtype fp32"}, ""),
-    "fp16": ("TL", {"true": "--dtype bf16", "false": ""}, "fp16 is not built; bf16 has the range of fp32"),
-    "load_in_4bit": ("TO", {"true": "--quant nf4", "false": ""}, ""),
-    "load_in_8bit": ("TO", {"true": "--quant int8", "false": ""}, ""),
-    "use_4bit": ("O", {"true": "--quant nf4", "false": ""}, ""),
-    "quantization_bit": ("L", {"4": "--quant nf4", "8": "--quant int8"}, ""),
-    "use_peft": ("T", {"true": "--lora-r 16", "false": "--lora-r 0"}, ""),
-    "use_lora": ("O", {"true": "--lora-r 16", "false": "--lora-r 0"}, ""),
-    "finetuning_type": ("L", {"lora": "--lora-r 16", "full": "--lora-r 0"}, ""),
-    "lora_rank": ("LO", "--lora-r {}", ""),
-    "lora_target_modules": ("TO", {"all-linear": "", "*": "--lora-targets {}"}, ""),
-    "lora_target": ("L", {"all": "", "*": "--lora-targets {}"}, ""),
-    "trust_remote_code": ("TL", "", "leave it out: a checkpoint cannot run code here"),
-    "dataset_name": ("T", "--data hf:{}", "a file: --data FILE.jsonl"),
-    "dataset": ("L", "--data {}", "the file itself, not its name in dataset_info.json"),
-    "cutoff_len": ("L", "--max-length {}", LEFT_OUT),
-    "max_seq_length": ("O", "--max-length {}", f"of SFT rows; {LEFT_OUT}"),
-    "max_prompt_length": ("O", "--max-prompt-tokens {}", LEFT_OUT),
-    "val_size": ("L", "--eval-size {}", "a number of rows, not a fraction"),
-    "packing": ("TL", "", "leave it out: rows are always packed, and none sees another"),
-    "stage": ("L", {"sft": "--algo sft"}, ""),
-    "output_dir": ("TL", "--out {}", ""),
-    "num_train_epochs": ("TL", "--epochs {}", "SFT; RL counts its updates with --steps"),
-    "max_steps": ("TL", {"-1": "", "*": "--steps {}"}, ""),
-    "num_outer_iterations": ("O", "", "here --steps counts updates: rollouts x --updates-per-rollout"),
-    "save_steps": ("TL", "--save-every {}", ""),
-    "eval_steps": ("TL", "--eval-every {}", ""),
-    "resume_from_checkpoint": ("TL", "--resume {}", "the run's folder, no checkpoint inside it"),
-    "report_to": ("TL", "", "leave it out: metrics.jsonl and curves.png in the run folder have every number"),
-    "learning_rate": ("TL", "--lr {}", ""),
-    "optim.lr": ("O", "--lr {}", ""),
-    "lr_scheduler_type": ("TL", {n: f"--lr-schedule {n}" for n in ("constant", "linear", "cosine")}, ""),
-    "warmup_steps": ("TL", "--warmup-updates {}", ""),
-    "warmup_ratio": ("L", "", "here --warmup-updates is a number of updates: the ratio x --steps"),
-    "max_grad_norm": ("TL", "--grad-clip {}", ""),
-    "optim": ("TL", "", "leave it out: the optimiser is AdamW on fp32 copies of what is trained"),
-    "per_device_train_batch_size gradient_accumulation_steps": ("TL", "", BATCH),
-    "num_generations": ("T", "--group-size {}", ""),
-    "rollout.n gspo_group_size": ("O", "--group-size {}", ""),
-    "train_batch_size": ("O", "--prompts-per-rollout {}", ""),
-    "steps_per_generation": ("T", "", "here --updates-per-rollout: it / gradient_accumulation_steps; usually 4"),
-    "num_iterations": ("T", "", "here a rollout is used once, in --updates-per-rollout minibatches, usually 4"),
-    "ppo_mini_batch_size": ("O", "", "here --updates-per-rollout: train_batch_size / ppo_mini_batch_size"),
-    "max_completion_length": ("T", "--max-new-tokens {}", ""),
-    "max_response_length": ("O", "--max-new-tokens {}", ""),
-    "epsilon": ("T", "--clip-low {}", "and --clip-high, where there is no epsilon_high"),
-    "epsilon_high": ("T", "--clip-high {}", ""),
-    "clip_range_left clip_ratio_low": ("O", "--clip-low {}", ""),
-    "clip_range_right clip_ratio_high": ("O", "--clip-high {}", ""),
-    "kl_loss_coef": ("O", "--beta {}", ""),
-    "importance_sampling_level": ("T", {"token": "--algo grpo", "sequence": "--algo gspo"}, ""),
-    "loss_type": ("T", LOSSES, ""),
-    "scale_rewards": ("T", {"group": GROUP, "true": GROUP, "none": NONE, "false": NONE}, ""),
-    "mask_truncated_completions": ("T", {"true": "--mask-truncated", "false": ""}, ""),
-    "multi_objective_aggregation": ("T", "--reward-mix {}", ""),
-    "reward_funcs": ("T", "--reward FILE.py:{}", "the file that has it, and its name there; it runs unchanged"),
-    "reward_weights": ("T", "--reward FILE.py:function={}", "each reward with its weight"),
-    "use_vllm": ("T", "", "leave it out: this process samples, from the very weights it trains"),
-}
+import yaml
+
+# Their names -> [who has them, our flags, what differs]; words.yaml has it, and says what the columns hold
+TABLE: dict[str, list] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 WORDS = {name: entry for names, entry in TABLE.items() for name in names.split()}
 TRUTH = {"": "true", "1": "true", "yes": "true", "on": "true", "0": "false", "no": "false", "off": "false"}
 
@@ -114,7 +47,7 @@ def translate(name: str, values: Sequence[str], fields: Container[str]) -> tuple
     return " ".join(ours.replace("{}", shlex.quote(v)) for v in each) or ours.replace("{}", "VALUE"), remark
 
 
-def fields_of(entry: tuple[str, str | dict[str, str], str]) -> list[str]:
+def fields_of(entry: Sequence) -> list[str]:
     """Our fields that an entry names: those of its flags, or of its remark where no flag takes the value."""
     _, ours, remark = entry
     flags = " ".join(ours.values()) if isinstance(ours, dict) else ours

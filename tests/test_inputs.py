@@ -6,6 +6,7 @@
 import copy
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ import pytest
 from nanogspo import inputs
 from nanogspo.inputs import (
     DEEPEST,
+    import_file,
     json_of,
     kind,
     need,
@@ -180,3 +182,16 @@ def test_text_that_is_none_is_named(tmp_path):
 def test_kinds_are_those_of_json():
     values = [None, True, 1, 1.5, "", [], {}]
     assert [kind(value) for value in values] == ["null", "boolean", "number", "number", "string", "list", "object"]
+
+
+def test_what_is_beside_a_users_file_can_be_imported_then_and_later(tmp_path, monkeypatch):
+    """Later behind everything else: a datasets.py there does not stand in for the package."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name in ("beside_now", "beside_later"):
+        (tmp_path / f"{name}.py").write_text(f"said = {name!r}")
+    (tmp_path / "mine.py").write_text(
+        "import beside_now\n\ndef later():\n    import beside_later\n    return beside_later.said"
+    )
+    module = import_file(str(tmp_path / "mine.py"), "--task")
+    assert module.beside_now.said == "beside_now" and module.later() == "beside_later"
+    assert sys.path[-1] == os.path.realpath(tmp_path) and sys.path.count(sys.path[-1]) == 1

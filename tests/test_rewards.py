@@ -162,7 +162,7 @@ def test_whatever_a_reward_does_each_answer_is_counted(own, capsys):
 
 def test_a_reward_that_cannot_work_ends_the_run(own, folder, tmp_path):
     assert "random.py:unfit: got a function" in refused(own("right", "unfit").probe, GROUP)
-    assert "no function nothing" in refused(load, f"{folder}/random.py:nothing")
+    assert "no function or class nothing" in refused(load, f"{folder}/random.py:nothing")
     assert "the parameter colour; the row has prompt, answer, level" in refused(own("needs").probe, GROUP)
     for source, said in [
         ("x = (\n", "(broken.py:1)"),
@@ -171,7 +171,7 @@ def test_a_reward_that_cannot_work_ends_the_run(own, folder, tmp_path):
     ]:
         (tmp_path / "broken.py").write_text(source)
         assert said in refused(load, f"{tmp_path}/broken.py:f")
-    assert "FileNotFoundError" in refused(load, f"{tmp_path}/nowhere.py:f")
+    assert "got --reward" in (said := refused(load, f"{tmp_path}/nowhere.py:f")) and "is no file here" in said
 
 
 def test_closing_ends_calls_that_run(own):

@@ -5,6 +5,7 @@
 Tests: tests/test_curves.py
 """
 
+import functools
 import math
 import statistics
 from pathlib import Path
@@ -30,7 +31,7 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
     panels = [
         (_draw_exact, [row for row in rows if "eval_exact" in row]),
         (_draw_reward, policy),
-        (_draw_ratio, policy),
+        (functools.partial(_draw_ratio, clip_range=clip_range), policy),
         (_draw_sft_loss, sft + held_out),
         (_draw_sft_accuracy, held_out and sft + held_out),
         (_draw_entropy, policy),
@@ -50,10 +51,7 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
         axes.set_axisbelow(True)
         axes.set_xlabel("update")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if draw is _draw_ratio:
-            draw(axes, data, clip_range)
-        else:
-            draw(axes, data)
+        draw(axes, data)
     path = Path(folder, "curves.png")
     figure.savefig(path, dpi=130)
     return path
@@ -143,18 +141,18 @@ def _draw_reward(axes, rows: list[dict]) -> None:
 
 
 def _draw_sft_loss(axes, rows: list[dict]) -> None:
-    _titled(axes, "SFT loss, nats per token", [row for row in rows if "eval_loss" not in row], "loss")
-    _draw_sft(axes, rows, "loss", math.inf)
+    _draw_sft(axes, rows, "SFT loss, nats per token", "loss", math.inf)
 
 
 def _draw_sft_accuracy(axes, rows: list[dict]) -> None:
-    _titled(axes, "SFT token accuracy", [row for row in rows if "eval_loss" not in row], "token_accuracy")
-    _draw_sft(axes, rows, "token_accuracy", 1.0)
+    _draw_sft(axes, rows, "SFT token accuracy", "token_accuracy", 1.0)
 
 
-def _draw_sft(axes, rows: list[dict], key: str, most: float) -> None:
+def _draw_sft(axes, rows: list[dict], title: str, key: str, most: float) -> None:
     """Training rows phase by phase, over them the held-out rows."""
-    phases = _by_phase([row for row in rows if "eval_loss" not in row])
+    training = [row for row in rows if "eval_loss" not in row]
+    _titled(axes, title, training, key)
+    phases = _by_phase(training)
     for phase, group in phases.items():
         label = phase if len(phases) > 1 else "training"
         _smooth(axes, *_series(group, key), PHASE_COLOURS.get(phase, BLUE), label, possible=(0.0, most))

@@ -56,14 +56,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 class RunLog:
     """Owns metrics.jsonl and samples.jsonl of one run folder, and the lines on the console."""
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        steps: int,
-        resume_step: int | None = None,
-        quiet: bool = False,
-    ):
+    def __init__(self, folder: str | Path, *, steps: int, resume_step: int | None = None, quiet: bool = False):
         """folder       made if missing
         steps        steps of the whole run, for the progress bar and the width of the step column
         resume_step  None starts new files; k keeps what is there up to step k and goes on after it
@@ -100,22 +93,16 @@ class RunLog:
         exact = successes / count if count else math.nan
         row = {"step": step, "phase": phase, "eval_exact": exact, "eval_low": low, "eval_high": high}
         row |= {"eval_count": count, **more}
-        self._note(row)
-        self.say(
-            f"eval {step:>{max(4, len(str(self.steps)))}} | {phase:<7} | exact {exact:6.1%}"
-            f" | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
-            + (f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}" if "eval_reward_se" in more else "")
-        )
+        text = f"exact {exact:6.1%} | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
+        if "eval_reward_se" in more:
+            text += f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}"
+        self._examined(row, text)
         return row
 
     def held_out(self, *, step: int, phase: str, loss: float, accuracy: float, count: int) -> None:
         """Loss and token accuracy on `count` rows that are never trained on."""
         row = {"step": step, "phase": phase, "eval_loss": loss, "eval_token_accuracy": accuracy, "eval_count": count}
-        self._note(row)
-        self.say(
-            f"eval {step:>{max(4, len(str(self.steps)))}} | {phase:<7} | loss {loss:7.4f} | accuracy {accuracy:5.3f}"
-            f" | {count} held-out rows"
-        )
+        self._examined(row, f"loss {loss:7.4f} | accuracy {accuracy:5.3f} | {count} held-out rows")
 
     def answers(self, step: int, rows: list[dict]) -> None:
         """Answers to held-out prompts: whole into samples.jsonl, and to the console what fits on a line each."""
@@ -139,6 +126,10 @@ class RunLog:
         """The evaluations of a phase in order, higher is better: mean reward, else the fraction right, else -loss."""
         keys = [(row, [k for k in ("eval_reward", "eval_exact", "eval_loss") if k in row]) for row in self._notes]
         return [row[k[0]] * (-1 if k[0] == "eval_loss" else 1) for row, k in keys if k and row["phase"] == phase]
+
+    def _examined(self, row: dict, text: str) -> None:
+        self._note(row)
+        self.say(f"eval {row['step']:>{max(4, len(str(self.steps)))}} | {row['phase']:<7} | {text}")
 
     def _note(self, row: dict) -> None:
         _write(self._metrics, row)

@@ -28,12 +28,7 @@ state: pathlib.Path | None = None  # what this process saved or resumed from las
 
 
 def main(
-    file: str,
-    config_class: type,
-    check: Callable[[Any], None],
-    *,
-    memory: str,
-    needs_stdout: bool = False,
+    file: str, config_class: type, check: Callable[[Any], None], *, memory: str, needs_stdout: bool = False
 ) -> NoReturn:
     """Read the flags, call `run(config)` of the program in `file`, and exit. Raises SystemExit, or a bug's exception.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.nf4 import NESTED, NF4Tensor
-from nanogspo.inputs import parse_json
+from nanogspo.inputs import named, parse_json
 from nanogspo.quant import NF4Linear, packed_layers
 
 COMPANION = re.compile(r"(.+\.weight)\.((?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+)")
@@ -74,11 +74,9 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
         raise ValueError(f"{name}.absmax has dtype {absmax.dtype}, want uint8: the quant state says so")
     # bnb_4bit_quant_storage may have called these bytes bf16 or float32
     codes = tensors["weight"].view(-1).view(torch.uint8).view(-1, 1)  # (ceil(n / 2), 1)
-    try:
-        offset = None if offset is None else offset.to(codes.device)
+    offset = None if offset is None else offset.to(codes.device)
+    with named(name):
         return NF4Tensor(codes, absmax, shape, dtype, block_size, codebook, *scales, offset=offset)
-    except ValueError as e:
-        raise ValueError(f"{name}: {e}") from e
 
 
 def bitsandbytes_config(model: nn.Module, dtype: torch.dtype) -> dict:

@@ -20,16 +20,9 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # All that Tokenizer.save writes. merges.txt and tokenizer.model are not read but kept for other programs.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
+TOKENIZER_FILES = tuple(
+    """tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja chat_template.json
+    added_tokens.json vocab.json merges.txt tokenizer.model""".split()
 )
 SMALL_FILES = ("config.json", "generation_config.json", ADAPTER, INDEX, *PROCESSOR_FILES, *TOKENIZER_FILES)
 HUB_STATUS = {

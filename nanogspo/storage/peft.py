@@ -82,11 +82,11 @@ def _inside_lora(name: str) -> bool:
 NEUTRAL = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal"), "bias": ("none",)}  # PiSSA subtracts from W
 
 
-ADAPTER_NO_EFFECT = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path", "auto_mapping", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
+ADAPTER_NO_EFFECT = frozenset(
+    """peft_type r lora_alpha use_rslora base_model_name_or_path auto_mapping ensure_weight_tying eva_config
+    exclude_modules inference_mode layers_pattern layers_to_transform lora_dropout megatron_core peft_version
+    qalora_group_size revision runtime_config target_modules task_type""".split()
+)
 
 
 def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout: float = 0.0) -> list[str]:

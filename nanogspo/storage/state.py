@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nanogspo.config import MAY_CHANGE, TrainConfig, load_yaml
 from nanogspo.experience import Experience, from_state
-from nanogspo.inputs import some
+from nanogspo.inputs import named, some
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
 from nanogspo.storage.files import ADAPTER, ADAPTER_WEIGHTS, SMALL_FILES, resolve, weight_files
@@ -190,11 +190,9 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
         numbers = {name.removeprefix(ROLLOUT): t for name, t in tensors.items() if name.startswith(ROLLOUT)}
         rollout = {"examples": examples, "tensors": numbers, "facts": facts["rollout"]}
     moments = {name.removeprefix(OPTIMIZER): s for name, s in header.items() if name.startswith(OPTIMIZER)}
-    try:
+    with named(path):
         kinds = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in moments.items()}
         optimizer.load_state(kinds, lambda name, into: into.copy_(moments[name].read()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     for name, p in wanted.items():
         p.data.copy_(header[name].read())
     torch.set_rng_state(tensors["rng.cpu"])

@@ -17,6 +17,7 @@ Tests: tests/test_tasks.py, and a file for each of the later ones
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from nanogspo.inputs import import_file
 from nanogspo.tasks.addition import Addition
@@ -78,5 +79,5 @@ def own_task(text: str, size: int | None = None) -> Task:
         )
     task = getattr(module, wanted or fit[0])(*() if size is None else (size,))
     if not hasattr(task, "name"):
-        task.name = module.__name__
+        task.name = Path(path).stem
     return task

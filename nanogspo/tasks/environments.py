@@ -26,7 +26,8 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
-from nanogspo.tasks.rewards import explained, own
+from nanogspo.inputs import explained
+from nanogspo.tasks.rewards import own
 
 
 class Environment(Protocol):
@@ -38,7 +39,7 @@ class Environment(Protocol):
 def serve(source: str) -> tuple[None, Callable[[dict], dict]]:
     """For run/worker.py. source: FILE.py:Class"""
     file, _, name = source.rpartition(":")
-    make, live = own(file, name), {}
+    make, live = own(file, name, "--environment"), {}
     if not (hasattr(make, "reset") and hasattr(make, "step")):
         raise ValueError(f"{source}: got no class with reset and step, want reset(row, seed) and step(message)")
     return None, lambda request: play(make, live, request)

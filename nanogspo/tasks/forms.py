@@ -19,11 +19,10 @@ FIELDS = {  # a programming problem: field -> its heading in the user turn, in t
     "output_format": "Output format",
 }
 # Names that TRL, axolotl, ms-swift or OpenAI train by, of a row and of a message. A weight of 1 is neutral.
-FOREIGN = {
-    *("image", "images", "video", "videos", "audio", "audios", "documents", "functions", "history", "chosen"),
-    *("rejected", "input_ids", "labels", "completion_mask", "assistant_masks", "loss", "loss_mask", "loss_scale"),
-    *("train_detail", "mask", "masked", "prefix"),
-}
+FOREIGN = frozenset(
+    """image images video videos audio audios documents functions history chosen rejected input_ids labels
+    completion_mask assistant_masks loss loss_mask loss_scale train_detail mask masked prefix""".split()
+)
 SPEAKERS = {
     **{"human": "user", "user": "user", "system": "system"},
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "function_call"), "assistant"),
@@ -119,6 +118,13 @@ def messages_of(value: object, name: str, *, learnable: bool) -> tuple[list[dict
             learn.append(i)
         messages.append({key: part for key, part in message.items() if key not in ("weight", "train")})
     return messages, learn
+
+
+def asked_in(prompt: object) -> list[dict]:
+    """The turns of a row's `prompt`: messages, or text, which is a user's turn."""
+    if isinstance(prompt, list):
+        return messages_of(prompt, "prompt", learnable=False)[0]
+    return [{"role": "user", "content": filled(prompt, "prompt")}]
 
 
 def with_system(messages: list[dict], system: object) -> list[dict]:

@@ -14,6 +14,7 @@ split. The calculator notes of the reference answers (<<48/2=24>>) are taken out
 
 import re
 
+from nanogspo.inputs import named
 from nanogspo.tasks.addition import last_number
 from nanogspo.tasks.base import Problem
 from nanogspo.tasks.forms import filled
@@ -41,12 +42,10 @@ class Gsm8k(PromptRows):
 
 
 def _row(where: str, row: dict) -> dict:
-    try:
+    with named(where):
         question, answer = filled(row.get("question"), "question"), filled(row.get("answer"), "answer")
         if "####" not in answer:
             raise ValueError('got an answer without "#### " and a number, want one at its end; mend the row')
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     return {**row, "prompt": f"{question}\n\n{INSTRUCTION}\n", "answer": re.sub(r"<<.*?>>", "", answer)}
 
 

@@ -36,9 +36,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogspo import packing
-from nanogspo.inputs import json_of, kind
+from nanogspo.inputs import json_of, kind, named
 from nanogspo.tasks import forms
-from nanogspo.tasks.forms import FIELDS, filled, messages_of, problem_of, refuse_foreign, with_system
+from nanogspo.tasks.forms import FIELDS, asked_in, filled, messages_of, problem_of, refuse_foreign, with_system
 from nanogspo.tasks.rows import read_rows
 from nanogspo.tokenizer import Tokenizer, conversation_examples
 
@@ -49,10 +49,10 @@ FORMS = (
 SAID = ("messages", "prompt", "completion", "solution", *FIELDS)  # an id beside them makes no other row
 TEMPLATE_KEYS = ("tools", "system", "chat_template_kwargs")
 # arguments of Python functions between here and the template, and of transformers' apply_chat_template
-RESERVED = {
-    *("self", "tokenizer", "messages", "learn", "tools", "documents", "add_generation_prompt"),
-    *("continue_final_message", "chat_template", "tokenize", "padding", "truncation", "max_length"),
-}
+RESERVED = frozenset(
+    """self tokenizer messages learn tools documents add_generation_prompt continue_final_message chat_template tokenize
+    padding truncation max_length""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,12 @@ def load_jsonl(
     for where, row in read_rows(path):
         line = int(re.sub(r"\D", "", where[len(str(path)) :]))
         rows += 1
-        try:
+        with named(where):
             row = {key: value for key, value in row.items() if value is not None}
             row = forms.standard(row, chat=tokenizer.has_chat_template)
             sequences = _encode(row, tokenizer, template_kwargs or {}, notes)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        if not all(any(mask[1:]) for _, mask in sequences):
-            raise ValueError(f"{where}: got no token to learn, want an answer; the chat template left it out")
+            if not all(any(mask[1:]) for _, mask in sequences):
+                raise ValueError("got no token to learn, want an answer; the chat template left it out")
         said = hashlib.sha256(json.dumps({k: row[k] for k in SAID if k in row}, sort_keys=True).encode()).hexdigest()
         fitting = [Example(tokens, mask, line, said) for tokens, mask in sequences if len(tokens) <= max_length]
         examples += fitting
@@ -129,10 +127,7 @@ def _encode(row: dict, tokenizer: Tokenizer, template_kwargs: dict, notes: Count
             (row["prompt"], row["completion"]) if pair else problem_of(row, chat=tokenizer.has_chat_template)
         )
         completion = filled(completion, "completion" if pair else "solution")
-        if isinstance(prompt, list):
-            messages, _ = messages_of(prompt, "prompt", learnable=False)
-        else:
-            messages = [{"role": "user", "content": filled(prompt, "prompt")}]
+        messages = asked_in(prompt)
         messages, learn = [*messages, {"role": "assistant", "content": completion}], [len(messages)]
     else:
         raise ValueError(f"got a row with {', '.join(map(repr, row)) or 'no keys'}, want {FORMS}; rename the keys")

@@ -17,8 +17,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 
+from nanogspo.inputs import named
 from nanogspo.tasks.base import Problem, shuffled, smallest_hashes
-from nanogspo.tasks.forms import filled, messages_of, with_system
+from nanogspo.tasks.forms import asked_in, with_system
 
 ANSWERS = ("answer", "solution", "ground_truth", "completion")
 
@@ -50,10 +51,8 @@ class PromptRows:
         """Without the prompts that are too long, counted in left_out; then the sides are chosen anew."""
         kept = []
         for where, key, problem in self._rows:
-            try:
+            with named(where):  # a template may not take these messages
                 kept += [] if too_long(problem) else [(where, key, problem)]
-            except ValueError as error:  # a template that does not take these messages
-                raise ValueError(f"{where}: {error}") from error
         self.left_out += len(self._rows) - len(kept)
         if not kept:
             count = len(self._rows)
@@ -88,21 +87,16 @@ class PromptRows:
 
 def _problem(where: str, row: dict, system: str) -> tuple[str, Problem]:
     """(hash of what is asked, problem)."""
-    try:
+    with named(where):
         prompt = row.get("prompt")
         if prompt is None:
             raise ValueError(f"got a row with {', '.join(map(repr, row)) or 'no keys'}, want a prompt; rename the keys")
-        if isinstance(prompt, list):
-            turns, _ = messages_of(prompt, "prompt", learnable=False)
-        else:
-            turns = [{"role": "user", "content": filled(prompt, "prompt")}]
+        turns = asked_in(prompt)
         if turns[-1]["role"] not in ("user", "tool"):
             raise ValueError(f"got a prompt that ends in a turn of {turns[-1]['role']}, want a user's; drop that turn")
         messages = with_system(turns, row.get("system") or "")
         if messages[0]["role"] != "system":
             messages = with_system(messages, system)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     asked = json.dumps([turn for turn in turns if turn["role"] != "system"], sort_keys=True)
     text = prompt if isinstance(prompt, str) else ""
     answer = next((row[key] for key in ANSWERS if isinstance(row.get(key), str)), "")

@@ -10,8 +10,8 @@ Source: github.com/open-thought/reasoning-gym.      Tests: tests/test_reasoning_
 import random
 import re
 
+from nanogspo.inputs import optional
 from nanogspo.tasks.base import Problem, is_held_out
-from nanogspo.tasks.rows import optional
 from nanogspo.templates import one_line
 
 ITEMS = 10**6  # item numbers to draw from; the package makes an item when it is asked for

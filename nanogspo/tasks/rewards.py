@@ -22,21 +22,18 @@ import asyncio
 import difflib
 import functools
 import hashlib
-import importlib.util
 import inspect
 import math
 import os
 import re
-import sys
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from nanogspo.inputs import read_text, shown, some
+from nanogspo.inputs import explained, import_file, optional, read_text, shown, some
 from nanogspo.tasks.addition import last_number
 
 BATCH = {"prompts", "completions", "completion_ids"}  # one of them, and it is TRL's form
@@ -106,40 +103,19 @@ def parse(text: str) -> Spec:
 def load(text: str) -> "Reward":
     """The reward of a text. Raises ValueError if a file cannot be imported, or a signature fits no form."""
     name, file, argument, _ = parse(text)
-    return Reward(own(file, name), f"{file}:{name}") if file else Reward(NAMED[name](argument))
+    return Reward(own(file, name, "--reward"), f"{file}:{name}") if file else Reward(NAMED[name](argument))
 
 
-def own(file: str, name: str) -> Callable:
+def own(file: str, name: str, flag: str) -> Callable:
     """What a user's file calls by this name, a function or a class. ValueError: it cannot be imported, or has none."""
-    if not callable(found := _imported(file).get(name)):
-        module = _imported(file)["__name__"]
-        names = [n for n, v in _imported(file).items() if callable(v) and getattr(v, "__module__", "") == module]
+    module = _imported(file, flag)
+    if not callable(found := getattr(module, name, None)):
+        names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise ValueError(f"{file}: got no function or class {name}, want one of {some(names) or 'its own'}")
     return found
 
 
-@functools.cache  # once, however many of its functions are rewards
-def _imported(file: str) -> dict:
-    path = str(Path(file).resolve())
-    sys.path.insert(0, os.path.dirname(path))  # what is beside the file can be imported, as in `python FILE.py`
-    # a name of its own: a file called random.py must not replace Python's
-    found = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
-    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        said = explained(error, path)
-        raise ValueError(f"{file}: got {said}, want a file that can be imported; correct it") from error
-    return vars(module)
-
-
-def explained(error: BaseException, file: str) -> str:
-    """An exception in one line, with the last line of `file` that led to it: "KeyError: 'a' (reward.py:7)"."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
-        error, lines = type(error)(error.msg), [error.lineno]
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return text + (f" ({os.path.basename(file)}:{lines[-1]})" if lines else "")
+_imported = functools.cache(import_file)  # once, however many of its functions are rewards
 
 
 class Reward:
@@ -263,7 +239,7 @@ def _numeric(column: str) -> Callable:
 
 
 def _math(column: str) -> Callable:
-    verify = _package("math_verify", "math-verify")
+    verify = optional("math_verify", "--reward math")
 
     def equal(answer: str, row: dict) -> bool | None:
         text = reference(row, column)
@@ -320,7 +296,7 @@ def _judge(argument: str) -> Callable:
         raise ValueError(f"got judge:{argument}, want judge:PROMPTFILE,model=NAME[,url=ADDRESS][,cache=FOLDER]")
     url = options.get("url") or os.environ.get("OPENAI_BASE_URL")
     key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own asks for no key
-    client = _package("openai", "openai").OpenAI(base_url=url, api_key=key, max_retries=4)
+    client = optional("openai", "--reward judge").OpenAI(base_url=url, api_key=key, max_retries=4)
     folder = Path(options.get("cache") or "~/.cache/nanogspo/judge").expanduser()
 
     def judge(answer: str, row: dict) -> float | None:
@@ -340,13 +316,6 @@ def _judge(argument: str) -> Callable:
         return float(number) if number else None
 
     return judge
-
-
-def _package(name: str, install: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"got no package {name}, which this reward needs; do pip install {install}") from error
 
 
 NAMED: dict[str, Callable[[str], Callable]] = {

@@ -19,13 +19,11 @@ Tests: tests/test_rows.py
 import contextlib
 import datetime
 import decimal
-import importlib
 import re
 from collections.abc import Iterable, Iterator
-from types import ModuleType
 from typing import Any
 
-from nanogspo.inputs import json_of, kind, read_bytes
+from nanogspo.inputs import json_of, kind, named, optional, read_bytes
 from nanogspo.templates import one_line
 
 SPLIT = re.compile(r"(train|validation|test)\b")
@@ -44,31 +42,19 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{source}: got an empty file, want one JSON object per line; check the path")
 
 
-def optional(name: str, reason: str) -> ModuleType:
-    """A package that only some runs need, from requirements-extra.txt."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        line = f"got {reason} without the package {name.partition('.')[0]} ({one_line(error)})"
-        raise ValueError(f"{line}; do: pip install -r requirements-extra.txt") from error
-
-
 def _json(path: str) -> Iterator[tuple[str, Any]]:
     data = read_bytes(path, "a JSONL file")
     if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        try:
+        with named(path):
             rows = json_of(data, "one array of objects; fix it")
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
         yield from ((f"{path}[{i}]", row) for i, row in enumerate(rows))
         return
     for line, raw in enumerate(data.split(b"\n"), start=1):
         if not raw.removeprefix(b"\xef\xbb\xbf").strip():
             continue
-        try:
-            yield f"{path}:{line}", json_of(raw, "one whole object per line; fix the line")
-        except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from error
+        with named(f"{path}:{line}"):
+            row = json_of(raw, "one whole object per line; fix the line")
+        yield f"{path}:{line}", row
 
 
 def _parquet(path: str) -> Iterator[tuple[str, dict]]:
@@ -94,10 +80,9 @@ def _hub(source: str) -> Iterator[tuple[str, dict]]:
 
 def _columns(source: str, rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
     for i, row in enumerate(rows):
-        try:
-            yield f"{source} row {i}", {column: plain(value, column) for column, value in row.items()}
-        except ValueError as error:
-            raise ValueError(f"{source} row {i}: {error}") from error
+        with named(f"{source} row {i}"):
+            row = {column: plain(value, column) for column, value in row.items()}
+        yield f"{source} row {i}", row
 
 
 def plain(value: Any, column: str) -> Any:

@@ -21,5 +21,11 @@ MUTANTS = {
             "    except KeyError as error:",
             "a row of brackets ends in a traceback",
         ),
+        ("        sys.path.append(folder)\n", "", "a file cannot import the one beside it later, in a function"),
+    ],
+    "tests/test_rewards.py": [
+        ("sys.path.insert(0, folder)", "sys.path.insert(0, name)", "a file cannot import the one beside it"),
+        ('f"user_{os.path.splitext(name)[0]}"', "os.path.splitext(name)[0]", "a file called random.py replaces Python's"),
+        ("frame.filename == file]", "frame.filename]", "the line is that of a library"),
     ],
 }

@@ -5,8 +5,6 @@ FILE = "nanogspo/tasks/rewards.py"
 MUTANTS = {
     "tests/test_rewards.py": [
         ("        source, weight = text, 1.0\n", "        weight = 1.0\n", "a text without a weight loses what is before its equals sign"),
-        ("sys.path.insert(0, os.path.dirname(path))", "str(path)", "a file cannot import the one beside it"),
-        ('f"user_{Path(path).stem}"', "Path(path).stem", "a file called random.py replaces Python's"),
         ('if k not in ("prompt", "completion", "completion_ids")}', "}", "a prompt column reaches TRL's functions"),
         ("if takes_all or name in self.parameters}", "}", "a function without **kwargs gets what it does not name"),
         ('[{"role": "assistant", "content": text}] if chat else text', "text", "conversations arrive as text"),
@@ -15,9 +13,8 @@ MUTANTS = {
         ("    if isinstance(value, str | dict):\n", "    if isinstance(value, dict):\n", "text is a number"),
         ("if isinstance(value, dict) and not part:", "if isinstance(value, dict):", "dicts in dicts end the run"),
         ("        except (Exception, SystemExit) as error:\n            return", "        except Exception as error:\n            return", "sys.exit() in a reward ends the process"),
-        ("@functools.cache  # once", "# once", "a file is imported for each of its functions"),
+        ("functools.cache(import_file)", "import_file", "a file is imported for each of its functions"),
         ("@functools.cache\ndef _loop", "def _loop", "each call has a loop of its own"),
-        ("frame.filename == file]", "frame.filename]", "the line is that of a library"),
         ("for name in ([column] if column else REFERENCES)", "for name in REFERENCES", "exact:COLUMN compares with another one"),
         ("2 - len(answer) / int(most)", "1 - len(answer) / int(most)", "length falls from the first character"),
         (r"(?:(?!</?{t}>).)*", ".*", "tags within tags pass"),
