@@ -85,9 +85,8 @@ def read_header(path: str | os.PathLike, *, want: str = FETCH) -> tuple[dict[str
         # asked only now: a sound header of 640 bytes begins like a pickle, one of 19,280 like a zip file
         if first == b"PK" or first[:1] == b"\x80" and first[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors") from e
-        raise ValueError(
-            f"{path}: got {path.stat().st_size} bytes that are not safetensors ({some([e])}); {want}"
-        ) from e
+        size = path.stat().st_size
+        raise ValueError(f"{path}: got {size} bytes that are not safetensors ({some([e])}); {want}") from e
     for name, (code, shape) in tensors.items():
         if code not in DTYPES:
             raise ValueError(f"{path}: tensor {some([name])} has dtype {code}, want one of {', '.join(DTYPES)}")
