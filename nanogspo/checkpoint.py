@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nanogspo.families import ModelConfig, export_config, model_config, text_part
 from nanogspo.inputs import named, read_json, some, tell
-from nanogspo.lora import LoRALinear, lora_layers
+from nanogspo.lora import lora_layers
 from nanogspo.model import Transformer
 from nanogspo.quant import KINDS, NF4Linear, linear_layers, packed_layers, put, quantize_linear
 from nanogspo.storage.bitsandbytes import COMPANION, QUANT_STATE, bitsandbytes_config, nf4_from_file, nf4_tensors
@@ -305,7 +305,8 @@ def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
             owner = owner.removesuffix(".base")
             layer = layers[owner]
             if leaf == "weight":
-                get = layer.merged_weight if merge_lora else lambda layer=layer: base_weight(layer)
+                base = layer.original if layer.merged else p  # without its adapter, also while that is merged in
+                get = layer.merged_weight if merge_lora else lambda base=base: base
         tensors[f"{owner}.{leaf}"] = (p.nbytes, get)
     for name, layer in packed_layers(model).items():
         if as_nf4:
@@ -347,11 +348,6 @@ def _with_dtype(config: dict, dtype: str) -> dict:
     for part, key in parts or [(out, "dtype")]:
         part[key] = dtype
     return out
-
-
-def base_weight(layer: LoRALinear) -> Tensor:
-    """The weight without its adapter, also while the adapter is merged in."""
-    return layer.original if layer.merged else layer.base.weight
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

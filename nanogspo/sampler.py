@@ -180,8 +180,8 @@ class Sampler:
         values, the totals, and which answers are right. Notes of the reward functions go into the samples'."""
         G = len(samples) // len(problems)
         if self.rewards:
-            asked = [(problem, samples[p * G : (p + 1) * G]) for p, problem in enumerate(problems)]
-            groups = [group_of(problem, [s.text for s in own], [s.ids for s in own]) for problem, own in asked]
+            parts = [(problem, samples[p * G : (p + 1) * G]) for p, problem in enumerate(problems)]
+            groups = [group_of(problem, [s.text for s in own], [s.ids for s in own]) for problem, own in parts]
             scores = self.rewards(groups, step)
             for sample, note in zip(samples, scores.notes, strict=True):
                 sample.notes |= note

@@ -47,16 +47,13 @@ def resolve(path_or_repo: str | os.PathLike, *, want: str = "checkpoint") -> pat
     if path.is_dir():
         _refuse_other_folder(path, want)
         return path
-    name = str(path_or_repo)
+    name, adapter = str(path_or_repo), want == "adapter"
     if path.exists():
-        raise ValueError(
-            f"got the file {name}, want a checkpoint folder (config.json, *.safetensors) or a hub id owner/name"
-            if want != "adapter"
-            else f"got the file {name}, want an adapter's folder (adapter_config.json, adapter_model.safetensors)"
-        )
+        kind = "a checkpoint folder (config.json, *.safetensors) or a hub id owner/name"
+        kind = f"an adapter's folder ({ADAPTER}, {ADAPTER_WEIGHTS})" if adapter else kind
+        raise ValueError(f"got the file {name}, want {kind}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        kind = "an adapter's" if want == "adapter" else "a checkpoint"
-        got = want if want == "adapter" else "model"
+        got, kind = ("adapter", "an adapter's") if adapter else ("model", "a checkpoint")
         raise ValueError(f"got {got} {shown(name)}, which is no folder here; want {kind} folder or a hub id owner/name")
     folder = _fetch(name, want)
     _refuse_other_folder(folder, want)

@@ -27,14 +27,7 @@ class PromptRows:
     """left_out   how many prompts were too long: they are never cut, which would ask something else
     repeats       how many rows are on neither side, because they repeat a held-out prompt"""
 
-    def __init__(
-        self,
-        rows: Iterable[tuple[str, dict]],
-        *,
-        name: str = "data",
-        held_out: int = -1,
-        system: str = "",
-    ):
+    def __init__(self, rows: Iterable[tuple[str, dict]], *, name: str = "data", held_out: int = -1, system: str = ""):
         """
         rows      what read_rows gives: (where, row)
         held_out  how many different prompts are never trained on; -1: a tenth, as for SFT rows

@@ -11,8 +11,8 @@ MUTANTS = {
         ),
         ("        part[key] = dtype\n", "        pass\n", "fp32 weights that transformers rounds to the base's bf16"),
         (
-            "get = layer.merged_weight if merge_lora else lambda layer=layer: base_weight(layer)",
-            "get = lambda layer=layer: base_weight(layer)",
+            "get = layer.merged_weight if merge_lora else lambda base=base: base",
+            "get = lambda base=base: base",
             "the export forgets the adapter",
         ),
         (
