@@ -77,8 +77,8 @@ MUTANTS = {
             "sample.py computes in uint8",
         ),
         (
-            '                raise ValueError(f"{stored.path}: {name}: {e}") from e',
-            "                raise",
+            'with named(f"{stored.path}: {name}"):',
+            "if True:",
             "which of 400 tensors is not finite?",
         ),
     ],
