@@ -45,8 +45,7 @@ import torch  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
-from nanogspo.chat import Chat  # noqa: E402
-from nanogspo.data import Data, choose_environments, choose_rewards, choose_task, read_data  # noqa: E402
+from nanogspo.data import Data, choose_judges, choose_task, read_data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
@@ -76,11 +75,10 @@ def run(
     """
     with contextlib.ExitStack() as held:  # the run's folder and its log are closed however the run ends
         trainer = set_up(config, held, task, rewards, weights)
-        if trainer is None:
+        if not trainer:
             return None
         trainer.loop()
-        trainer.finish()
-        return trainer.folder, {k: v for row in read_rows(trainer.folder / "metrics.jsonl") for k, v in row.items()}
+        return trainer.finish()
 
 
 def set_up(
@@ -100,13 +98,11 @@ def set_up(
     # tokenizer, the model's outline (shapes without numbers), data, memory
     task = task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
-    chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
-    config, data = read_data(config, task, chat, outline.config)
+    config, data = read_data(config, task, tokenizer, outline.config)
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
-    judges = choose_rewards(config, data, rewards, weights, held)
-    environments = choose_environments(config, data, outline.config, held)
+    judges = choose_judges(config, data, outline.config, rewards, weights, held)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -127,7 +123,7 @@ def set_up(
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     state = progress, rollout, frozen, inputs
-    sampler = Sampler(model, chat, data.task, config, judges, environments)
+    sampler = Sampler(model, data.chat, data.task, config, *judges)
     trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
     if changed:
         log.changed(progress.step, changed)
@@ -369,8 +365,8 @@ class Trainer:
         runstate.save_state(path, self.model, self.optimizer, progress, rollout, self.inputs, self.frozen)
         program.state = path
 
-    def finish(self) -> None:
-        """Save, draw the curves, and say where things are."""
+    def finish(self) -> tuple[pathlib.Path, dict]:
+        """Save, draw the curves, and say where things are. Returns what `run` does."""
         if self.phases[self.progress.phase].name != "control":
             if self.stop:
                 self.save_state()
@@ -383,3 +379,4 @@ class Trainer:
         else:
             seconds = time.perf_counter() - self.started
             print(summary(self.config, self.folder, picture, self.data.example_prompt(), seconds))
+        return self.folder, {k: v for row in read_rows(self.folder / "metrics.jsonl") for k, v in row.items()}

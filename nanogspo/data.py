@@ -23,6 +23,7 @@ from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.jsonl import load_jsonl
 from nanogspo.tasks.prompts import PromptRows
 from nanogspo.tasks.rows import read_rows
+from nanogspo.tokenizer import Tokenizer
 
 # seeds apart from the rollouts' own: three different orders of the training problems
 SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
@@ -134,13 +135,28 @@ def choose_task(config: TrainConfig) -> Task | None:
     return PromptRows(read_rows(config.data), held_out=config.eval_size, system=config.system)
 
 
-def read_data(config: TrainConfig, task: Task | None, chat: Chat, model: ModelConfig) -> tuple[TrainConfig, Data]:
+def read_data(
+    config: TrainConfig, task: Task | None, tokenizer: Tokenizer, model: ModelConfig
+) -> tuple[TrainConfig, Data]:
     """What to train on, and the config with what only the rows of a file decide."""
+    chat = Chat(tokenizer, {} if config.thinking == "auto" else {"enable_thinking": config.thinking == "on"})
     if task is None:
         return Data.from_rows(config, chat, model)
     if isinstance(task, PromptRows):
         return Data.from_prompts(config, task, chat, model)
     return config, Data.from_task(config, task, chat, model)
+
+
+def choose_judges(
+    config: TrainConfig,
+    data: Data,
+    model: ModelConfig,
+    given: Sequence[Callable],
+    weights: Sequence[float],
+    held: contextlib.ExitStack,
+) -> tuple[Rewards | None, Environments | None]:
+    """What rewards the answers, where it is not the task itself; `held` closes their processes."""
+    return choose_rewards(config, data, given, weights, held), choose_environments(config, data, model, held)
 
 
 def choose_rewards(

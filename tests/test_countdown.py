@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogspo.tasks import get_task
-from nanogspo.tasks.base import Problem
+from nanogspo.tasks.base import Problem, is_held_out
 from nanogspo.tasks.countdown import Countdown, evaluate
 
 TASK = Countdown()
@@ -38,6 +38,8 @@ def test_sides_do_not_depend_on_the_order_of_the_numbers():
     assert len(questions(held)) == 60 and TASK.held_out(20) == held[:20]
     train = questions(TASK.train_problem(n, 0) for n in range(300))
     assert not train & questions(held) and len(train) > 290
+    assert all(is_held_out(f"{numbers}={target}") for *numbers, target in questions(held))
+    assert not any(is_held_out(f"{numbers}={target}") for *numbers, target in train)
     assert {len(p.row["numbers"]) for p in held} == {3, 4}
     assert {sign for p in held for sign in p.answer if sign in "+-*"} == {"+", "-", "*"}
 

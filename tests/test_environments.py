@@ -121,6 +121,7 @@ def test_processes_that_are_late_or_end_cost_their_episode_only(source, capfd):
         for n in (0, 4, 5):  # the last two are replayed by new processes
             assert second[n]["reward"] == 2.0
             assert (second[n]["messages"][0]["content"] == pids[n]) == (n == 0)
+        assert environments._known[0] == {(0, 0, 4)}  # the new process has only what it has replayed
         third = environments(requests(rows, 3))
         assert [third[n]["done"] and third[n]["reward"] for n in (0, 4, 5)] == [3.0] * 3
         assert capfd.readouterr().out == ""

@@ -162,6 +162,10 @@ BAD = {
         {"messages": [user([{"type": "image", "url": "x"}]), said("a")]},
         r"got .* in messages\[0\].content, want parts .*; images and audio are not read",
     ),
+    "a picture with a caption": (
+        {"messages": [user([{"type": "image", "text": "x"}]), said("a")]},
+        r"got .* in messages\[0\].content, want parts",
+    ),
     "parts of text": ({"messages": [user(["q"]), said("a")]}, r"got 'q' in messages\[0\].content, want parts"),
     "no parts": ({"messages": [user([]), said("a")]}, r"got list for messages\[0\].content, want a string"),
     "an answer of empty parts": ({"messages": [user("q"), said(parts(" "))]}, r"got an empty messages\[1\].content"),

@@ -324,7 +324,7 @@ WRONG = {
     "a token too few": lambda t, f: t.update({"rollout.tokens": torch.tensor([1, 2, 3, 4, 5])}),
     "tokens are fractions": lambda t, f: t.update({"rollout.tokens": t["rollout.tokens"].double()}),
     "tokens are negative": lambda t, f: t.update({"rollout.tokens": -t["rollout.tokens"]}),
-    "a first scored token that is not": lambda t, f: t["rollout.tokens"][2].mul_(-1),
+    "a first scored token that is not": lambda t, f: t["rollout.tokens"][2].mul_(-1) is None,
     "tokens in a table": lambda t, f: t.update({"rollout.tokens": t["rollout.tokens"].view(3, 2)}),
     "lengths in a row": lambda t, f: t.update({"rollout.lengths": t["rollout.lengths"].view(-1)}),
     "nothing but a prompt": lambda t, f: t.update({"rollout.lengths": torch.tensor([[4, 4], [2, 1]])}),

@@ -25,7 +25,11 @@ MUTANTS = {
     ],
     "tests/test_rewards.py": [
         ("sys.path.insert(0, folder)", "sys.path.insert(0, name)", "a file cannot import the one beside it"),
-        ('f"user_{os.path.splitext(name)[0]}"', "os.path.splitext(name)[0]", "a file called random.py replaces Python's"),
+        (
+            'f"user_{os.path.splitext(name)[0]}"',
+            "os.path.splitext(name)[0]",
+            "a file called random.py replaces Python's",
+        ),
         ("frame.filename == file]", "frame.filename]", "the line is that of a library"),
     ],
 }

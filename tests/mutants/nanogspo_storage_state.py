@@ -40,7 +40,11 @@ MUTANTS = {
             "a config.yaml without the line is a traceback",
         ),
         ("    if not progress.update:\n", "    if not rollout:\n", "in the middle of a rollout that is not there"),
-        ("[i >= prompt for i in", "[i > prompt for i in", "the first token of a saved answer is not scored"),
+        (
+            "[i >= prompt and token >= 0 for i, token in",
+            "[i > prompt and token >= 0 for i, token in",
+            "the first token of a saved answer is not scored",
+        ),
         ('_checksum(stored.read()) != facts["checksums"][name]', "False", "a damaged tensor is trained on"),
         (' or text != _sealed(text[:-22] + "}")', "", "damaged JSON is believed"),
         ("lengths[:, 1] < lengths[:, 0]", "lengths[:, 1] <= lengths[:, 0]", "an answer without a token is resumed"),
