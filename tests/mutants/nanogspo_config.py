@@ -24,7 +24,7 @@ MUTANTS = {
         ("if DECIMAL.fullmatch(text):", "if DECIMAL.match(text):", "010 and 1:30 are read as Python reads them"),
         ("        if name in values:", "        if False:", "the second of two equal keys wins in silence"),
         ('if kind is str and tag == "str":', "if kind is str:", "a date, a number or no is taken for text"),
-        ('if value in ("", [], ("",))]', "if value is None]", "an empty --resume starts a new run"),
+        ('if not of or "" in of or [] in of]', "if not of]", "an empty --resume starts a new run"),
         ("except RecursionError:", "except ZeroDivisionError:", "deep nesting is a traceback"),
         ("[\\0\\ud800-\\udfff]", "[\\0]", "bytes that are not UTF-8 reach the files of a run"),
         ("if c.isprintable() else", "if True else", "a flag with a line break takes two lines"),
