@@ -16,17 +16,16 @@ import json
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from nanogspo.families import ModelConfig, export_config, model_config, text_part
-from nanogspo.inputs import named, read_json, some
+from nanogspo.inputs import named, read_json, some, tell
 from nanogspo.lora import LoRALinear, lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import KINDS, LINEAR, NF4Linear, packed_layers, put, quantize_linear
+from nanogspo.quant import KINDS, NF4Linear, linear_layers, packed_layers, put, quantize_linear
 from nanogspo.storage.bitsandbytes import COMPANION, QUANT_STATE, bitsandbytes_config, nf4_from_file, nf4_tensors
 from nanogspo.storage.files import ADAPTER, INDEX, PROCESSOR_FILES, SINGLE, atomic_write, resolve, weight_files
 from nanogspo.storage.files import read_config as read_config
@@ -94,14 +93,9 @@ def _wanted(model: Transformer) -> dict[str, tuple]:
     return wanted
 
 
-def _linear(model: Transformer) -> set[str]:
-    """Names of the weights that can be packed."""
-    return {f"{n}.weight" for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)}
-
-
 def _match(folder: pathlib.Path, model: Transformer) -> Found:
     """Which stored tensor goes where, from the headers alone."""
-    wanted, linear = _wanted(model), _linear(model)
+    wanted, linear = _wanted(model), {f"{name}.weight" for name in linear_layers(model)}
     found = Found({}, collections.defaultdict(dict), [], [])
     companions = found.companions
     for file in weight_files(folder):
@@ -127,9 +121,8 @@ def _check(folder: pathlib.Path, model: Transformer, found: Found, quant: str | 
     problems += [f"unexpected {name}" for name in found.unexpected]
     refuse_foreign_names(folder, found.unexpected, wanted)
     if any(name.endswith(".SCB") for name in found.unexpected):
-        raise ValueError(
-            f"{folder} holds bitsandbytes' 8-bit weights, want its 4-bit ones, or plain ones with quant 'int8'"
-        )
+        want = "want its 4-bit ones, or plain ones with quant 'int8'"
+        raise ValueError(f"{folder} holds bitsandbytes' 8-bit weights, {want}")
     if found.companions and quant == "int8":
         raise ValueError(f"got quant 'int8' for {folder}, whose weights are packed as NF4 already; want 'nf4' or None")
     for name, stored in found.weights.items():
@@ -141,9 +134,8 @@ def _check(folder: pathlib.Path, model: Transformer, found: Found, quant: str | 
         if not stored.dtype.is_floating_point:
             problems.append(f"{name} has dtype {stored.code}, want F32, F16 or BF16")
     if problems:
-        raise ValueError(
-            f"{folder}: {len(problems)} tensors do not fit a {model.config.family} model: {some(problems, 5, '; ')}"
-        )
+        family, listed = model.config.family, some(problems, 5, "; ")
+        raise ValueError(f"{folder}: {len(problems)} tensors do not fit a {family} model: {listed}")
 
 
 def _packed_problems(name: str, shape: tuple, weight: Stored, parts: dict[str, Stored]) -> list[str]:
@@ -169,10 +161,7 @@ def _tie(folder: pathlib.Path, model: Transformer, found: Found, dtype: torch.dt
     else:  # merged by a trainer that trained both; transformers does not tie them either
         model.config = config = dataclasses.replace(model.config, tied=False)
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
-        print(
-            f"{folder}: {HEAD} is not the embedding that tie_word_embeddings promises; both are used as stored",
-            file=sys.stderr,
-        )
+        tell(f"{folder}: {HEAD} is not the embedding that tie_word_embeddings promises; both are used as stored")
 
 
 def _same_values(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
@@ -185,7 +174,7 @@ def _same_values(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
 
 def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: str | None) -> None:
     """Read each tensor, in file order, and put it in place. What needs no change is read where it stays."""
-    packs = _linear(model) if quant and not found.companions else ()
+    packs = linear_layers(model) if quant and not found.companions else ()
     for name, stored in found.weights.items():
         parent, leaf = name.rsplit(".", 1)
         module = model.get_submodule(parent)
@@ -193,7 +182,7 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
             parts = {part: s.read() for part, s in found.companions[name].items()}
             q = nf4_from_file(name, {"weight": stored.read(), **parts}).to(device)
             put(model, parent, NF4Linear(q, module.bias, bytes(parts[QUANT_STATE].flatten().tolist())))
-        elif name in packs:  # rounded to dtype first: the weights that everybody else packs
+        elif parent in packs and leaf == "weight":  # rounded to dtype first: the weights that everybody else packs
             with named(f"{stored.path}: {name}"):
                 put(model, parent, quantize_linear(stored.read().to(dtype).to(device), module.bias, quant))
         else:
@@ -203,16 +192,13 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
 def _say_what_else_is_there(folder: pathlib.Path, config: ModelConfig, skipped: list[str]) -> None:
     """Notices: what the folder holds and a text model does not use, or what could be meant instead."""
     if config.unread:
-        print(f"{folder}/config.json: {len(config.unread)} keys are not read: {some(config.unread)}", file=sys.stderr)
+        tell(f"{folder}/config.json: {len(config.unread)} keys are not read: {some(config.unread)}")
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
-        print(f"{folder}: got {SINGLE} and {INDEX}, read the first, as transformers does", file=sys.stderr)
+        tell(f"{folder}: got {SINGLE} and {INDEX}, read the first, as transformers does")
     if (folder / ADAPTER).exists():
-        print(
-            f"{folder}: got a model and an adapter, read the model alone: add --adapter {folder} for both",
-            file=sys.stderr,
-        )
+        tell(f"{folder}: got a model and an adapter, read the model alone: add --adapter {folder} for both")
     if skipped:
-        print(f"{folder}: left aside {len(skipped)} tensors: {some(skipped)}", file=sys.stderr)
+        tell(f"{folder}: left aside {len(skipped)} tensors: {some(skipped)}")
 
 
 def stored_dtype(folder: pathlib.Path) -> torch.dtype:

@@ -296,9 +296,8 @@ def reencoded(chat: Chat, e: Episode) -> str:
 def probe(model: ModelConfig, chat: Chat, environments: Callable, row: dict, config: TrainConfig) -> int:
     """Tokens of the first row's prompt. ValueError where the environment or the chat template does not take it."""
     if not chat.tokenizer.has_chat_template:
-        raise ValueError(
-            "got --environment with a model without a chat template, want an instruct model; change --model"
-        )
+        want = "want an instruct model; change --model"
+        raise ValueError(f"got --environment with a model without a chat template, {want}")
     begin([episode := Episode(0, 0, row, config.seed)], chat, environments, -1, turn_room(model, config))
     if episode.failed:
         raise ValueError(f"the environment cannot begin with the first row: {episode.failed}")

@@ -61,6 +61,11 @@ def need(values: dict, key: str, kind: type, *, where: str, low=-1e300, high=1e3
     raise ValueError(f"got {key}={shown(value)}, want {wanted} in {where}")
 
 
+def tell(line: str) -> None:
+    """Say something on stderr that is no error: what is left aside, or what could be meant instead."""
+    print(line, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def named(where: object) -> Iterator[None]:
     """A ValueError from within gets in front of it where that was: a file, a line, a place in a row."""

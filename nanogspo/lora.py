@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kernels.lora import frozen_linear
 from nanogspo.inputs import some
-from nanogspo.quant import LINEAR, PackedLinear, dense_weight, put, weight_count
+from nanogspo.quant import PackedLinear, dense_weight, linear_layers, put, weight_count
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -93,26 +93,24 @@ def add_lora(
         raise ValueError(f"got LoRA rank {r}, want at least 1; use --lora-r 0 on the command line for full fine-tuning")
     if lora_layers(model):
         raise ValueError("the model already has a LoRA adapter; merge it or load the base again before adding another")
-    linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)}
+    linear = linear_layers(model)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
+    found = {t: {name for name in linear if name == t or name.endswith("." + t)} for t in targets}
+    unmatched = [t for t, names in found.items() if not names]
     if unmatched or not targets:
         named = some(map(repr, unmatched)) or "none"
         raise ValueError(f"got LoRA targets {named}, which match no layer; want some of: {', '.join(leaves)}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    touched = []
-    for name, base in linear.items():
-        if not any(name == t or name.endswith("." + t) for t in targets):
-            continue
+    touched = {name: base for name, base in linear.items() if any(name in names for names in found.values())}
+    for name, base in touched.items():
         layer = LoRALinear(base, r, alpha / r if scale is None else scale, dropout)
         bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a = sqrt 5), PEFT's choice
         if not base.weight.is_meta:
             draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound  # (r, in)
             layer.lora_A.weight.data.copy_(draw)
         put(model, name, layer)
-        touched.append(name)
-    return touched
+    return list(touched)
 
 
 @torch.no_grad()

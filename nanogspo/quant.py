@@ -102,7 +102,12 @@ class Int8Linear(PackedLinear):
     BUFFERS = {"codes": "weight", "scale": "scale"}
 
 
-LINEAR = (nn.Linear, PackedLinear)  # what LoRA can be put beside
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | PackedLinear]:
+    """Name -> linear layer inside the blocks: what can be packed, and what LoRA can be put beside."""
+    found = model.layers.named_modules(prefix="layers")
+    return {name: m for name, m in found if isinstance(m, nn.Linear | PackedLinear)}
+
+
 KINDS = ("nf4", "int8")
 
 

@@ -5,7 +5,7 @@
     compact   rows that drew a stop token are dropped, once a quarter of the batch (with a CUDA graph half) has done so
 
 Linear layers that share an input are fused (fast/fused_linear.py), and on a GPU a decode step is one CUDA graph
-(fast/cuda_graph.py). You can read `_decode` as if neither existed.
+(fast/cuda_graph.py). You can read `decode` as if neither existed.
 
 A prompt is shared three times: prefill and cache (once a group), decode attention (its keys are read once a group), and
 in training, where it stands once in the packed row for all its answers (packing.py).
@@ -59,27 +59,21 @@ def generate(
     *,
     group_size: int = 1,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_ids: Sequence[int] = (),
-    seed: int = 0,
     first_prompt: int = 0,
     streams: Sequence[tuple[int, int, int]] = (),
     max_rows: int = 0,
     on_step: Callable[[int, int], bool] | None = None,
+    **settings,
 ) -> list[Answer]:
     """Sample group_size answers to every prompt.
 
     prompts         token ids, each at least one token
-    temperature     > 0 divides the logits; 0 takes the most likely token (logp is then that of temperature 1)
-    top_k, top_p    keep the k likeliest tokens (0: all), then the fewest whose mass reaches top_p; logp is renormalised
-    eos_ids         tokens that end an answer
-    seed            of the run; with a prompt's number, counted from first_prompt, it decides what is drawn for it
+    first_prompt    number of the first prompt: with settings' seed it decides what is drawn for a prompt
     streams         (prompt's number, answer, turn) of every prompt, for later turns of episodes (episodes.py)
     max_rows        rows decoded at a time, rounded down to whole groups (one at least); 0: all
     on_step         called after every decode step with how many answers are complete, and how many tokens each other
                     one has; a true return ends the sampling there, with the answers as far as they have got
+    settings        of `decode`: temperature, top_k, top_p, eos_ids, seed
     returns         P * group_size Answers, prompt-major
 
     Raises ValueError for no prompts, an empty one, ids outside the vocabulary, settings outside their range, and a
@@ -93,19 +87,15 @@ def generate(
     fused = FusedLinears(model)  # once for all slices; anew for each rollout, because the weights have moved
     for first in range(0, len(prompts), per_slice):
         part = prompts[first : first + per_slice]
-        steps = _decode(
+        steps = decode(
             model,
             part,
             fused,
             group_size=group_size,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_ids=eos_ids,
-            seed=seed,
             first_prompt=first_prompt + first,
             streams=streams[first : first + per_slice],
+            **settings,
         )
         for rows, tokens, logp, finished in steps:
             for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
@@ -120,30 +110,32 @@ def generate(
     return answers
 
 
-def decode(model: Transformer, prompts: list[list[int]], **settings) -> Iterator[Step]:
-    """The sampling loop, a step at a time. settings: those of `generate` but max_rows and on_step; here
-    only first_prompt has a default."""
-    yield from _decode(model, prompts, FusedLinears(model), **settings)
-
-
 @torch.no_grad()
-def _decode(
+def decode(
     model: Transformer,
     prompts: list[list[int]],
-    fused: FusedLinears,
+    fused: FusedLinears | None = None,
     *,
     group_size: int,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    eos_ids: Sequence[int],
-    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    seed: int = 0,
     first_prompt: int = 0,
     streams: Sequence[tuple[int, int, int]] = (),
 ) -> Iterator[Step]:
+    """The sampling loop, a step at a time. Arguments as those of `generate`, and
+
+    fused           the model's linear layers, where the caller has fused them already
+    temperature     > 0 divides the logits; 0 takes the most likely token (logp is then that of temperature 1)
+    top_k, top_p    keep the k likeliest tokens (0: all), then the fewest whose mass reaches top_p; logp is renormalised
+    eos_ids         tokens that end an answer
+    seed            of the run
+    """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    device, was_training = model.embed_tokens.weight.device, model.training
+    device, was_training, fused = model.embed_tokens.weight.device, model.training, fused or FusedLinears(model)
     model.eval()  # LoRA dropout must not touch the policy that is sampled
     try:
         # prefill: every prompt once
@@ -237,9 +229,8 @@ class DecodeBatch:
         uniform = self.uniforms.index_select(0, self.number)[0]  # (n,)
         tokens, logp = sample(logits, uniform, *self.settings)  # (n,), (n,)
         ends = (tokens[:, None] == self.stop).any(1)  # (n,)
-        self.drawn.copy_(
-            torch.stack((tokens.double(), logp.double(), ends.double()))
-        )  # (3, n) float64 holds an id exactly
+        drawn = torch.stack((tokens.double(), logp.double(), ends.double()))  # (3, n) float64 holds an id exactly
+        self.drawn.copy_(drawn)
         self.tokens.copy_(tokens)
         self.number += 1
         if self.cache.capturable:
@@ -300,6 +291,5 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
         )
     strange = {i for p in prompts for i in p if not 0 <= i < model.config.vocab_size}
     if strange:
-        raise ValueError(
-            f"got token id {min(strange)}, want ids in [0, {model.config.vocab_size}): wrong tokenizer for this model?"
-        )
+        line = f"got token id {min(strange)}, want ids in [0, {model.config.vocab_size})"
+        raise ValueError(f"{line}: wrong tokenizer for this model?")

@@ -144,13 +144,7 @@ class Sampler:
         return [Group(problems[p], *part) for p, part in enumerate(parts)], scores.facts | facts
 
     def answers(
-        self,
-        problems: list[Problem],
-        group_size: int,
-        temperature: float,
-        first: int,
-        on_step: OnStep,
-        most: int = 0,
+        self, problems: list[Problem], group_size: int, temperature: float, first: int, on_step: OnStep, most: int = 0
     ) -> tuple[list[Sample] | None, dict[str, float]]:
         """group_size answers to each problem, at most `most` decoded at a time, and facts about episodes. (None, {}) if
         on_step ended it early."""
@@ -186,10 +180,8 @@ class Sampler:
         values, the totals, and which answers are right. Notes of the reward functions go into the samples'."""
         G = len(samples) // len(problems)
         if self.rewards:
-            groups = []
-            for p, problem in enumerate(problems):
-                own = samples[p * G : (p + 1) * G]
-                groups.append(group_of(problem, [s.text for s in own], [s.ids for s in own]))
+            asked = [(problem, samples[p * G : (p + 1) * G]) for p, problem in enumerate(problems)]
+            groups = [group_of(problem, [s.text for s in own], [s.ids for s in own]) for problem, own in asked]
             scores = self.rewards(groups, step)
             for sample, note in zip(samples, scores.notes, strict=True):
                 sample.notes |= note

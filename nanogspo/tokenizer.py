@@ -21,14 +21,13 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import tokenizers
 
 from nanogspo import templates
-from nanogspo.inputs import kind, need, parse_json, text_of
+from nanogspo.inputs import kind, need, parse_json, tell, text_of
 from nanogspo.special_tokens import NAMES, add_tokens, named_tokens
 from nanogspo.storage.files import TOKENIZER_FILES, atomic_write, resolve
 from nanogspo.templates import one_line
@@ -57,7 +56,7 @@ def load_tokenizer(path_or_repo: str | Path) -> "Tokenizer":
     names = {*TOKENIZER_FILES, "generation_config.json", "config.json"}
     tokenizer = Tokenizer({name: (folder / name).read_bytes() for name in present if name in names}, str(folder))
     for notice in tokenizer.notices:
-        print(f"{folder}: {notice}", file=sys.stderr)
+        tell(f"{folder}: {notice}")
     return tokenizer
 
 
@@ -197,9 +196,8 @@ class Tokenizer:
             advice = "use an instruct checkpoint, or plain prompts instead of messages"
             raise ValueError(f"got {self.folder} without a chat template, want chat_template.jinja in it: {advice}")
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise ValueError(
-                f'got messages {one_line(messages)}, want turns: write [{{"role": "user", "content": "…"}}]'
-            )
+            want = 'want turns: write [{"role": "user", "content": "…"}]'
+            raise ValueError(f"got messages {one_line(messages)}, {want}")
         name = "tool_use" if template_kwargs.get("tools") and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise ValueError(f"got chat templates {[*self.templates]}, want a default one: rename one in {self.folder}")

@@ -113,14 +113,12 @@ def test_long_prompts_are_left_out_and_counted():
     def too_long(problem):
         return len(problem.text) > 4
 
-    options = [{"too_long": too_long}, {}]
-    for one in (task(*rows(*numbers, 3, 3), held_out=2, **more) for more in options):
-        if not one.left_out:
-            one.leave_out(too_long)
-        assert one.left_out == 62 - sum(n < 10 for n in [*numbers, 3, 3]) and len(one.held_out()) == 2
-        assert all(len(p.text) == 4 for p in one.held_out() + drawn(one, 20))
+    one = task(*rows(*numbers, 3, 3), held_out=2)
+    one.leave_out(too_long)
+    assert one.left_out == 62 - sum(n < 10 for n in [*numbers, 3, 3]) and len(one.held_out()) == 2
+    assert all(len(p.text) == 4 for p in one.held_out() + drawn(one, 20))
     with pytest.raises(ValueError, match="got 2 prompts, all too long, want some .*--max-prompt-tokens"):
-        task(*rows(10, 11), too_long=too_long)
+        task(*rows(10, 11)).leave_out(too_long)
 
 
 def test_the_reward_without_a_reward_function():
@@ -155,6 +153,6 @@ def test_a_prompt_that_the_template_refuses_is_named():
         raise ValueError("got messages, want others")
 
     with pytest.raises(ValueError, match="^rows.jsonl:1: got messages"):
-        task({"prompt": "q"}, too_long=too_long)
+        task({"prompt": "q"}).leave_out(too_long)
     with pytest.raises(ValueError, match="got --eval-size 2 with 2 different rows, want fewer"):
         task(*rows(1, 2, 2), held_out=2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.nf4 import NESTED, NF4Tensor
 from nanogspo.inputs import named, parse_json
-from nanogspo.quant import NF4Linear, packed_layers
+from nanogspo.quant import NF4Linear, linear_layers, packed_layers
 
 COMPANION = re.compile(r"(.+\.weight)\.((?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+)")
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
@@ -47,9 +47,10 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
 
     Raises ValueError when a companion is missing (named), or the parts do not fit each other or the quant state.
     """
+    state = f"{name}.{QUANT_STATE}"
     if QUANT_STATE not in tensors:
         other = next((part for part in tensors if part.startswith("quant_state.")), None)
-        raise ValueError(f"{name} is {other.rsplit('__')[-1]}, want nf4" if other else f"missing {name}.{QUANT_STATE}")
+        raise ValueError(f"{name} is {other.rsplit('__')[-1]}, want nf4" if other else f"missing {state}")
     try:
         facts = parse_json(bytes(tensors[QUANT_STATE].flatten().tolist()), "it")
         shape, dtype, block_size = tuple(facts["shape"]), DTYPE_NAMES[facts["dtype"]], facts["blocksize"]
@@ -60,9 +61,7 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
         if offset is not None and not offset.isfinite():
             raise TypeError("nested_offset is a finite number")
     except (ValueError, KeyError, TypeError, OverflowError) as e:
-        raise ValueError(
-            f"{name}.{QUANT_STATE} is no quant state of a packed weight ({e!r}); fetch the file again"
-        ) from e
+        raise ValueError(f"{state} is no quant state of a packed weight ({e!r}); fetch the file again") from e
     if kind != "nf4" or nested != NESTED:
         raise ValueError(f"{name} is {kind} with scales in blocks of {nested}, want nf4 with {NESTED}")
     parts = ["absmax", "quant_map"] + ([] if offset is None else ["nested_absmax", "nested_quant_map"])
@@ -82,8 +81,7 @@ def nf4_from_file(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
 def bitsandbytes_config(model: nn.Module, dtype: torch.dtype) -> dict:
     """The quantization_config of config.json by which transformers opens a folder of NF4 weights."""
     packed = packed_layers(model)
-    linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
-    plain = [n.removesuffix(".base") for n in linear if ".lora_" not in n]
+    plain = [n for n, m in linear_layers(model).items() if isinstance(m, nn.Linear) and ".lora_" not in n]
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -93,5 +91,5 @@ def bitsandbytes_config(model: nn.Module, dtype: torch.dtype) -> dict:
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         # a list, even of one: transformers looks for layers that have no packed weight in the file here
-        "llm_int8_skip_modules": ["lm_head", *(f"model.{name}" for name in plain)],
+        "llm_int8_skip_modules": ["lm_head", *(f"model.{name.removesuffix('.base')}" for name in plain)],
     }

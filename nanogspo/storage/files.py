@@ -81,17 +81,14 @@ def _refuse_other_folder(folder: pathlib.Path, want: str) -> None:
     if want == "adapter" and not is_adapter:
         if (folder / "adapter" / ADAPTER).exists():
             raise ValueError(f"{folder} is a run's folder: give --adapter {folder / 'adapter'}")
-        raise ValueError(
-            f"{folder}: got no {ADAPTER}, want an adapter's folder"
-            + ("; this is a model: give --model" if is_model else "")
-        )
+        hint = "; this is a model: give --model" if is_model else ""
+        raise ValueError(f"{folder}: got no {ADAPTER}, want an adapter's folder{hint}")
 
 
 def _fetch(repo: str, want: str) -> pathlib.Path:
     import huggingface_hub as hub  # 0.3 s to import, and most runs do not need it
     from huggingface_hub import errors
 
-    local = f"or give a local folder with {'--adapter' if want == 'adapter' else '--model'} DIR"
     weights = {"model": [SINGLE], "adapter": [ADAPTER_WEIGHTS], "checkpoint": [SINGLE, ADAPTER_WEIGHTS]}.get(want, [])
     try:
         folder = pathlib.Path(hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, *weights]))
@@ -99,37 +96,34 @@ def _fetch(repo: str, want: str) -> pathlib.Path:
             shards = sorted(file.name for file in shard_files(folder))
             folder = pathlib.Path(hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, *shards]))
         return folder
-    except errors.GatedRepoError as e:
-        raise ValueError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run `hf auth login`, {local}"
-        ) from e
-    except errors.RepositoryNotFoundError as e:
-        raise ValueError(
-            f"the hub has no repository {repo} (or it is private): check the name, run `hf auth login`, {local}"
-        ) from e
-    # a full disk, connection errors and LocalEntryNotFoundError are OSErrors; a time-out within a file is an HTTPError
-    except (OSError, errors.HTTPError) as e:
-        if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
-            raise ValueError(
-                f"the disk is full while fetching {repo}: free some space or set HF_HOME to another disk, {local}"
-            ) from e
-        if getattr(e, "filename", None):  # a file of the cache, and nothing of the network
-            raise ValueError(
-                f"cannot write {e.filename} ({e.strerror}) to fetch {repo}: set HF_HOME to a folder of yours, {local}"
-            ) from e
-        status = _status(e)
-        why = HUB_STATUS.get(status) or ("the hub has a fault of its own: try again later" if status >= 500 else "")
-        if why:
-            raise ValueError(f"the hub answers {status} for {repo}: {why}, {local}") from e
-        raise ValueError(
-            f"cannot reach the hub for {repo} and it is not in the cache: check the network, {local}"
-        ) from e
-    except ImportError as e:  # of the HTTP client, when a proxy needs a package that is not there
+    # a full disk, connection errors and LocalEntryNotFoundError are OSErrors; a time-out within a file is an HTTPError;
+    # ImportError: of the HTTP client, when a proxy needs a package that is not there
+    except (OSError, errors.HTTPError, ImportError) as e:
+        local = f"or give a local folder with {'--adapter' if want == 'adapter' else '--model'} DIR"
+        raise ValueError(f"{_advice(e, repo)}, {local}") from e
+
+
+def _advice(e: Exception, repo: str) -> str:
+    """Why a repository could not be fetched, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(e, errors.GatedRepoError):
+        return f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run `hf auth login`"
+    if isinstance(e, errors.RepositoryNotFoundError):
+        return f"the hub has no repository {repo} (or it is private): check the name, run `hf auth login`"
+    if isinstance(e, ImportError):
         proxies = sorted(k for k in os.environ if k.upper().endswith("_PROXY") and "socks" in os.environ[k].lower())
-        raise ValueError(
-            f"cannot reach the hub through the SOCKS proxy of {some(proxies) or 'this system'}, which needs a package "
-            f"that is missing: pip install socksio, or unset {' '.join(proxies) or 'it'}, {local}"
-        ) from e
+        proxy = f"cannot reach the hub through the SOCKS proxy of {some(proxies) or 'this system'}"
+        unset = " ".join(proxies) or "it"
+        return f"{proxy}, which needs a package that is missing: pip install socksio, or unset {unset}"
+    if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
+        return f"the disk is full while fetching {repo}: free some space or set HF_HOME to another disk"
+    if getattr(e, "filename", None):  # a file of the cache, and nothing of the network
+        return f"cannot write {e.filename} ({e.strerror}) to fetch {repo}: set HF_HOME to a folder of yours"
+    status = _status(e)
+    if why := HUB_STATUS.get(status) or ("the hub has a fault of its own: try again later" if status >= 500 else ""):
+        return f"the hub answers {status} for {repo}: {why}"
+    return f"cannot reach the hub for {repo} and it is not in the cache: check the network"
 
 
 def _status(error: BaseException | None) -> int:
@@ -182,9 +176,8 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
                 f"{folder}: got {some(pickles)}, pickles that can run code when opened; want safetensors "
                 f"(convert with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR))"
             )
-        raise ValueError(
-            f"{folder}: missing weight files {some(missing)}; fetch them again (a repository of pickles has none)"
-        )
+        line = f"{folder}: missing weight files {some(missing)}"
+        raise ValueError(f"{line}; fetch them again (a repository of pickles has none)")
     return files
 
 

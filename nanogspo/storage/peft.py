@@ -13,12 +13,11 @@ import math
 import os
 import pathlib
 import re
-import sys
 
-from nanogspo.inputs import need, read_json, shown, some
+from nanogspo.inputs import need, read_json, shown, some, tell
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import LINEAR
+from nanogspo.quant import linear_layers
 from nanogspo.storage.files import ADAPTER, ADAPTER_WEIGHTS, atomic_write, resolve
 from nanogspo.storage.names import PREFIXES, SKIP, our_name
 from nanogspo.storage.safetensors import Stored, read_header, write_safetensors
@@ -36,12 +35,11 @@ def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "")
         raise ValueError("the model has no LoRA adapter to save; save the model itself instead")
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, layer in layers.items():
-        for part in ("lora_A", "lora_B"):
-            w = getattr(layer, part).weight
-            out = f"{PEFT_PREFIX}{model.config.module_prefix}{name}.{part}.weight"
-            tensors[out] = w
+    tensors = {
+        f"{PEFT_PREFIX}{model.config.module_prefix}{name}.{part}.weight": getattr(layer, part).weight
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
     write_safetensors(path / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     first = next(iter(layers.values()))
     config = {
@@ -66,15 +64,11 @@ def _short_targets(model: Transformer, names: list[str]) -> list[str] | str:
     """Leaf names where every layer of that leaf is wrapped, full names where only some are. PEFT compares the ends of
     names, and a tower has layers of the same leaf names: then a regular expression, which it matches as a whole."""
     leaves, prefix = sorted({name.rsplit(".", 1)[-1] for name in names}), model.config.module_prefix
-    every = [n for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR) and not _inside_lora(n)]
+    every = [name for name in linear_layers(model) if not name.endswith((".base", ".lora_A", ".lora_B"))]
     plain = prefix == "model."
     if any(name.rsplit(".", 1)[-1] in leaves for name in every):
         return sorted(name if plain else f"{prefix}{name}" for name in names)
     return leaves if plain else rf"{re.escape(prefix)}.*\.({'|'.join(leaves)})"
-
-
-def _inside_lora(name: str) -> bool:
-    return name.endswith((".base", ".lora_A", ".lora_B"))
 
 
 # Keys of adapter_config.json that are read, or that say how PEFT found and trained the layers. Any other changes the
@@ -99,9 +93,8 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
     folder = resolve(path_or_repo, want="adapter")
     config, file = read_json(folder / ADAPTER), folder / ADAPTER_WEIGHTS
     if not file.is_file():
-        raise ValueError(
-            f"{folder}: got no adapter_model.safetensors, want one beside adapter_config.json (a pickle is not read)"
-        )
+        want = f"want one beside {ADAPTER} (a pickle is not read)"
+        raise ValueError(f"{folder}: got no {ADAPTER_WEIGHTS}, {want}")
     where = f"{folder / ADAPTER}"
     kind = need(config, "peft_type", str, default="LORA", where=where)
     if kind.upper() != "LORA":
@@ -114,17 +107,15 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
     scale = alpha / (math.sqrt(r) if need(config, "use_rslora", bool, default=False, where=where) else r)
     base = need(config, "base_model_name_or_path", str, default="", where=where)
     if base and hasattr(model, "folder") and not _same_model(base, model.folder):
-        print(
-            f"{folder}: this adapter was trained over {some([base])}, the model here is {model.folder}", file=sys.stderr
-        )
+        tell(f"{folder}: this adapter was trained over {some([base])}, the model here is {model.folder}")
     pairs = _adapter_pairs(file, model, r)
-    linear = [name for name, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)]
     prefixes = ["model."] if model.config.module_prefix == "model." else PREFIXES  # a wrapper's has changed
-    given = [name for name in linear if name in pairs]  # add_lora names those that are none of the model's
+    given = [
+        name for name in linear_layers(model) if name in pairs
+    ]  # add_lora names those that are none of the model's
     if aside := [name for name in given if not any(_peft_wraps(config, f"{p}{name}", where) for p in prefixes)]:
-        raise ValueError(
-            f"{file}: got {some(aside, 4)}, which {ADAPTER} does not name: PEFT leaves them aside; mend it"
-        )
+        got = f"{file}: got {some(aside, 4)}, which {ADAPTER} does not name"
+        raise ValueError(f"{got}: PEFT leaves them aside; mend it")
     touched = add_lora(model, r=r, alpha=alpha, targets=list(pairs), dropout=dropout, scale=scale)
     for name, layer in lora_layers(model).items():
         for part, stored in pairs[name].items():
@@ -140,29 +131,25 @@ def _adapter_pairs(file: pathlib.Path, model: Transformer, r: int) -> dict[str, 
     for name, stored in read_header(file)[0].items():
         match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", name)
         if not match:
-            raise ValueError(
-                f"{file}: got tensor {some([name])}, want names that end in lora_A.weight or lora_B.weight"
-            )
+            want = "want names that end in lora_A.weight or lora_B.weight"
+            raise ValueError(f"{file}: got tensor {some([name])}, {want}")
         if SKIP.search(name):
             towers.append(name)
-        elif (
-            pairs.setdefault(our_name(match[1].removeprefix(PEFT_PREFIX)), {}).setdefault(match[2], stored)
-            is not stored
-        ):
+            continue
+        pair = pairs.setdefault(our_name(match[1].removeprefix(PEFT_PREFIX)), {})
+        if pair.setdefault(match[2], stored) is not stored:
             raise ValueError(f"{file}: got {some([name])} beside another tensor for the same layer, want one")
     if towers and not model.norm.weight.is_meta:  # said when the model is loaded, not of its outline
-        print(f"{file}: left aside {len(towers)} tensors, of no use for text: {some(towers)}", file=sys.stderr)
-    linear = {n: m for n, m in model.layers.named_modules(prefix="layers") if isinstance(m, LINEAR)}
+        tell(f"{file}: left aside {len(towers)} tensors, of no use for text: {some(towers)}")
+    linear = linear_layers(model)
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
             raise ValueError(f"{file}: layer {some([name])} has only {', '.join(pair)}, want lora_A and lora_B")
         if layer := linear.get(name):  # add_lora names those that are none of the model's
             for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
                 if pair[part].shape != shape:
-                    found = shown(list(pair[part].shape))
-                    raise ValueError(
-                        f"{file}: {name}.{part} has shape {found}, want {list(shape)}: another base or rank"
-                    )
+                    got = f"{file}: {name}.{part} has shape {shown(list(pair[part].shape))}"
+                    raise ValueError(f"{got}, want {list(shape)}: another base or rank")
                 if not pair[part].dtype.is_floating_point:
                     raise ValueError(f"{file}: {name}.{part} has dtype {pair[part].code}, want F32, F16 or BF16")
     return pairs
@@ -212,6 +199,5 @@ def _same_model(name: str, folder: pathlib.Path) -> bool:
     """Whether a base's name, a path or a hub id, can mean this folder: itself, the hub's cache of it, a copy of it."""
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
     same = os.path.realpath(os.path.expanduser(name)) == os.path.realpath(folder)
-    return same or bool(
-        hub and (folder.name == name.split("/")[1] or f"models--{name.replace('/', '--')}" in folder.parts)
-    )
+    cached = f"models--{name.replace('/', '--')}"
+    return same or bool(hub and (folder.name == name.split("/")[1] or cached in folder.parts))

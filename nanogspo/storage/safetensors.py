@@ -1,4 +1,4 @@
-"""safetensors files, through the package of that name: headers, one tensor at a time, and whole files out.
+"""safetensors files: headers and one tensor at a time, through the package of that name; and whole files out.
 
 The package checks a header when it opens a file: its length, its JSON, and that the tensors fill the file without a
 gap or an overlap. Here its errors become one line that says what to do, and what it accepts is narrowed to the dtypes
@@ -16,10 +16,9 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanogspo.inputs import some
@@ -86,49 +85,25 @@ def read_header(path: str | os.PathLike, *, want: str = FETCH) -> tuple[dict[str
         # asked only now: a sound header of 640 bytes begins like a pickle, one of 19,280 like a zip file
         if first == b"PK" or first[:1] == b"\x80" and first[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             raise ValueError(f"{path}: got a pickle, which can run code when opened; want safetensors") from e
-        raise ValueError(
-            f"{path}: got {path.stat().st_size} bytes that are not safetensors ({some([e])}); {want}"
-        ) from e
+        size = path.stat().st_size
+        raise ValueError(f"{path}: got {size} bytes that are not safetensors ({some([e])}); {want}") from e
     for name, (code, shape) in tensors.items():
         if code not in DTYPES:
             raise ValueError(f"{path}: tensor {some([name])} has dtype {code}, want one of {', '.join(DTYPES)}")
         if math.prod(max(n, 1) for n in shape) >= 2**60:  # a 0 among them does not make the others sensible
             raise ValueError(f"{path}: tensor {some([name])} has shape {shape}, want fewer than 2**60 numbers")
-    return {
-        n: Stored(path, file, n, DTYPES[code], shape) for n, (code, shape) in tensors.items()
-    }, file.metadata() or {}
+    stored = {n: Stored(path, file, n, DTYPES[code], shape) for n, (code, shape) in tensors.items()}
+    return stored, file.metadata() or {}
+
+
+def raw_bytes(t: Tensor) -> memoryview:
+    """A tensor's bytes, from any device and of any layout; not copied if it is on the CPU and contiguous."""
+    return memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a whole file or nothing. Tensors may be on any device and of any layout; those that are on the CPU and
-    contiguous are not copied, those on a GPU are copied one at a time (a full fine-tune's state is 14 bytes a
-    parameter)."""
-    with whole_file(path) as f:
-        try:
-            if all(t.device.type == "cpu" for t in tensors.values()):
-                _write(f.name, tensors, metadata)
-            else:
-                _stream(f, tensors, metadata)
-            safe_open(f.name, "pt", backend=BACKEND)  # on a full disk the package loses its last bytes without a word
-        except SafetensorError as e:
-            raise OSError(f"{path}: cannot be written ({e}): is the disk full?") from e
-
-
-def _write(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    tensors = {
-        name: t.detach().cpu().contiguous() for name, t in tensors.items()
-    }  # held while pointers to them are used
-    specs = {
-        name: TensorSpec(
-            dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), data_ptr=t.data_ptr(), data_len=t.nbytes
-        )
-        for name, t in tensors.items()
-    }
-    serialize_file(specs, path, metadata)
-
-
-def _stream(f: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The same bytes as `_write`: a header padded to 8, then tensors by dtype and name."""
+    """Write a whole file or nothing, with the very bytes of the package: a header padded to 8, then tensors by dtype
+    and name. What has to be copied is copied one at a time (a full fine-tune's state is 14 bytes a parameter)."""
     ranks = list(DTYPES.values())
     names = sorted(tensors, key=lambda name: (ranks.index(tensors[name].dtype), name))
     header, end = {"__metadata__": metadata}, 0
@@ -138,7 +113,12 @@ def _stream(f: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -
         header[name] = {"dtype": DTYPE_CODES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    f.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        f.write(memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
-    f.flush()
+    try:
+        with whole_file(path) as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                f.write(raw_bytes(tensors[name]))
+    except OSError as e:
+        if e.filename is not None:  # it could not be opened or renamed
+            raise
+        raise OSError(f"{path}: cannot be written ({e}): is the disk full?") from e

@@ -27,7 +27,7 @@ from nanogspo.inputs import named, some
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import Example
 from nanogspo.storage.files import ADAPTER, ADAPTER_WEIGHTS, SMALL_FILES, resolve, weight_files
-from nanogspo.storage.safetensors import Stored, read_header, write_safetensors
+from nanogspo.storage.safetensors import Stored, raw_bytes, read_header, write_safetensors
 
 MODEL, OPTIMIZER, ROLLOUT, REFERENCE = "model.", "optimizer.", "rollout.", "reference."
 TOKENS, LENGTHS = "rollout.tokens", "rollout.lengths"  # of each example: all its tokens, those of its prompt
@@ -157,8 +157,7 @@ def _random_state() -> dict[str, Tensor]:
 
 def _checksum(t: Tensor) -> int:
     """CRC-32 of a tensor's bytes: against damage, not against forgery."""
-    t = t.detach().cpu().contiguous()
-    return zlib.crc32(memoryview(t.view(-1).view(torch.uint8).numpy())) if t.numel() else 0
+    return zlib.crc32(raw_bytes(t))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

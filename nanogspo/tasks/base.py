@@ -10,9 +10,9 @@ import functools
 import random
 import zlib
 from array import array
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def shuffled(size: int, stream: str) -> array:
     return order
 
 
-def first_distinct(draw: Callable[[int], Hashable], count: int) -> list:
-    """The first `count` different values of draw(0), draw(1), ... The caller knows that there are so many."""
+def first_distinct(draw: Callable[[int], Any], count: int, key: Callable = lambda value: value) -> list:
+    """The first `count` values of draw(0), draw(1), ... with different keys. The caller knows there are so many."""
     found, n = {}, 0
     while len(found) < count:
-        found[draw(n)] = None
-        n += 1
-    return list(found)
+        value, n = draw(n), n + 1
+        found.setdefault(key(value), value)
+    return list(found.values())
 
 
 def refuse_count(count: int, available: int, task: str) -> None:

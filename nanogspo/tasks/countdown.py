@@ -22,7 +22,7 @@ import re
 import string
 from fractions import Fraction
 
-from nanogspo.tasks.base import Problem, is_held_out, refuse_count
+from nanogspo.tasks.base import Problem, first_distinct, is_held_out, refuse_count
 
 ANSWER = re.compile(r"<answer>([^<>]*)</answer>")
 FORM = re.compile(rf"\s*{ANSWER.pattern}\s*")
@@ -45,11 +45,7 @@ class Countdown:
 
     def held_out(self, count: int) -> list[Problem]:
         refuse_count(count, 10_000, "countdown")  # of three numbers alone there are 100,000 held-out questions
-        found, n = {}, 0
-        while len(found) < count:
-            problem, n = self._draw(f"held-out/{n}", held_out=True), n + 1
-            found.setdefault(_key(problem.row["numbers"], problem.row["target"]), problem)
-        return list(found.values())
+        return first_distinct(lambda n: self._draw(f"held-out/{n}", held_out=True), count, lambda p: _key(**p.row))
 
     def reward(self, problem: Problem, answer_text: str) -> float:
         """Equation (1). Whether the thinking is still in the text or was dropped before makes no difference."""

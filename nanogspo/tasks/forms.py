@@ -47,9 +47,8 @@ def _turn(turn: object, i: int) -> object:
         return turn
     speaker, value = turn["from"], turn.get("value")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise ValueError(
-            f"got from {shown(speaker)} in conversations[{i}], want one of {', '.join(SPEAKERS)}; rename it"
-        )
+        line = f"got from {shown(speaker)} in conversations[{i}], want one of {', '.join(SPEAKERS)}"
+        raise ValueError(f"{line}; rename it")
     more = {key: part for key, part in turn.items() if key not in ("from", "value")}
     message = {"role": SPEAKERS[speaker], "content": value, **more}
     if speaker == "function_call":

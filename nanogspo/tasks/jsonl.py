@@ -123,9 +123,8 @@ def _encode(row: dict, tokenizer: Tokenizer, template_kwargs: dict, notes: Count
             raise ValueError("got weight 0 or train false in every assistant turn, want one to learn; drop the row")
     elif pair or "solution" in row:
         used |= {"prompt", "completion"} if pair else {"solution", *FIELDS}
-        prompt, completion = (
-            (row["prompt"], row["completion"]) if pair else problem_of(row, chat=tokenizer.has_chat_template)
-        )
+        chat = tokenizer.has_chat_template
+        prompt, completion = (row["prompt"], row["completion"]) if pair else problem_of(row, chat=chat)
         completion = filled(completion, "completion" if pair else "solution")
         messages = asked_in(prompt)
         messages, learn = [*messages, {"role": "assistant", "content": completion}], [len(messages)]

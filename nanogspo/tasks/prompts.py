@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterable
 from nanogspo.inputs import named
 from nanogspo.tasks.base import Problem, shuffled, smallest_hashes
 from nanogspo.tasks.forms import asked_in, with_system
-
-ANSWERS = ("answer", "solution", "ground_truth", "completion")
+from nanogspo.tasks.rewards import REFERENCES
 
 
 class PromptRows:
@@ -35,17 +34,15 @@ class PromptRows:
         name: str = "data",
         held_out: int = -1,
         system: str = "",
-        too_long: Callable[[Problem], bool] | None = None,
     ):
         """
         rows      what read_rows gives: (where, row)
         held_out  how many different prompts are never trained on; -1: a tenth, as for SFT rows
         system    text of a system turn for rows that have none
-        too_long  see leave_out
         """
         self.name, self.left_out, self._held_out = name, 0, held_out
         self._rows = [(where, *_problem(where, row, system)) for where, row in rows]
-        self.leave_out(too_long or (lambda problem: False))
+        self.leave_out(lambda problem: False)
 
     def leave_out(self, too_long: Callable[[Problem], bool]) -> None:
         """Without the prompts that are too long, counted in left_out; then the sides are chosen anew."""
@@ -99,5 +96,5 @@ def _problem(where: str, row: dict, system: str) -> tuple[str, Problem]:
             messages = with_system(messages, system)
     asked = json.dumps([turn for turn in turns if turn["role"] != "system"], sort_keys=True)
     text = prompt if isinstance(prompt, str) else ""
-    answer = next((row[key] for key in ANSWERS if isinstance(row.get(key), str)), "")
+    answer = next((row[key] for key in REFERENCES if isinstance(row.get(key), str)), "")
     return hashlib.sha256(asked.encode()).hexdigest(), Problem(text, messages, answer, row)

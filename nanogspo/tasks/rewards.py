@@ -65,9 +65,8 @@ class Scores:
 
     def beside(self, values: list[float]) -> "Scores":
         """With one more column, of weight 1."""
-        return replace(
-            self, values=[[*a, b] for a, b in zip(self.values, values, strict=True)], weights=[*self.weights, 1.0]
-        )
+        table = [[*row, value] for row, value in zip(self.values, values, strict=True)]
+        return replace(self, values=table, weights=[*self.weights, 1.0])
 
     def fraction(self, total: float) -> float:
         """A total over what an answer gets to which every reward gives a 1."""
@@ -134,9 +133,8 @@ class Reward:
             if not self.batch:
                 signature.bind("", {})
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{where or self.name}: got a function that takes other arguments, want {FORMS}"
-            ) from error
+            got = f"{where or self.name}: got a function that takes other arguments"
+            raise ValueError(f"{got}, want {FORMS}") from error
 
     def __call__(self, group: Group, state: dict) -> dict:
         """{"values": one an answer, "extra": log_extra's columns, "metrics": log_metric's pairs}, or {"error": why}."""

@@ -66,8 +66,8 @@ MUTANTS = {
         ),
         ("first_prompt=first_prompt + first,", "first_prompt=first_prompt,", "equal draws in every slice"),
         (
-            "seed=seed,\n            first_prompt",
-            "seed=seed + first,\n            first_prompt",
+            "            **settings,\n        )",
+            '            **settings | {"seed": settings.get("seed", 0) + first},\n        )',
             "an answer that depends on rollout_rows",
         ),
         ("[seed % 2**64, prompt_number % 2**64]", "[prompt_number % 2**64, 0]", "the same answers for every seed"),

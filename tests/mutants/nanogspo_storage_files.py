@@ -37,10 +37,10 @@ MUTANTS = {
             "        error = None",
             "the hub's 429 reads like a broken network",
         ),
-        ("    except ImportError as e:", "    except MemoryError as e:", "a SOCKS proxy ends in a traceback"),
+        ("errors.HTTPError, ImportError) as e:", "errors.HTTPError) as e:", "a SOCKS proxy ends in a traceback"),
         (
-            "except errors.GatedRepoError as e:",
-            "except errors.DisabledRepoError as e:",
+            "if isinstance(e, errors.GatedRepoError):",
+            "if isinstance(e, errors.DisabledRepoError):",
             "a gated repository looks like an unknown one",
         ),
         (
