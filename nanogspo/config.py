@@ -256,8 +256,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         raise ValueError("got --epochs and --steps, want one of them")
     if base.get("resume"):
         raise ValueError("got resume in a --config file, want --resume DIR on the command line")
-    if given.get("data") and "task" not in given:
-        given["task"] = ("jsonl",)  # nothing else it could mean
+    if given.get("data") and given.get("task", ("jsonl",))[-1] == "jsonl":
+        given["task"] = ("jsonl",)  # rows are not mixed with tasks: the last --task counts, as with any other flag
     if given.get("resume"):
         changed = [name for name in given if name in base and given[name] != base[name]]
         if "eval_size" in changed and base.get("data"):

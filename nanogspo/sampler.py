@@ -113,7 +113,7 @@ class Sampler:
             score_old=config.algo != "reinforce",
             reference=reference,
         )
-        rollout.facts = rollout_facts(groups) | merged(facts)
+        rollout.facts = merged(facts) | rollout_facts(groups)  # a function may log a metric of any name
         rollout.facts |= {"sampling_rounds": len(facts)} if config.dynamic_sampling else {}
         if config.algo != "reinforce":
             rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [s.logp for s in samples])

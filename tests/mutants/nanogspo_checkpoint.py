@@ -76,10 +76,6 @@ MUTANTS = {
             "",
             "sample.py computes in uint8",
         ),
-        (
-            '                raise ValueError(f"{stored.path}: {name}: {e}") from e',
-            "                raise",
-            "which of 400 tensors is not finite?",
-        ),
+        ('named(f"{stored.path}: {name}")', "named(stored.path)", "which of 400 tensors is not finite?"),
     ],
 }

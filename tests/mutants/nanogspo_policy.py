@@ -4,6 +4,7 @@
 FILE = "nanogspo/policy.py"
 MUTANTS = {
     "tests/test_train.py": [
+        (' or config.model == "tiny":', ":", "the tiny model under an adapter is saved nowhere"),
         (
             "config = dataclasses.replace(config, lora_r=ranks[-1])",
             "pass",

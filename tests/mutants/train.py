@@ -10,8 +10,8 @@ MUTANTS = {
             "an exam goes on after Ctrl-C",
         ),
         (
-            "            if not self.stop:\n                log.evaluation(",
-            "            if True:\n                log.evaluation(",
+            "            if not self.stop:\n                self.compare(name, facts",
+            "            if True:\n                self.compare(name, facts",
             "half an exam counts",
         ),
         (
@@ -25,7 +25,6 @@ MUTANTS = {
             "                pass  # first, because",
             "nothing is saved before the last exam",
         ),
-        (' or config.model == "tiny":', ":", "the tiny model under an adapter is saved nowhere"),
         ("            if self.stop or last:", "            if last:", "the phase moves on though its exam was stopped"),
         (
             "ratios.append((len(log_ratio) / ratios_total, facts))",
