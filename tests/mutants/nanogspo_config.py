@@ -13,8 +13,8 @@ MUTANTS = {
         ('"accept_changes", "plan_only"', '"plan_only"', "what was accepted once is accepted for ever"),
         ("{**base, **given}", "{**given, **base}", "the file wins over the flags"),
         (
-            "if config.updates_per_rollout == 1 and",
-            "if config.updates_per_rollout == 0 and",
+            "if updates == 1 and",
+            "if updates == 0 and",
             "REINFORCE under another name",
         ),
         ("if config.top_k or config.top_p != 1:", "if config.top_k and config.top_p != 1:", "truncated sampling in RL"),
