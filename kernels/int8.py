@@ -115,19 +115,9 @@ def _dequantize_kernel(out_ptr, codes_ptr, scale_ptr, N, K, BLOCK_N: tl.constexp
 
 @triton.jit
 def _matmul_kernel(
-    y_ptr,
-    x_ptr,
-    codes_ptr,
-    scale_ptr,
-    M,
-    N,
-    K,
-    stride_m,
-    stride_k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    y_ptr, x_ptr, codes_ptr, scale_ptr, M, N, K, stride_m, stride_k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """y[:, n] = sum_k x[:, k] W[n, k] for BLOCK_N rows of weights and all rows of x: each weight is decoded once.
 
     The product is W x^T, weights on the left: then the instruction, 16 rows by 8 columns, is the same for any M, and k

@@ -128,7 +128,7 @@ class NF4Tensor(Packed):
         return {"torch": _dequantize, "triton": _dequantize_triton, "cuda": _dequantize_cuda}
 
     def product(self, block_k: int) -> tuple:
-        piece = gcd(self.shape[1], self.block_size, block_k)  # weights of a tile's row that share a scale for certain
+        piece = gcd(self.shape[1], self.block_size, block_k)
         keywords = {"NESTED": self.nested, "SIZE": self.block_size, "PIECE": piece, "enable_fp_fusion": False}
         return _matmul_kernel, _parts(self), keywords
 
@@ -260,20 +260,10 @@ def _decode(codes, codebook, COUNT: tl.constexpr):
 
 @triton.jit
 def _dequantize_kernel(
-    out_ptr,
-    codes_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    code2_ptr,
-    offset_ptr,
-    codebook_ptr,
-    n,
-    n_bytes,
-    NESTED: tl.constexpr,
-    SIZE: tl.constexpr,  # weights in a block
-    BLOCKS: tl.constexpr,  # blocks of this program
-):
-    """out[i] = codebook[code[i]] * scale[i // SIZE]"""
+    out_ptr, codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, codebook_ptr, n, n_bytes,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """out[i] = codebook[code[i]] * scale[i // SIZE] for BLOCKS blocks of SIZE weights"""
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # (BLOCKS,) int64: tensors pass 2^31 weights
     scales = _load_scales(b, b * SIZE < n, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED)  # (BLOCKS,)
     byte = b[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]  # (BLOCKS, SIZE / 2)
@@ -286,30 +276,15 @@ def _dequantize_kernel(
 
 @triton.jit
 def _matmul_kernel(
-    y_ptr,
-    x_ptr,
-    codes_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    code2_ptr,
-    offset_ptr,
-    codebook_ptr,
-    M,
-    N,
-    K,
-    stride_m,
-    stride_k,
-    NESTED: tl.constexpr,
-    SIZE: tl.constexpr,
-    PIECE: tl.constexpr,  # weights of a tile's row that share a scale for certain
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    y_ptr, x_ptr, codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, codebook_ptr, M, N, K, stride_m, stride_k,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """y[:, n] = sum_k x[:, k] W[n, k] for BLOCK_N rows of weights and all rows of x: each weight is decoded once.
 
     The product is W x^T, weights on the left: then the instruction, 16 rows by 8 columns, is the same for any M, and k
-    runs in the same order, so that the bits of a row of x do not depend on how many there are.
+    runs in the same order, so that the bits of a row of x do not depend on how many there are. PIECE weights of a tile's
+    row share a scale for certain.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     m = tl.arange(0, BLOCK_M)  # (BLOCK_M,)
@@ -330,15 +305,10 @@ def _matmul_kernel(
             other=0.0,
         )  # (BLOCK_K, BLOCK_M)
         piece = start + tl.arange(0, BLOCK_K // PIECE) * PIECE  # (BLOCK_K / PIECE,) where each begins
-        scales = _load_scales(
-            (n[:, None] * K + piece[None, :]) // SIZE,
-            (n < N)[:, None] & (piece < K)[None, :],
-            absmax_ptr,
-            absmax2_ptr,
-            code2_ptr,
-            offset_ptr,
-            NESTED,
-        )  # (BLOCK_N, BLOCK_K / PIECE)
+        scales = _load_scales(  # (BLOCK_N, BLOCK_K / PIECE)
+            (n[:, None] * K + piece[None, :]) // SIZE, (n < N)[:, None] & (piece < K)[None, :],
+            absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED,
+        )  # fmt: skip
         w = tl.reshape(_decode(codes, codebook, BLOCK_N * BLOCK_K), (BLOCK_N, BLOCK_K // PIECE, PIECE))
         w = w * scales[:, :, None]  # (BLOCK_N, BLOCK_K / PIECE, PIECE)
         # beyond K both sides must be finite for 0 * w to be 0: codes and scales are masked, and x is 0
@@ -356,16 +326,10 @@ def _parts(q: NF4Tensor) -> tuple[Tensor, ...]:
 def _dequantize_triton(q: NF4Tensor, out: Tensor) -> Tensor:
     blocks = max(1, TILE // q.block_size)
     _dequantize_kernel[(triton.cdiv(len(q.absmax), blocks),)](
-        out,
-        *_parts(q),
-        out.numel(),
-        q.codes.numel(),  # not n // 2 in the kernel: Triton sees that this divides by 16, and loads 16 bytes at a time
-        NESTED=q.nested,
-        SIZE=q.block_size,
-        BLOCKS=blocks,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        # codes.numel(), not n // 2 in the kernel: Triton sees that it divides by 16, and loads 16 bytes at a time
+        out, *_parts(q), out.numel(), q.codes.numel(), NESTED=q.nested, SIZE=q.block_size, BLOCKS=blocks,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 
@@ -388,14 +352,9 @@ def _dequantize_cuda(q: NF4Tensor, out: Tensor) -> Tensor:
         raise ValueError("got codes or out at an odd address, want them on multiples of 4 and 16; .clone() them")
     with torch.cuda.device(out.device):
         _extension().dequantize(
-            *(x.data_ptr() for x in _parts(q)),
-            out.numel(),
-            q.block_size.bit_length() - 1,
-            q.nested,
-            FLOATS.index(out.dtype),
-            out.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
-        )
+            *(x.data_ptr() for x in _parts(q)), out.numel(), q.block_size.bit_length() - 1, q.nested,
+            FLOATS.index(out.dtype), out.data_ptr(), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
     return out
 
 

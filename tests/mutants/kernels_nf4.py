@@ -15,8 +15,8 @@ MUTANTS = {
             "the product fuses the two roundings of a scale",
         ),
         (
-            "        BLOCKS=blocks,\n        num_warps=4,\n        enable_fp_fusion=False,",
-            "        BLOCKS=blocks,\n        num_warps=4,",
+            "BLOCKS=blocks,\n        num_warps=4, enable_fp_fusion=False,",
+            "BLOCKS=blocks,\n        num_warps=4,",
             "decoding fuses the two roundings of a scale",
         ),
         (
