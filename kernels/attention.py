@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, is_hopper, tl, triton
+from kernels.backend import check_positive, choose, inner, is_hopper, or_torch, tl, triton
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -798,20 +798,17 @@ def attention(
         )
     if len(q) != sum(segments.lengths):
         raise ValueError(f"got {len(q)} tokens, want the {sum(segments.lengths)} of the segments; build them anew")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"got scale {scale}, want a number above 0, 1 / sqrt({q.shape[2]}) by default")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"got softcap {softcap}, want a number above 0; pass None for no soft-cap")
+    check_positive("scale", scale, f", 1 / sqrt({q.shape[2]}) by default")
+    check_positive("softcap", softcap, "; pass None for no soft-cap")
     if window < 0:
         raise ValueError(f"got window {window}, want 0 for no window, or how many positions a query sees")
-    if q.dtype == torch.float64 and backend == "triton":
-        raise ValueError("got float64 with backend 'triton', want float32 or less; use backend='torch'")
-    if q.dtype != torch.float64 and choose(backend, q) == "triton":
+    unfit = "float64 with backend 'triton', want float32 or less" if q.dtype == torch.float64 else ""
+    if or_torch(choose(backend, q), backend, unfit) == "triton":
         path = "triton"
         if q.shape[2] > 256:
             raise ValueError(f"got heads of width {q.shape[2]}, want at most 256; use backend='torch'")
     else:  # torch's fused kernel knows no soft-cap, and is for CPUs
         path = "fused" if softcap is None and q.device.type == "cpu" else "plain"
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = inner(q), inner(k), inner(v)
     options = _Options(float(scale), None if softcap is None else float(softcap), int(window), path)
     return _Attention.apply(q, k, v, segments, options)

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import choose, inner, same_device, tl, triton
 from kernels.packed import Packed
 
 # Up to so many rows a GPU multiplies straight from the packed weights: a decoding step waits for memory, and they are a
@@ -152,7 +152,7 @@ def _add(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
     """y + h b^T for bf16 y (N, F), halves h (N, 2 R) and fp32 b (F, R) of any strides. Writes into y and returns it; a
     y whose rows are not contiguous is copied first."""
     (N, F), R = y.shape, b.shape[1]
-    y = y if y.stride(1) == 1 else y.contiguous()  # (N, F)
+    y = inner(y)  # (N, F)
     if N:
         _add_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(F, BLOCK_F))](
             y, h, b, y.stride(0), b.stride(0), b.stride(1), N, F, R,

@@ -283,8 +283,8 @@ def _matmul_kernel(
     """y[:, n] = sum_k x[:, k] W[n, k] for BLOCK_N rows of weights and all rows of x: each weight is decoded once.
 
     The product is W x^T, weights on the left: then the instruction, 16 rows by 8 columns, is the same for any M, and k
-    runs in the same order, so that the bits of a row of x do not depend on how many there are. PIECE weights of a tile's
-    row share a scale for certain.
+    runs in the same order, so that the bits of a row of x do not depend on how many there are. PIECE weights of a
+    tile's row share a scale for certain.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     m = tl.arange(0, BLOCK_M)  # (BLOCK_M,)
