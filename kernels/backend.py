@@ -29,6 +29,7 @@ except ImportError:
     tl = SimpleNamespace(constexpr=None)  # annotations are evaluated when a kernel is defined
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what kernels take; nf4.cu counts them in this order
+INTS = (torch.int32, torch.int64)  # lengths, targets
 HAVE_TRITON = hasattr(triton, "__version__")
 # Triton itself reads this when a kernel is defined, so a later change has no effect there either.
 INTERPRETED = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")

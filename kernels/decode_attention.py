@@ -45,7 +45,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import FLOATS, check_positive, choose, or_torch, same_device, tl, triton
+from kernels.backend import FLOATS, INTS, check_positive, choose, or_torch, same_device, tl, triton
 
 # Query rows of a prefix program: rows of a prompt x H / K. 32 x 128 sums in fp32 are 32 registers for each of 128
 # threads; compiled for sm_80 and sm_90, 64 rows spill. 16 is the least tl.dot takes, for a row by itself; and for fp32,
@@ -493,7 +493,7 @@ def _check(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, softcap
         want = "one N, K and D, and H a multiple of K"
         raise ValueError(f"got q, prefix_k, prefix_v, k, v {shapes}, want {want}; layout is (heads, rows, slots, D)")
     for name, x, size in (("prefix_lengths", prefix_lengths, P), ("lengths", lengths, N), ("prompt", prompt, N)):
-        if x.shape != (size,) or x.dtype not in (torch.int32, torch.int64):
+        if x.shape != (size,) or x.dtype not in INTS:
             got = f"{name} of shape {tuple(x.shape)} and {x.dtype}"
             raise ValueError(f"got {got}, want ({size},) of int32 or int64; one number for each")
     caches = {x.dtype for x in (prefix_k, prefix_v, k, v)}

@@ -62,7 +62,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, pad
 
-from kernels.backend import bf16_products, check_positive, choose, is_hopper, or_torch, same_device, tl, triton
+from kernels.backend import INTS, bf16_products, check_positive, choose, is_hopper, or_torch, same_device, tl, triton
 
 IGNORE = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
 
@@ -703,10 +703,7 @@ def token_logprob(
         )
     same_device(hidden=hidden, weight=weight, targets=targets)
     V = len(weight)
-    if not (hidden.is_floating_point() and weight.is_floating_point()) or targets.dtype not in (
-        torch.int32,
-        torch.int64,
-    ):
+    if not (hidden.is_floating_point() and weight.is_floating_point() and targets.dtype in INTS):
         dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (hidden, weight, targets))
         raise ValueError(f"got hidden, weight, targets of {dtypes}, want floats, floats and int64; cast them")
     check_positive("temperature", temperature, "; greedy answers are scored at 1.0")
@@ -765,7 +762,7 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Raises ValueError when cu_seqlens does not cut the row from end to end.
     """
-    if values.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if values.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in INTS:
         got = f"values {tuple(values.shape)} and cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"got {got}, want (S,) and (N + 1,) of int32 or int64; build cu_seqlens with cumsum")
     same_device(values=values, cu_seqlens=cu_seqlens)
