@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, is_hopper, tl, triton
+from kernels.backend import check_positive, choose, inner, is_hopper, or_torch, tl, triton
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -98,10 +98,6 @@ class Segments:
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # (n + 1,)
         tensors = (cu_seqlens, torch.tensor(prefix, dtype=torch.int32), positions)
         return Segments(*(x.to(device) for x in tensors), tuple(map(int, lengths)), tuple(map(int, prefix)))
-
-    def to(self, device: torch.device | str) -> "Segments":
-        tensors = (x.to(device) for x in (self.cu_seqlens, self.prefix, self.positions))
-        return Segments(*tensors, self.lengths, self.parents)
 
     def tiles(self, height: int) -> Tensor:
         """(n_tiles, 6) int32: the row cut into blocks of at most `height` tokens, none with tokens of two segments.
@@ -253,9 +249,7 @@ def _visible(piece: _Piece, device: torch.device) -> Tensor | None:
     """(T, J) bool, True where a query may look; None for everywhere."""
     if piece.whole:
         return None
-    query = torch.arange(piece.lead, piece.lead + piece.rows, device=device)[
-        :, None
-    ]  # (T, 1) counted from the first key
+    query = torch.arange(piece.lead, piece.lead + piece.rows, device=device)[:, None]  # (T, 1) from the first key on
     key = torch.arange(piece.keys, device=device)  # (J,)
     visible = key <= query  # (T, J)
     return visible & (key > query - piece.window) if piece.window else visible
@@ -312,12 +306,8 @@ def _backward_piece(
     scores, slope = _scores(q, k, piece, options)  # (n, H, T, J)
     p = (scores - lse[..., None]).exp_()  # (n, H, T, J)
     delta = (dout * out).sum(-1, keepdim=True)  # (n, H, T, 1)
-    q, dout, p_ = (
-        q.reshape(n, K, -1, D),
-        dout.reshape(n, K, -1, D),
-        p.view(n, K, -1, piece.keys),
-    )  # (n, K, H // K * T, .)
-    dv = p_.transpose(2, 3) @ dout  # (n, K, J, D)
+    q, dout = q.reshape(n, K, -1, D), dout.reshape(n, K, -1, D)  # (n, K, H // K * T, D) both
+    dv = p.view(n, K, -1, piece.keys).transpose(2, 3) @ dout  # (n, K, J, D)
     dscores = p.mul_((dout @ v.transpose(2, 3)).view(p.shape) - delta)  # (n, H, T, J)
     if slope is not None:
         dscores.mul_(slope)  # (n, H, T, J)
@@ -325,15 +315,11 @@ def _backward_piece(
     return (dscores @ k).view(n, H, T, D), dscores.transpose(2, 3) @ q, dv
 
 
-def _sums(x: Tensor) -> torch.dtype:
-    """bf16 and fp16 are widened: exact, and on a CPU backward is twice as fast for it on answers of 100 tokens."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: _Options) -> tuple[Tensor, Tensor]:
     """out (S, H, D) in q's dtype, and lse (S, H)."""
-    dtype = q.dtype
-    q, k, v = (x.to(_sums(x)) for x in (q, k, v))
+    # bf16 and fp16 are widened: exact, and on a CPU backward is twice as fast for it on answers of 100 tokens
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])  # (S, H, D), (S, H)
     for piece in _pieces(segments.lengths, segments.parents, options.window, options.path == "fused"):
         queries, keys = (piece.first, piece.count, piece.rows), (piece.key, piece.count, piece.keys)
@@ -350,7 +336,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: _Opti
 
 
 def _backward(saved: tuple[Tensor, ...], segments: Segments, options: _Options, dout: Tensor) -> tuple[Tensor, ...]:
-    q, k, v, out, lse = (x.to(_sums(x)) for x in saved)
+    q, k, v, out, lse = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in saved)
     dout = dout.to(q.dtype)
     dq, dk, dv = torch.zeros(q.shape, dtype=q.dtype, device=q.device), torch.zeros_like(k), torch.zeros_like(v)
     for piece in _pieces(segments.lengths, segments.parents, options.window, options.path == "fused"):
@@ -668,21 +654,11 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, options: _Options, tiling: tuple[in
     strides = (f"stride_{name}{letter}" for name in "qkv" for letter in "sh")
     return {
         **dict(zip(strides, (n for x in (q, k, v) for n in x.stride()[:2]), strict=True)),
-        "S": len(q),
-        "scale": options.scale,
-        "softcap": options.softcap or 1.0,
-        "window": options.window,
-        "SOFTCAP": options.softcap is not None,
-        "WINDOW": options.window > 0,
-        "GROUP": q.shape[1] // k.shape[1],
-        "D": q.shape[2],
-        "WIDTH": _width(q),
-        "OWNED": owned,
-        "WALKED": walked,
-        "num_warps": warps,
-        "num_stages": stages,
-        **LAUNCH,
-    }
+        "S": len(q), "scale": options.scale, "softcap": options.softcap or 1.0, "window": options.window,
+        "SOFTCAP": options.softcap is not None, "WINDOW": options.window > 0, "GROUP": q.shape[1] // k.shape[1],
+        "D": q.shape[2], "WIDTH": _width(q), "OWNED": owned, "WALKED": walked,
+        "num_warps": warps, "num_stages": stages, **LAUNCH,
+    }  # fmt: skip
 
 
 def _width(q: Tensor) -> int:
@@ -798,20 +774,17 @@ def attention(
         )
     if len(q) != sum(segments.lengths):
         raise ValueError(f"got {len(q)} tokens, want the {sum(segments.lengths)} of the segments; build them anew")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"got scale {scale}, want a number above 0, 1 / sqrt({q.shape[2]}) by default")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"got softcap {softcap}, want a number above 0; pass None for no soft-cap")
+    check_positive("scale", scale, f", 1 / sqrt({q.shape[2]}) by default")
+    check_positive("softcap", softcap, "; pass None for no soft-cap")
     if window < 0:
         raise ValueError(f"got window {window}, want 0 for no window, or how many positions a query sees")
-    if q.dtype == torch.float64 and backend == "triton":
-        raise ValueError("got float64 with backend 'triton', want float32 or less; use backend='torch'")
-    if q.dtype != torch.float64 and choose(backend, q) == "triton":
+    unfit = "float64 with backend 'triton', want float32 or less" if q.dtype == torch.float64 else ""
+    if or_torch(choose(backend, q), backend, unfit) == "triton":
         path = "triton"
         if q.shape[2] > 256:
             raise ValueError(f"got heads of width {q.shape[2]}, want at most 256; use backend='torch'")
     else:  # torch's fused kernel knows no soft-cap, and is for CPUs
         path = "fused" if softcap is None and q.device.type == "cpu" else "plain"
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = inner(q), inner(k), inner(v)
     options = _Options(float(scale), None if softcap is None else float(softcap), int(window), path)
     return _Attention.apply(q, k, v, segments, options)

@@ -11,6 +11,7 @@ Tests: tests/test_backend.py
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -27,6 +28,8 @@ except ImportError:
     )
     tl = SimpleNamespace(constexpr=None)  # annotations are evaluated when a kernel is defined
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what kernels take; nf4.cu counts them in this order
+INTS = (torch.int32, torch.int64)  # lengths, targets
 HAVE_TRITON = hasattr(triton, "__version__")
 # Triton itself reads this when a kernel is defined, so a later change has no effect there either.
 INTERPRETED = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
@@ -50,6 +53,18 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
     return backend
 
 
+def or_torch(chosen: str, backend: str | None, unfit: str) -> str:
+    """chosen, or "torch" for what Triton kernels cannot take: unfit says what that is and what is wanted, "" nothing.
+
+    Raises ValueError when Triton was asked for.
+    """
+    if chosen == "triton" and unfit:
+        if backend is not None:
+            raise ValueError(f"got {unfit}; use backend='torch'")
+        return "torch"
+    return chosen
+
+
 HOPPER = False  # tools/compile_kernels.py: the answer below for its CPU tensors
 
 
@@ -66,6 +81,22 @@ def same_device(**tensors: torch.Tensor | None) -> None:
         places = {name: str(x.device) for name, x in tensors.items() if x is not None}
         listed = ", ".join(f"{name} on {place}" for name, place in places.items())
         raise ValueError(f"got {listed}, want one device; move them with .to()")
+
+
+def check_positive(name: str, number: float | None, hint: str) -> None:
+    """Raises ValueError unless a number is finite and above 0; None stands for none."""
+    if number is not None and not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"got {name} {number}, want a number above 0{hint}")
+
+
+def inner(x: torch.Tensor) -> torch.Tensor:
+    """(..., W), numbers of the last dimension side by side: a slice is a view, a transpose is copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., W) -> (N, W), the same: half a fused projection is a view."""
+    return inner(x.reshape(-1, x.shape[-1]))
 
 
 @contextlib.contextmanager

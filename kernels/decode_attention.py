@@ -45,7 +45,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import FLOATS, INTS, check_positive, choose, or_torch, same_device, tl, triton
 
 # Query rows of a prefix program: rows of a prompt x H / K. 32 x 128 sums in fp32 are 32 registers for each of 128
 # threads; compiled for sm_80 and sm_90, 64 rows spill. 16 is the least tl.dot takes, for a row by itself; and for fp32,
@@ -64,7 +64,6 @@ MAX_SPLITS = 16
 # On a CPU a block of the prefixes costs some 50 us of calls a layer: as long as copying 300 slots of 3 heads of 64 (or
 # 60 of 8 heads of 128; it is counted in slots all the same, because it decides about a few milliseconds a step).
 COPIED = 300
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -494,7 +493,7 @@ def _check(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, softcap
         want = "one N, K and D, and H a multiple of K"
         raise ValueError(f"got q, prefix_k, prefix_v, k, v {shapes}, want {want}; layout is (heads, rows, slots, D)")
     for name, x, size in (("prefix_lengths", prefix_lengths, P), ("lengths", lengths, N), ("prompt", prompt, N)):
-        if x.shape != (size,) or x.dtype not in (torch.int32, torch.int64):
+        if x.shape != (size,) or x.dtype not in INTS:
             got = f"{name} of shape {tuple(x.shape)} and {x.dtype}"
             raise ValueError(f"got {got}, want ({size},) of int32 or int64; one number for each")
     caches = {x.dtype for x in (prefix_k, prefix_v, k, v)}
@@ -506,8 +505,7 @@ def _check(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, softcap
     if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, prefix_k, prefix_v, k, v)):
         raise ValueError("got heads whose D numbers are apart, want stride 1 in the last dimension; call .contiguous()")
     same_device(q=q, prefix_k=prefix_k, prefix_lengths=prefix_lengths, k=k, lengths=lengths, prompt=prompt)
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"got softcap {softcap}, want a number above 0; pass None for no soft-cap")
+    check_positive("softcap", softcap, "; pass None for no soft-cap")
     if window < 0:
         raise ValueError(f"got window {window}, want at least 1 position, or 0 for no window")
     return choose_backend(q, k, backend)
@@ -515,10 +513,6 @@ def _check(q, prefix_k, prefix_v, prefix_lengths, k, v, lengths, prompt, softcap
 
 def choose_backend(q: Tensor, k: Tensor, backend: str | None = None) -> str:
     """ "torch", which wants a DecodePlan, or "triton". Raises ValueError for what Triton is asked for and cannot do."""
-    chosen, D = choose(backend, q), q.shape[-1]
-    if chosen == "triton" and (k.dtype != q.dtype or k.dtype not in DTYPES or D > 256):
-        if backend is None:
-            return "torch"
-        got = f"D = {D}, q of {q.dtype} and keys of {k.dtype}"
-        raise ValueError(f"got {got} for Triton, want at most 256 and one of bf16, fp16 and fp32; use 'torch'")
-    return chosen
+    D, fits = q.shape[-1], k.dtype == q.dtype and k.dtype in FLOATS and q.shape[-1] <= 256
+    got = f"D = {D}, q of {q.dtype} and keys of {k.dtype} for Triton, want at most 256 and one of bf16, fp16 and fp32"
+    return or_torch(choose(backend, q), backend, "" if fits else got)

@@ -34,13 +34,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import FLOATS, choose, or_torch, rows, same_device, tl, triton
 
 # 1024 numbers on 128 threads are 8 each: one load of 16 bytes in bf16. 16 such programs fill a multiprocessor's 2048
 # threads, with 64 KB in flight, three times what hides the latency of an H100's memory.
 BLOCK_F = 1024
 ACTIVATIONS = ("silu", "gelu_tanh")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -113,12 +112,6 @@ def _backward_kernel(
 # 3. autograd
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., F) -> (N, F), its last dimension contiguous: half a fused projection is a view, a transpose is copied."""
-    x = x.reshape(-1, x.shape[-1])  # (N, F)
-    return x if x.stride(1) == 1 else x.contiguous()  # (N, F)
-
-
 class _GLU(torch.autograd.Function):
     """Saves gate and up, 4 F bytes a token in bf16, which the projections' outputs are anyway; nothing of its own."""
 
@@ -126,7 +119,7 @@ class _GLU(torch.autograd.Function):
     def forward(ctx, gate, up, activation):
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)  # (..., F) contiguous, whatever gate is
         ctx.shape, ctx.gelu = gate.shape, activation == "gelu_tanh"
-        gate, up = _rows(gate), _rows(up)  # (N, F), (N, F)
+        gate, up = rows(gate), rows(up)  # (N, F), (N, F)
         ctx.save_for_backward(gate, up)
         N, F = gate.shape
         if N:  # a grid of 0 programs is an error
@@ -142,7 +135,7 @@ class _GLU(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         N, F = gate.shape
-        dy = _rows(dy)  # (N, F)
+        dy = rows(dy)  # (N, F)
         dgate = torch.empty(ctx.shape, dtype=gate.dtype, device=gate.device)  # (..., F)
         dup = torch.empty_like(dgate)  # (..., F)
         if N:
@@ -181,9 +174,6 @@ def glu(gate: Tensor, up: Tensor, *, activation: str, backend: str | None = None
     if gate.dtype != up.dtype or not gate.is_floating_point():
         raise ValueError(f"got gate {gate.dtype} and up {up.dtype}, want one float dtype; cast with .to(gate.dtype)")
     same_device(gate=gate, up=up)
-    chosen = choose(backend, gate)
-    if chosen == "triton" and gate.dtype not in DTYPES:
-        if backend is not None:
-            raise ValueError(f"got {gate.dtype} for Triton, want bf16, fp16 or fp32; use backend='torch'")
-        chosen = "torch"
+    unfit = "" if gate.dtype in FLOATS else f"{gate.dtype} for Triton, want bf16, fp16 or fp32"
+    chosen = or_torch(choose(backend, gate), backend, unfit)
     return glu_reference(gate, up, activation) if chosen == "torch" else _GLU.apply(gate, up, activation)  # (..., F)

@@ -10,8 +10,9 @@ The file reads top to bottom:
 
     1. reference    plain torch, a few rows at a time. Equation (1). Also the CPU backend.
     2. kernels      Triton: dequantise, and a product of few rows that decodes as it goes.
-    3. autograd     saves nothing but the codes; backward decodes again.
-    4. entry        quantize_int8, dequantize_int8, int8_matmul: the names other files import.
+    3. entry        quantize_int8, dequantize_int8, int8_matmul: the names other files import.
+
+kernels/packed.py chooses among them, launches the product and saves nothing but the codes for its backward.
 
 Decoding reads 1 byte a weight and writes 2 (bf16). The product for M rows reads the 1 byte and does 2 M FLOP a weight.
 
@@ -22,20 +23,20 @@ Lesson: lessons/10_four_bits.md       Tests: tests/test_int8.py
 Shapes: N rows of K weights; M rows of a product.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import FLOATS, same_device, tl, triton
+from kernels.packed import Packed
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 2**19  # weights handled at a time: an fp32 copy of a chunk is 2 MB, whatever the size of the tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Int8Tensor:
+class Int8Tensor(Packed):
     """A quantised matrix.
 
     codes  (N, K) int8
@@ -62,11 +63,11 @@ class Int8Tensor:
         return self.codes.shape
 
     @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+    def decoders(self) -> dict[str, Callable]:
+        return {"torch": _dequantize, "triton": _dequantize_triton}
 
-    def to(self, device: torch.device | str) -> "Int8Tensor":
-        return Int8Tensor(self.codes.to(device), self.scale.to(device))
+    def product(self, block_k: int) -> tuple:
+        return _matmul_kernel, (self.codes, self.scale), {}
 
 
 # ----------------------------------------------------------------------------
@@ -114,19 +115,9 @@ def _dequantize_kernel(out_ptr, codes_ptr, scale_ptr, N, K, BLOCK_N: tl.constexp
 
 @triton.jit
 def _matmul_kernel(
-    y_ptr,
-    x_ptr,
-    codes_ptr,
-    scale_ptr,
-    M,
-    N,
-    K,
-    stride_m,
-    stride_k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    y_ptr, x_ptr, codes_ptr, scale_ptr, M, N, K, stride_m, stride_k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """y[:, n] = sum_k x[:, k] W[n, k] for BLOCK_N rows of weights and all rows of x: each weight is decoded once.
 
     The product is W x^T, weights on the left: then the instruction, 16 rows by 8 columns, is the same for any M, and k
@@ -160,57 +151,7 @@ def _dequantize_triton(q: Int8Tensor, out: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------
-# 3. autograd
-
-MAX_ROWS = 64  # of x in the product kernel: beyond, registers run out, and decoding once pays for itself
-BLOCK_N = 16  # rows of weights in a program, the least tl.dot takes: 64 programs for N = 1024, on a GPU of 132 units
-# Weights of each row in a step, 16 for each of 128 threads. fp32 has no tensor cores to feed: all operands of a step
-# lie in registers.
-BLOCK_K = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
-
-
-def _matmul(x: Tensor, q: Int8Tensor, backend: str) -> Tensor:
-    (M, K), N = x.shape, q.shape[0]
-    if backend == "torch" or M > MAX_ROWS or K % 16:  # rows that do not start on 16 bytes are read byte by byte
-        return x @ dequantize_int8(q, x.dtype, backend=backend).T  # (M, N)
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if M == 0:
-        return y
-    _matmul_kernel[(triton.cdiv(N, BLOCK_N),)](
-        y,
-        x,
-        q.codes,
-        q.scale,
-        M,
-        N,
-        K,
-        x.stride(0),
-        x.stride(1),
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K[x.dtype],
-        num_warps=4,
-        num_stages=3,
-    )
-    return y
-
-
-class _Int8Matmul(torch.autograd.Function):
-    """Saves nothing but q: backward dequantises again. Weights are frozen, so only x has a gradient."""
-
-    @staticmethod
-    def forward(ctx, x, q, backend):
-        ctx.q, ctx.backend = q, backend
-        return _matmul(x, q, backend)  # (M, N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return dy @ dequantize_int8(ctx.q, dy.dtype, backend=ctx.backend), None, None  # (M, K)
-
-
-# ----------------------------------------------------------------------------
-# 4. entry
+# 3. entry
 
 
 def quantize_int8(w: Tensor) -> Int8Tensor:
@@ -244,17 +185,7 @@ def dequantize_int8(
 
     Raises ValueError when out or dtype do not fit.
     """
-    if dtype not in FLOATS:
-        raise ValueError(f"got dtype {dtype}, want bfloat16, float16 or float32; convert the result")
-    if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
-    elif out.shape != q.shape or out.dtype != dtype or not out.is_contiguous() or out.device != q.codes.device:
-        raise ValueError(
-            f"got out {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}, want a contiguous "
-            f"{tuple(q.shape)} {dtype} on {q.codes.device}; leave it out to have one made"
-        )
-    with torch.no_grad():
-        return (_dequantize_triton if choose(backend, q.codes) == "triton" else _dequantize)(q, out)
+    return q.dequantize(dtype, out=out, backend=backend)
 
 
 def int8_matmul(x: Tensor, q: Int8Tensor, *, backend: str | None = None) -> Tensor:
@@ -272,8 +203,4 @@ def int8_matmul(x: Tensor, q: Int8Tensor, *, backend: str | None = None) -> Tens
 
     Raises ValueError when shapes, dtypes or devices do not line up.
     """
-    if x.dtype not in FLOATS or x.device != q.codes.device:
-        raise ValueError(f"got x of {x.dtype} on {x.device}, want one of {FLOATS} on {q.codes.device}; convert it")
-    if x.ndim != 2 or x.shape[1] != q.shape[1]:
-        raise ValueError(f"got x {tuple(x.shape)} and weights {tuple(q.shape)}, want (M, K) and (N, K); reshape x")
-    return _Int8Matmul.apply(x, q, choose(backend, x))
+    return q.matmul(x, backend=backend)

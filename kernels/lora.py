@@ -38,9 +38,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels.backend import choose, same_device, tl, triton
-from kernels.int8 import Int8Tensor, dequantize_int8, int8_matmul
-from kernels.nf4 import NF4Tensor, dequantize_nf4, nf4_matmul
+from kernels.backend import choose, inner, same_device, tl, triton
+from kernels.packed import Packed
 
 # Up to so many rows a GPU multiplies straight from the packed weights: a decoding step waits for memory, and they are a
 # quarter as long. The choice looks at the shape and never at whether gradients are on: old and new log-probs are scored
@@ -52,7 +51,7 @@ SMALL = 64
 BLOCK_N, BLOCK_F, MAX_BLOCK_R = 64, 128, 32
 BLOCK = 1024  # numbers of a thin matrix in a program
 
-Weight = Tensor | NF4Tensor | Int8Tensor
+Weight = Tensor | Packed
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -153,7 +152,7 @@ def _add(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
     """y + h b^T for bf16 y (N, F), halves h (N, 2 R) and fp32 b (F, R) of any strides. Writes into y and returns it; a
     y whose rows are not contiguous is copied first."""
     (N, F), R = y.shape, b.shape[1]
-    y = y if y.stride(1) == 1 else y.contiguous()  # (N, F)
+    y = inner(y)  # (N, F)
     if N:
         _add_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(F, BLOCK_F))](
             y, h, b, y.stride(0), b.stride(0), b.stride(1), N, F, R,
@@ -176,12 +175,6 @@ def _gradients(dy: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tup
 # 3. autograd
 
 
-def unpack(weight: NF4Tensor | Int8Tensor, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:
-    """W, (out, in) in dtype, in fresh memory."""
-    dequantize = dequantize_nf4 if isinstance(weight, NF4Tensor) else dequantize_int8
-    return dequantize(weight, dtype, backend=backend)
-
-
 @dataclass(frozen=True)
 class _Frozen:
     """What has no gradient. backend: "torch" or "triton"."""
@@ -194,14 +187,13 @@ class _Frozen:
         """W, (out, in): as it is, or unpacked into dtype."""
         if isinstance(self.weight, Tensor):
             return self.weight.detach()
-        return unpack(self.weight, dtype, backend=self.backend)
+        return self.weight.dequantize(dtype, backend=self.backend)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, (..., out)."""
         if isinstance(self.weight, Tensor) or self.backend == "torch" or x.shape[:-1].numel() > SMALL:
             return functional.linear(x, self.dense(x.dtype), bias)  # (..., out)
-        multiply = nf4_matmul if isinstance(self.weight, NF4Tensor) else int8_matmul
-        y = multiply(x.reshape(-1, x.shape[-1]), self.weight, backend=self.backend)  # (N, out)
+        y = self.weight.matmul(x.reshape(-1, x.shape[-1]), backend=self.backend)  # (N, out)
         return (y if bias is None else y + bias).view(*x.shape[:-1], y.shape[1])  # (..., out)
 
     def narrow(self, x: Tensor) -> bool:

@@ -16,8 +16,9 @@ The file reads top to bottom:
 
     1. reference    plain torch, in chunks. Equations (1) and (2). Also the CPU backend.
     2. kernels      Triton: dequantise in one launch, and a product of few rows that decodes as it goes.
-    3. autograd     saves nothing but the codes; backward decodes again.
-    4. entry        quantize_nf4, dequantize_nf4, nf4_matmul: the names other files import.
+    3. entry        quantize_nf4, dequantize_nf4, nf4_matmul: the names other files import.
+
+kernels/packed.py chooses among them, launches the product and saves nothing but the codes for its backward.
 
 Decoding reads 0.52 byte a weight and writes 2 (bf16), nothing else: 4.2 GB for 1.7 billion weights. The product for M
 rows reads the 0.52 byte, writes none, and does 2 M FLOP a weight; after dequantising it would move 4.5 bytes.
@@ -30,17 +31,18 @@ Lesson: lessons/10_four_bits.md       Tests: tests/test_nf4.py
 Shapes: n weights in a tensor, b of its blocks; M rows of a product, N x K weights.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from math import gcd, prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import FLOATS, same_device, tl, triton
+from kernels.packed import Packed
 
 # Quantiles of N(0, 1), scaled to reach exactly -1, 0 and 1: arXiv:2305.14314, appendix E, at fp32 precision.
 NF4 = (
@@ -63,12 +65,11 @@ NF4 = (
 )
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those bitsandbytes knows
 NESTED = 256  # scales that share one absmax2
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # nf4.cu counts them in this order
 CHUNK = 2**19  # weights handled at a time: an fp32 copy of a chunk is 2 MB, whatever the size of the tensor
 
 
 @dataclass(frozen=True, eq=False)
-class NF4Tensor:
+class NF4Tensor(Packed):
     """A quantised tensor. The last three fields are there when its scales are quantised too, else None.
 
     codes       (ceil(n / 2), 1) uint8: two codes a byte, the first in the high half
@@ -123,16 +124,13 @@ class NF4Tensor:
         return self.absmax.dtype == torch.uint8
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+    def decoders(self) -> dict[str, Callable]:
+        return {"torch": _dequantize, "triton": _dequantize_triton, "cuda": _dequantize_cuda}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors.values())
-
-    def to(self, device: torch.device | str) -> "NF4Tensor":
-        return replace(self, **{name: x.to(device) for name, x in self.tensors.items()})
+    def product(self, block_k: int) -> tuple:
+        piece = gcd(self.shape[1], self.block_size, block_k)
+        keywords = {"NESTED": self.nested, "SIZE": self.block_size, "PIECE": piece, "enable_fp_fusion": False}
+        return _matmul_kernel, _parts(self), keywords
 
 
 # ----------------------------------------------------------------------------
@@ -262,20 +260,10 @@ def _decode(codes, codebook, COUNT: tl.constexpr):
 
 @triton.jit
 def _dequantize_kernel(
-    out_ptr,
-    codes_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    code2_ptr,
-    offset_ptr,
-    codebook_ptr,
-    n,
-    n_bytes,
-    NESTED: tl.constexpr,
-    SIZE: tl.constexpr,  # weights in a block
-    BLOCKS: tl.constexpr,  # blocks of this program
-):
-    """out[i] = codebook[code[i]] * scale[i // SIZE]"""
+    out_ptr, codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, codebook_ptr, n, n_bytes,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """out[i] = codebook[code[i]] * scale[i // SIZE] for BLOCKS blocks of SIZE weights"""
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # (BLOCKS,) int64: tensors pass 2^31 weights
     scales = _load_scales(b, b * SIZE < n, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED)  # (BLOCKS,)
     byte = b[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]  # (BLOCKS, SIZE / 2)
@@ -288,30 +276,15 @@ def _dequantize_kernel(
 
 @triton.jit
 def _matmul_kernel(
-    y_ptr,
-    x_ptr,
-    codes_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    code2_ptr,
-    offset_ptr,
-    codebook_ptr,
-    M,
-    N,
-    K,
-    stride_m,
-    stride_k,
-    NESTED: tl.constexpr,
-    SIZE: tl.constexpr,
-    PIECE: tl.constexpr,  # weights of a tile's row that share a scale for certain
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    y_ptr, x_ptr, codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, codebook_ptr, M, N, K, stride_m, stride_k,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """y[:, n] = sum_k x[:, k] W[n, k] for BLOCK_N rows of weights and all rows of x: each weight is decoded once.
 
     The product is W x^T, weights on the left: then the instruction, 16 rows by 8 columns, is the same for any M, and k
-    runs in the same order, so that the bits of a row of x do not depend on how many there are.
+    runs in the same order, so that the bits of a row of x do not depend on how many there are. PIECE weights of a
+    tile's row share a scale for certain.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     m = tl.arange(0, BLOCK_M)  # (BLOCK_M,)
@@ -332,15 +305,10 @@ def _matmul_kernel(
             other=0.0,
         )  # (BLOCK_K, BLOCK_M)
         piece = start + tl.arange(0, BLOCK_K // PIECE) * PIECE  # (BLOCK_K / PIECE,) where each begins
-        scales = _load_scales(
-            (n[:, None] * K + piece[None, :]) // SIZE,
-            (n < N)[:, None] & (piece < K)[None, :],
-            absmax_ptr,
-            absmax2_ptr,
-            code2_ptr,
-            offset_ptr,
-            NESTED,
-        )  # (BLOCK_N, BLOCK_K / PIECE)
+        scales = _load_scales(  # (BLOCK_N, BLOCK_K / PIECE)
+            (n[:, None] * K + piece[None, :]) // SIZE, (n < N)[:, None] & (piece < K)[None, :],
+            absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED,
+        )  # fmt: skip
         w = tl.reshape(_decode(codes, codebook, BLOCK_N * BLOCK_K), (BLOCK_N, BLOCK_K // PIECE, PIECE))
         w = w * scales[:, :, None]  # (BLOCK_N, BLOCK_K / PIECE, PIECE)
         # beyond K both sides must be finite for 0 * w to be 0: codes and scales are masked, and x is 0
@@ -358,16 +326,10 @@ def _parts(q: NF4Tensor) -> tuple[Tensor, ...]:
 def _dequantize_triton(q: NF4Tensor, out: Tensor) -> Tensor:
     blocks = max(1, TILE // q.block_size)
     _dequantize_kernel[(triton.cdiv(len(q.absmax), blocks),)](
-        out,
-        *_parts(q),
-        out.numel(),
-        q.codes.numel(),  # not n // 2 in the kernel: Triton sees that this divides by 16, and loads 16 bytes at a time
-        NESTED=q.nested,
-        SIZE=q.block_size,
-        BLOCKS=blocks,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        # codes.numel(), not n // 2 in the kernel: Triton sees that it divides by 16, and loads 16 bytes at a time
+        out, *_parts(q), out.numel(), q.codes.numel(), NESTED=q.nested, SIZE=q.block_size, BLOCKS=blocks,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 
@@ -390,74 +352,14 @@ def _dequantize_cuda(q: NF4Tensor, out: Tensor) -> Tensor:
         raise ValueError("got codes or out at an odd address, want them on multiples of 4 and 16; .clone() them")
     with torch.cuda.device(out.device):
         _extension().dequantize(
-            *(x.data_ptr() for x in _parts(q)),
-            out.numel(),
-            q.block_size.bit_length() - 1,
-            q.nested,
-            FLOATS.index(out.dtype),
-            out.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
-        )
+            *(x.data_ptr() for x in _parts(q)), out.numel(), q.block_size.bit_length() - 1, q.nested,
+            FLOATS.index(out.dtype), out.data_ptr(), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
     return out
 
 
 # ----------------------------------------------------------------------------
-# 3. autograd
-
-MAX_ROWS = 64  # of x in the product kernel: beyond, registers run out, and decoding once pays for itself
-BLOCK_N = 16  # rows of weights in a program, the least tl.dot takes: 64 programs for N = 1024, on a GPU of 132 units
-# Weights of each row in a step, 16 for each of 128 threads; 256 spill on sm_90. fp32 has no tensor cores to feed: all
-# operands of a step lie in registers.
-BLOCK_K = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
-
-
-def _matmul(x: Tensor, q: NF4Tensor, backend: str) -> Tensor:
-    (M, K), N = x.shape, q.shape[0]
-    block_k = BLOCK_K[x.dtype]
-    piece = gcd(K, q.block_size, block_k)
-    if backend == "torch" or M > MAX_ROWS or piece < 16:
-        return x @ dequantize_nf4(q, x.dtype, backend=backend).T  # (M, N)
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if M == 0:
-        return y
-    _matmul_kernel[(triton.cdiv(N, BLOCK_N),)](
-        y,
-        x,
-        *_parts(q),
-        M,
-        N,
-        K,
-        x.stride(0),
-        x.stride(1),
-        NESTED=q.nested,
-        SIZE=q.block_size,
-        PIECE=piece,
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=3,  # x of two steps ahead is on its way: 4 KB a step for 16 rows of bf16
-        enable_fp_fusion=False,
-    )
-    return y
-
-
-class _NF4Matmul(torch.autograd.Function):
-    """Saves nothing but q: backward dequantises again. Weights are frozen, so only x has a gradient."""
-
-    @staticmethod
-    def forward(ctx, x, q, backend):
-        ctx.q, ctx.backend = q, backend
-        return _matmul(x, q, backend)  # (M, N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return dy @ dequantize_nf4(ctx.q, dy.dtype, backend=ctx.backend), None, None  # (M, K)
-
-
-# ----------------------------------------------------------------------------
-# 4. entry
+# 3. entry
 
 
 def quantize_nf4(w: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
@@ -499,19 +401,7 @@ def dequantize_nf4(
 
     bitsandbytes agrees in every bit, but on CPUs with AVX512-BF16 it makes bf16 results below 1.2e-38 zero.
     """
-    if dtype not in FLOATS:
-        raise ValueError(f"got dtype {dtype}, want bfloat16, float16 or float32; convert the result")
-    if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
-    elif out.shape != q.shape or out.dtype != dtype or not out.is_contiguous() or out.device != q.codes.device:
-        raise ValueError(
-            f"got out {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}, want a contiguous "
-            f"{tuple(q.shape)} {dtype} on {q.codes.device}; leave it out to have one made"
-        )
-    with torch.no_grad():
-        if backend == "cuda":
-            return _dequantize_cuda(q, out)
-        return (_dequantize_triton if choose(backend, q.codes) == "triton" else _dequantize)(q, out)
+    return q.dequantize(dtype, out=out, backend=backend)
 
 
 def nf4_matmul(x: Tensor, q: NF4Tensor, *, backend: str | None = None) -> Tensor:
@@ -531,8 +421,4 @@ def nf4_matmul(x: Tensor, q: NF4Tensor, *, backend: str | None = None) -> Tensor
 
     Elsewhere: bitsandbytes gemm_4bit, which fuses the two roundings of (2): not the bits of its dequantize_4bit.
     """
-    if x.dtype not in FLOATS or x.device != q.codes.device:
-        raise ValueError(f"got x of {x.dtype} on {x.device}, want one of {FLOATS} on {q.codes.device}; convert it")
-    if x.ndim != 2 or len(q.shape) != 2 or x.shape[1] != q.shape[1]:
-        raise ValueError(f"got x {tuple(x.shape)} and weights {tuple(q.shape)}, want (M, K) and (N, K); reshape x")
-    return _NF4Matmul.apply(x, q, choose(backend, x))
+    return q.matmul(x, backend=backend)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import FLOATS, check_positive, choose, or_torch, rows, same_device, tl, triton
 
 # Numbers a program holds of one tensor. 4096 on 256 threads are 16 each, two loads of 16 bytes in bf16; backward keeps
 # four or five tensors in fp32, 64 to 80 registers a thread (about 120 with dweight). Narrow rows share a program (W =
@@ -45,7 +45,6 @@ MAX_WIDTH = 8192  # 512 threads at 16 numbers each; twice that has 64 registers 
 # is 8 % on top of the floor. 512 are about 4 for each of an H100's 132 multiprocessors, 64 KB of loads in flight where
 # 3.3 TB/s and a latency of 0.8 us ask for 20 KB. A fixed number, because the order of summation follows from it.
 MAX_PARTIALS = 512
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -139,33 +138,27 @@ def _launch(W: int) -> dict[str, int | bool]:
     return {"ROWS": rows, "BLOCK_W": block, "num_warps": max(8, block // 512), "enable_fp_fusion": False}
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., W) -> (N, W), its last dimension contiguous: a slice is a view, a transpose is copied."""
-    x = x.reshape(-1, x.shape[-1])  # (N, W)
-    return x if x.stride(1) == 1 else x.contiguous()  # (N, W)
-
-
 class _RMSNorm(torch.autograd.Function):
     """Saves x, or x + delta where there is one (2 W bytes a row, alive anyway: it is the residual stream), weight, and
     rstd (4 bytes a row)."""
 
     @staticmethod
     def forward(ctx, x, delta, weight, eps, plus_one):
-        rows = _rows(x)  # (N, W)
-        N, W = rows.shape
+        ctx.plus_one, ctx.shape = plus_one, x.shape
+        y = x.new_empty(x.shape)  # (..., W) contiguous, whatever x is
+        x = rows(x)  # (N, W)
+        N, W = x.shape
         launch = _launch(W)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # (..., W) contiguous, whatever x is
         total = None if delta is None else torch.empty_like(y)  # (..., W)
-        rstd = torch.empty(N, dtype=torch.float32, device=x.device)  # (N,)
-        added = rows if delta is None else _rows(delta)  # (N, W) not read without a delta
+        rstd = x.new_empty(N, dtype=torch.float32)  # (N,)
+        added = x if delta is None else rows(delta)  # (N, W) not read without a delta
         weight = weight.contiguous()  # (W,)
         if N:  # a grid of 0 programs is an error
             _forward_kernel[(triton.cdiv(N, launch["ROWS"]),)](
-                rows, added, weight, y, y if total is None else total, rstd, rows.stride(0), added.stride(0), N, W, eps,
+                x, added, weight, y, y if total is None else total, rstd, x.stride(0), added.stride(0), N, W, eps,
                 ADD=delta is not None, PLUS_ONE=plus_one, **launch,
             )  # fmt: skip
-        ctx.save_for_backward(rows if total is None else total, weight, rstd)
-        ctx.plus_one, ctx.shape = plus_one, x.shape
+        ctx.save_for_backward(x if total is None else total, weight, rstd)
         ctx.set_materialize_grads(False)  # a sum that nothing else reads has no gradient to load
         return y if total is None else (y, total)
 
@@ -176,8 +169,8 @@ class _RMSNorm(torch.autograd.Function):
         _, want_ddelta, want_dweight, *_ = ctx.needs_input_grad
         if dy is None:  # only the sum was used
             return dsum, dsum if want_ddelta else None, None, None, None
-        x, dy = _rows(x), _rows(dy)  # (N, W), (N, W)
-        others = dy if dsum is None else _rows(dsum)  # (N, W) not read without a dsum
+        x, dy = rows(x), rows(dy)  # (N, W), (N, W)
+        others = dy if dsum is None else rows(dsum)  # (N, W) not read without a dsum
         N, W = x.shape
         launch = _launch(W)
         tiles = triton.cdiv(N, launch["ROWS"])
@@ -255,13 +248,7 @@ def _check(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, backend:
     if len(dtypes) > 1 or not x.is_floating_point():
         words = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"got x, delta or weight of dtypes {words}, want one float dtype; cast with .to(x.dtype)")
-    if not eps > 0:
-        raise ValueError(f"got eps {eps}, want a number above 0, as in the checkpoint's config.json (1e-6)")
+    check_positive("eps", eps, ", as in the checkpoint's config.json (1e-6)")
     same_device(x=x, delta=delta, weight=weight)
-    chosen = choose(backend, x)
-    if chosen == "triton" and (x.dtype not in DTYPES or len(weight) > MAX_WIDTH):
-        if backend is None:
-            return "torch"
-        got = f"{len(weight)} channels of {x.dtype}"
-        raise ValueError(f"got {got} for Triton, want at most {MAX_WIDTH} of bf16, fp16 or fp32; use backend='torch'")
-    return chosen
+    got = f"{len(weight)} channels of {x.dtype} for Triton, want at most {MAX_WIDTH} of bf16, fp16 or fp32"
+    return or_torch(choose(backend, x), backend, "" if x.dtype in FLOATS and len(weight) <= MAX_WIDTH else got)

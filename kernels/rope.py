@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import FLOATS, check_positive, choose, inner, or_torch, same_device, tl, triton
 from kernels.rms_norm import rms_norm_reference
 
 # Numbers a program holds of one tensor: 16 heads of 128, or 8 of 256. 2048 on 128 threads are 16 each; backward keeps
@@ -50,7 +50,6 @@ TILE = 2048
 # Programs for each of q and k when dweight is wanted. Each writes a row of partial sums, 4 D bytes: 256 KB for all.
 # A fixed number, because the order of summation follows from it.
 MAX_PARTIALS = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # ----------------------------------------------------------------------------
 # 1. reference
@@ -280,11 +279,6 @@ class _Turn:
         return self.cos.shape[1] if self.cos.shape[0] > 1 else 0
 
 
-def _flat_heads(x: Tensor) -> Tensor:
-    """Channels contiguous: a slice of a fused projection and a transposed (B, heads, T, D) stay views."""
-    return x if x.stride(-1) == 1 else x.contiguous()  # (B, T, heads, D)
-
-
 class _Rope(torch.autograd.Function):
     """Saves cos and sin (shared by all layers), and with a norm q and k, 2 (H + K) D bytes a token in bf16, which are
     the projections' outputs anyway. No rstd: it is computed again."""
@@ -292,7 +286,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, turn):
         norm = q_weight is not None
-        q, k = _flat_heads(q), _flat_heads(k)  # (B, T, H, D), (B, T, K, D)
+        q, k = inner(q), inner(k)  # (B, T, H, D), (B, T, K, D): a transposed (B, heads, T, D) stays a view
         weights = [w.contiguous() for w in (q_weight, k_weight)] if norm else [q, k]  # (D,) twice; not read without
         (B, T, H, D), K = q.shape, k.shape[2]
         yq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, T, H, D) contiguous, whatever q is
@@ -313,7 +307,7 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, dyq, dyk):
         cos, sin, *saved = ctx.saved_tensors
         turn, norm = _Turn(cos, sin, ctx.eps, ctx.plus_one), bool(saved)
-        dyq, dyk = _flat_heads(dyq), _flat_heads(dyk)  # (B, T, H, D), (B, T, K, D)
+        dyq, dyk = inner(dyq), inner(dyk)  # (B, T, H, D), (B, T, K, D)
         q, k, *weights = saved if norm else (dyq, dyk, dyq, dyk)  # not read without a norm
         (B, T, H, D), K = ctx.shapes[0], ctx.shapes[1][2]
         want_dweight = norm and any(ctx.needs_input_grad[2:4])  # under LoRA the norms are frozen: no partial sums
@@ -389,15 +383,10 @@ def rope(
     if len(dtypes) > 1 or not q.is_floating_point():
         words = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"got dtypes {words} among q, k, cos, sin and weights, want one float dtype; use .to(q.dtype)")
-    if weights and not eps > 0:
-        raise ValueError(f"got eps {eps}, want a number above 0, as in the checkpoint's config.json (1e-6)")
+    check_positive("eps", eps if weights else None, ", as in the checkpoint's config.json (1e-6)")
     same_device(q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
-    chosen = choose(backend, q)
-    if chosen == "triton" and q.dtype not in DTYPES:
-        if backend is not None:
-            raise ValueError(f"got {q.dtype} for Triton, want bf16, fp16 or fp32; use backend='torch'")
-        chosen = "torch"
-    if chosen == "torch":
+    unfit = "" if q.dtype in FLOATS else f"{q.dtype} for Triton, want bf16, fp16 or fp32"
+    if or_torch(choose(backend, q), backend, unfit) == "torch":
         return (
             rope_reference(q, cos, sin, q_weight, eps, plus_one),  # (B, T, H, D)
             rope_reference(k, cos, sin, k_weight, eps, plus_one),  # (B, T, K, D)

@@ -22,13 +22,11 @@ Tests: tests/test_kernel_sample.py
 Shapes: N rows, V tokens, B = ceil(V / 256) blocks
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import choose, same_device, tl, triton
+from kernels.backend import check_positive, choose, same_device, tl, triton
 
 BLOCK = 256  # two searches, among V / 256 sums and among 256 tokens, are about equally long for V = 49,152
 TILE = 16  # blocks of a _sums_kernel program: 4096 logits are 32 registers in each of 128 threads
@@ -169,8 +167,7 @@ def sample(
     if logits.dtype != torch.float32 or uniform.dtype != torch.float64 or logits.stride(1) != 1 < logits.shape[1]:
         got = f"logits of {logits.dtype} and strides {logits.stride()}, uniform of {uniform.dtype}"
         raise ValueError(f"got {got}, want float32 with stride 1 in a row, and float64; cast them")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"got temperature {temperature}, want a number above 0; take the argmax for 0")
+    check_positive("temperature", temperature, "; take the argmax for 0")
     same_device(logits=logits, uniform=uniform)
     if not len(logits) or choose(backend, logits) == "torch":
         return sample_reference(logits, uniform, temperature)

@@ -62,7 +62,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, pad
 
-from kernels.backend import bf16_products, choose, is_hopper, same_device, tl, triton
+from kernels.backend import INTS, bf16_products, check_positive, choose, is_hopper, or_torch, same_device, tl, triton
 
 IGNORE = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
 
@@ -654,10 +654,9 @@ class _TokenLogprob(torch.autograd.Function):
 
 
 def _path(hidden: Tensor, weight: Tensor, backend: str | None) -> str:
-    wide, chosen = torch.float64 in (hidden.dtype, weight.dtype), choose(backend, hidden)
-    if wide and backend == "triton":
-        raise ValueError("got float64 with backend 'triton', want float32 or less; use backend='torch'")
-    if wide or chosen == "torch":
+    wide = torch.float64 in (hidden.dtype, weight.dtype)
+    unfit = "float64 with backend 'triton', want float32 or less" if wide else ""
+    if or_torch(choose(backend, hidden), backend, unfit) == "torch":
         return "torch"
     return "epilogue" if hidden.shape[1] < EPILOGUE_BELOW else "rows"
 
@@ -704,16 +703,11 @@ def token_logprob(
         )
     same_device(hidden=hidden, weight=weight, targets=targets)
     V = len(weight)
-    if not (hidden.is_floating_point() and weight.is_floating_point()) or targets.dtype not in (
-        torch.int32,
-        torch.int64,
-    ):
+    if not (hidden.is_floating_point() and weight.is_floating_point() and targets.dtype in INTS):
         dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (hidden, weight, targets))
         raise ValueError(f"got hidden, weight, targets of {dtypes}, want floats, floats and int64; cast them")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"got temperature {temperature}, want a number above 0; greedy answers are scored at 1.0")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"got softcap {softcap}, want a number above 0; pass None for no soft-cap")
+    check_positive("temperature", temperature, "; greedy answers are scored at 1.0")
+    check_positive("softcap", softcap, "; pass None for no soft-cap")
     path = _path(hidden, weight, backend)
     scored = targets != IGNORE  # (N,)
     wrong = scored & ((targets < 0) | (targets >= V))  # (N,)
@@ -768,7 +762,7 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Raises ValueError when cu_seqlens does not cut the row from end to end.
     """
-    if values.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if values.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in INTS:
         got = f"values {tuple(values.shape)} and cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"got {got}, want (S,) and (N + 1,) of int32 or int64; build cu_seqlens with cumsum")
     same_device(values=values, cu_seqlens=cu_seqlens)

@@ -23,6 +23,9 @@ from nanogspo.inputs import read_text
 from nanogspo.words import explain, explain_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+AUTO, DTYPES, QUANTS = ("auto", "on", "off"), ("auto", "bf16", "fp32"), ("none", "nf4", "int8")
+MIXES, AVERAGES = ("sum_then_normalize", "normalize_then_sum"), ("sequence", "token", "constant")
+Texts = tuple[str, ...]  # the type of a flag that may be given several times
 
 
 def flag(
@@ -39,158 +42,91 @@ class TrainConfig:
     """Fine-tune a Qwen, Gemma or Llama model with SFT, GRPO or GSPO. Without flags: the two-minute tiny run."""
 
     model: str = flag(
-        "tiny",
-        "checkpoint folder, hub id owner/name, or tiny: a 0.4 M parameter Qwen3 built on the spot",
-        group="what",
-        path=True,
+        "tiny", "folder, hub id owner/name, or tiny: 0.4 M parameters, made here", group="what", path=True
     )
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft", "gspo_token", "reinforce"))
-    task: tuple[str, ...] = flag(
-        ("reverse",),
-        "where prompts and rewards come from: reverse, addition, or your FILE.py[:Class]; given several times, as NAME="
-        "SHARE, they are mixed; jsonl: the rows of --data",
-        path=True,
+    task: Texts = flag(
+        ("reverse",), "reverse, addition, FILE.py[:Class]; several, as NAME=SHARE, are mixed; jsonl: --data", path=True
     )
     task_size: int = flag(0, "digits (addition) or longest word (reverse); 0: the task's own default", high=1000)
     data: str = flag(
-        "",
-        "JSONL file; for sft rows with messages, prompt + completion, or title ... solution; in RL rows with a prompt "
-        "and whatever columns the --reward reads",
-        path=True,
+        "", "JSONL file; sft: messages, prompt + completion, or title ... solution; RL: prompt, any columns", path=True
     )
-    reward: tuple[str, ...] = flag(
+    reward: Texts = flag(
         (),
-        "what scores an answer, instead of the task's own reward: your FILE.py:function or a name (exact, numeric, "
-        "regex:PATTERN, ...), with =WEIGHT if it is not 1; may be given several times",
+        "instead of the task's: FILE.py:function, exact, numeric, regex:PATTERN, ...; [=WEIGHT] of each",
         path=True,
     )
-    reward_mix: str = flag(
-        "sum_then_normalize",
-        "advantages from the weighted sum of the rewards, or the weighted sum of each reward's advantages",
-        ("sum_then_normalize", "normalize_then_sum"),
-    )
+    reward_mix: str = flag("sum_then_normalize", "advantages of the weighted sum, or weighted sum of advantages", MIXES)
     reward_timeout: float = flag(10.0, "seconds a call of a --reward may take", high=86400, exclude=0)
     system: str = flag("", "system message for rows of --data that have none (in RL)")
     max_prompt_tokens: int = flag(0, "longer prompts of --data are left out, and counted; 0: as the model has room for")
     adapter: str = flag("", "start from this LoRA adapter (a PEFT folder) instead of a fresh one", path=True)
     out: str = flag("", "run folder; default: the first free one of runs/NAME, runs/NAME-2, ...", path=True)
     resume: str = flag("", "continue the run in this folder; its own config.yaml is used, flags win", path=True)
-    accept_changes: bool = flag(
-        False, "with --resume: go on though settings or input files have changed, and note in metrics.jsonl which"
-    )
+    accept_changes: bool = flag(False, "with --resume: accept changed settings and input files, noted in metrics.jsonl")
     seed: int = flag(0, "seeds the data order, the adapter or model initialisation, and sampling", high=2**63 - 1)
     steps: int = flag(200, "optimiser updates of the main phase", low=1, group="how long")
-    epochs: float = flag(
-        0.0, "passes over the rows of --data, instead of --steps; a saved run has the steps they came to", high=10**6
-    )
+    epochs: float = flag(0.0, "passes over --data, instead of --steps; a saved run has them as steps", high=10**6)
     eval_every: int = flag(0, "updates between held-out evaluations; 0: only before and after")
     eval_size: int = flag(
         -1,
-        "held-out problems per evaluation, answered greedily, or rows of --data, whose loss is measured; -1: 200 "
-        "problems, or a tenth of the rows, at most 200, and none of a file of fewer than 200 rows",
+        "held-out problems or rows; -1: 200, or a tenth of 200 or more rows, at most 200",
         low=-1,
         high=10**6,
     )
-    eval_samples: int = flag(
-        0, "also sample so many answers to each held-out problem: how often one, and any of them, is right", high=1000
-    )
+    eval_samples: int = flag(0, "sampled answers to each held-out problem: how often one, or any, is right", high=1000)
     patience: int = flag(0, "end after so many evaluations in a row that are no better than the best; 0: never")
     keep_best: bool = flag(False, "also keep the weights of the best evaluation of the main phase, in best/")
     save_every: int = flag(50, "updates between saves of the state that --resume reads", low=1)
     warm_steps: int = flag(0, "at most this many SFT updates on the task's own answers before RL starts")
-    warm_until: float = flag(
-        0.3,
-        "end the warm-up once this fraction of warm_probe fresh training problems is answered right; 2: never",
-        high=2,
-        exclude=0,
-    )
-    warm_probe: int = flag(
-        300, "training problems answered greedily every 5 warm-up updates, to see whether to stop", low=1, high=10**6
-    )
+    warm_until: float = flag(0.3, "end the warm-up at this share of right answers; 2: never", high=2, exclude=0)
+    warm_probe: int = flag(300, "fresh training problems answered greedily every 5 warm-up updates", low=1, high=10**6)
     warm_lr: float = flag(0.0, "learning rate of the warm-up; 0: what --algo sft would take", high=1)
-    control: bool = flag(
-        False, "after RL, also continue SFT from the end of the warm-up for as long as RL took, to compare"
-    )
+    control: bool = flag(False, "after RL, also continue the warm-up's SFT for as long as RL took, to compare")
     prompts_per_rollout: int = flag(8, "prompts sampled at a time", low=1, high=10**6, group="rollout")
     group_size: int = flag(8, "answers per prompt; the baseline of an answer is its group's mean", low=1, high=10**6)
-    updates_per_rollout: int = flag(
-        4, "minibatches, so optimiser updates, a rollout is split into; with 1 no ratio can move", low=1, high=10**6
-    )
+    updates_per_rollout: int = flag(4, "updates (minibatches) a rollout; with 1 no ratio can move", low=1, high=10**6)
     max_new_tokens: int = flag(64, "answers are cut here, and then count as truncated", low=1, high=10**7)
-    environment: str = flag(
-        "", "FILE.py:Class with reset and step: episodes of several turns, with max_new_tokens for each", path=True
-    )
+    environment: str = flag("", "FILE.py:Class with reset and step: several turns of max_new_tokens each", path=True)
     max_turns: int = flag(8, "turns of the model in an episode", low=1, high=10**4)
-    max_episode_tokens: int = flag(
-        4096, "an episode ends when its prompt, turns and messages leave no room for another turn", low=2, high=10**7
-    )
+    max_episode_tokens: int = flag(4096, "an episode ends when no other turn has room", low=2, high=10**7)
     rollout_rows: int = flag(0, "answers decoded at a time, to bound the KV cache; 0: all of a rollout")
     temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained", high=100)
     top_k: int = flag(0, "must stay 0 in RL: truncated sampling is not the distribution that is scored")
     top_p: float = flag(1.0, "must stay 1 in RL, likewise", high=1, exclude=0)
     # off: Qwen3 would otherwise think past any max_new_tokens that suits these tasks, and no answer would be finished
-    thinking: str = flag(
-        "off", "the chat template's enable_thinking; auto leaves it to the template", ("auto", "on", "off")
-    )
+    thinking: str = flag("off", "the chat template's enable_thinking; auto leaves it to the template", AUTO)
     clip_low: float = flag(
-        0.0,
-        "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo (per sequence), 0.2 for grpo (per token)",
-        high=1,
-        exclude=1,
-        group="objective",
+        0.0, "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo, 0.2 for grpo", high=1, exclude=1, group="objective"
     )
     clip_high: float = flag(0.0, "ratio may rise to 1 + clip_high; 0: 4e-4 for gspo, 0.27 for grpo", high=1, exclude=1)
-    divide_by_std: bool = flag(
-        True, "divide advantages by their group's standard deviation (GRPO, GSPO); off: Dr. GRPO"
-    )
+    divide_by_std: bool = flag(True, "divide advantages by their group's standard deviation; off: Dr. GRPO")
     loss_average: str = flag(
-        "sequence",
-        "over tokens in each answer, then over answers (GRPO, GSPO); over all tokens of an update (DAPO); or every "
-        "answer's sum divided by max_new_tokens, whatever its length (Dr. GRPO)",
-        ("sequence", "token", "constant"),
+        "sequence", "over tokens, then answers; over all tokens (DAPO); or sums / max_new_tokens (Dr. GRPO)", AVERAGES
     )
     mask_truncated: bool = flag(False, "do not train on answers that were cut off (DAPO); they count in their group")
-    dynamic_sampling: int = flag(
-        0, "at most so many further rounds of prompts in place of groups with equal rewards (DAPO)", high=10**4
-    )
+    dynamic_sampling: int = flag(0, "extra rounds to replace groups with equal rewards, at most (DAPO)", high=10**4)
     beta: float = flag(0.0, "weight of the KL divergence (k3) from the policy at the start of RL", high=1000)
-    lr: float = flag(
-        0.0, "AdamW learning rate; 0: by algorithm, LoRA or full, and model size", high=1, group="optimiser"
-    )
+    lr: float = flag(0.0, "AdamW learning rate; 0: by algorithm, adapter and model size", high=1, group="optimiser")
     warmup_updates: int = flag(5, "updates over which the learning rate rises from 0")
     lr_schedule: str = flag("constant", "after the warm-up", ("constant", "linear", "cosine"))
     weight_decay: float = flag(0.0, "AdamW weight decay, on matrices only", high=100)
-    grad_clip: float = flag(
-        1.0, "the gradient's norm is scaled down to this; a large number switches it off", high=1e30, exclude=0
-    )
+    grad_clip: float = flag(1.0, "largest norm of the gradient; a large number switches it off", high=1e30, exclude=0)
     batch_size: int = flag(16, "examples per SFT update", low=1, high=10**6)
     max_length: int = flag(2048, "longer SFT rows are left out, and counted", low=1)
     micro_batch_tokens: int = flag(4096, "tokens per forward and backward pass; bounds activation memory", low=1)
-    gradient_checkpointing: str = flag(
-        "auto",
-        "keep one tensor per layer and recompute the rest, about a third slower; auto: where memory needs it",
-        ("auto", "on", "off"),
-    )
-    prepack: str = flag(
-        "auto",
-        "on a CPU, copy weights into the order it reads fastest while answers are sampled; auto: where memory allows",
-        ("auto", "on", "off"),
-    )
+    gradient_checkpointing: str = flag("auto", "recompute activations, a third slower; auto: if memory needs it", AUTO)
+    prepack: str = flag("auto", "on a CPU, sample with copied weights in a faster order; auto: if memory allows", AUTO)
     lora_r: int = flag(16, "LoRA rank; 0: full fine-tuning", high=10**5, group="adapter and weights")
     lora_alpha: float = flag(32.0, "LoRA scale is alpha / r")
     lora_targets: str = flag(
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers that get an adapter, by leaf name"
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "leaf names of layers with adapters"
     )
     lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise", high=1, exclude=1)
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
-    dtype: str = flag(
-        "auto", "of the weights; auto: bf16, or fp32 for tiny and on CPUs without bf16 units", ("auto", "bf16", "fp32")
-    )
-    quant: str = flag(
-        "none",
-        "pack the frozen linear layers under LoRA; none: as the checkpoint is, so bitsandbytes 4-bit ones stay packed",
-        ("none", "nf4", "int8"),
-    )
+    dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny and on CPUs without bf16 units", DTYPES)
+    quant: str = flag("none", "pack the frozen linear layers under LoRA; none: as the checkpoint is", QUANTS)
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"), group="machine")
     threads: int = flag(0, "CPU threads; 0: torch's own choice", high=1024)
     plan_only: bool = flag(False, "print what the run would take and end: no weights are read, no folder is made")
@@ -206,9 +142,7 @@ class TrainConfig:
 class SampleConfig:
     """Sample from a checkpoint: one prompt, a file of prompts, or a chat."""
 
-    model: str = flag(
-        "", "checkpoint folder (also RUN/model of a training run) or hub id owner/name", group="what", path=True
-    )
+    model: str = flag("", "checkpoint folder (also RUN/model of a run) or hub id owner/name", group="what", path=True)
     adapter: str = flag("", "PEFT adapter folder, for example RUN/adapter", path=True)
     prompt: str = flag("", "one prompt; its flag may be left out")
     prompts: str = flag("", "a text file, one prompt a line", path=True)
@@ -218,18 +152,11 @@ class SampleConfig:
     max_new_tokens: int = flag(256, "answers are cut here", low=1, high=10**7, group="sampling")
     temperature: float = flag(0.7, "0: always the likeliest token", high=100)
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
-    top_p: float = flag(
-        1.0, "sample among the likeliest tokens that together reach this probability", high=1, exclude=0
-    )
-    thinking: str = flag("auto", "passed to the chat template as enable_thinking", ("auto", "on", "off"))
+    top_p: float = flag(1.0, "sample among the likeliest tokens that together have this probability", high=1, exclude=0)
+    thinking: str = flag("auto", "passed to the chat template as enable_thinking", AUTO)
     seed: int = flag(0, "same seed, same answers", high=2**63 - 1)
-    dtype: str = flag(
-        "auto",
-        "auto: bf16; fp32 on a CPU that has no bf16 units, or where the file holds more",
-        ("auto", "bf16", "fp32"),
-        group="machine",
-    )
-    quant: str = flag("none", "pack the linear layers; none: as the checkpoint is", ("none", "nf4", "int8"))
+    dtype: str = flag("auto", "auto: bf16, or fp32 for CPUs without it and files with more", DTYPES, group="machine")
+    quant: str = flag("none", "pack the linear layers; none: as the checkpoint is", QUANTS)
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"))
     ignore_memory_plan: bool = flag(False, "start although weights and KV cache are larger than the free memory")
 
@@ -257,24 +184,19 @@ def reader(field: dataclasses.Field) -> Any:
 
 
 def scalar(field: dataclasses.Field) -> type:
-    """The type of one value: a flag of type tuple[str, ...] may be given several times."""
+    """The type of one value: a flag of type Texts may be given several times."""
     return str if repeatable(field) else field.type
 
 
 def repeatable(field: dataclasses.Field) -> bool:
-    return field.type == tuple[str, ...]
+    return field.type == Texts
 
 
 def parser(config_class: type, prog: str) -> Parser:
     """The flags, in groups. They have no defaults here, so that the result holds what was given and nothing else."""
     tiny = tiny_yaml() if config_class is TrainConfig else {}
-    p = Parser(
-        prog=prog,
-        usage="%(prog)s [--FLAG VALUE ...]",
-        allow_abbrev=False,
-        description=config_class.__doc__,
-        argument_default=argparse.SUPPRESS,
-    )
+    p = Parser(prog=prog, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p.description = config_class.__doc__
     for f in dataclasses.fields(config_class):
         choices, defaults = f.metadata["choices"], {"default": f.default, "tiny": tiny.get(f.name, f.default)}
         if defaults["tiny"] == f.default:
@@ -308,8 +230,11 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
             p.error(line)
         near = difflib.get_close_matches(unknown[0].split("=")[0], p._option_string_actions, n=1, cutoff=0.5)
         p.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-    given = {name: tuple(value) if isinstance(value, list) and value else value for name, value in vars(args).items()}
-    if empty := [flag_name(name) for name, value in given.items() if value in ("", [], ("",))]:  # argparse: [] for --
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    parts = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
+    if empty := [
+        flag_name(name) for name, of in parts.items() if not of or "" in of or [] in of
+    ]:  # argparse: [] for --
         p.error(f"got an empty {empty[0]}, want a value, or no such flag")
     file = given.pop("config", "")
     if "words" in given:
@@ -334,18 +259,16 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         raise ValueError("got --epochs and --steps, want one of them")
     if base.get("resume"):
         raise ValueError("got resume in a --config file, want --resume DIR on the command line")
-    if given.get("data") and "task" not in given:
-        given["task"] = ("jsonl",)  # nothing else it could mean
+    if given.get("data") and given.get("task", ("jsonl",))[-1] == "jsonl":
+        given["task"] = ("jsonl",)  # rows are not mixed with tasks: the last --task counts, as with any other flag
     if given.get("resume"):
         changed = [name for name in given if name in base and given[name] != base[name]]
         if "eval_size" in changed and base.get("data"):
-            raise ValueError(
-                f"got --resume with another --eval-size (was {base['eval_size']}): rows that were trained on would be "
-                "held out; want the run's own"
-            )
+            why = "rows that were trained on would be held out; want the run's own"
+            raise ValueError(f"got --resume with another --eval-size (was {base['eval_size']}): {why}")
         kept = {name: base[name] for name in changed if name not in MAY_CHANGE}
         if kept and not given.get("accept_changes"):
-            flags = ", ".join(f"--{name.replace('_', '-')} (was {value})" for name, value in kept.items())
+            flags = ", ".join(f"{flag_name(name)} (was {value})" for name, value in kept.items())
             raise ValueError(f"got --resume with another {flags}; want the run's own, --accept-changes, or a new run")
     return config_class(**{**base, **given}), set(base) | set(given)
 
@@ -381,8 +304,8 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
     fields, values = {f.name: f for f in dataclasses.fields(config_class)}, {}
     for key, node in root.value:
         name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if name not in fields:
-            items = node.value if isinstance(node, yaml.SequenceNode) else [node]
             hint = explain(name, [n.value[:200] for n in items if isinstance(n, yaml.ScalarNode)], fields, yaml=True)
             if not hint and (near := difflib.get_close_matches(name, fields, n=1)):
                 hint = f"; did you mean {near[0]}?"
@@ -391,8 +314,7 @@ def load_yaml(path: pathlib.Path, config_class: type, want: str) -> dict:
             raise ValueError(f"{where}: got {name} a second time, want every field once")
         try:
             if repeatable(fields[name]):
-                nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-                values[name] = tuple(read_value(fields[name], item) for item in nodes)
+                values[name] = tuple(read_value(fields[name], item) for item in items)
             else:
                 values[name] = read_value(fields[name], node)
         except ValueError as e:
@@ -449,18 +371,14 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
     times that ("LoRA without regret": the optimum is about 10 x that of full fine-tuning at every rank and size). SFT
     takes four times the RL rate: its gradient is not a difference of noisy rewards.
     """
-    values: dict[str, Any] = {}
-    rate = 5e-6 * min(1.0, (0.6e9 / max(parameters, 1)) ** 0.5) * (10 if config.lora_r else 1)
-    if not config.lr and parameters:
-        values["lr"] = rate * (4 if config.algo == "sft" else 1)
-    if not config.warm_lr and parameters:
-        values["warm_lr"] = rate * 4
+    gspo = config.algo.startswith("gspo")
+    values = {"clip_low": 3e-4 if gspo else 0.2, "clip_high": 4e-4 if gspo else 0.27}
+    if parameters:
+        rate = 5e-6 * min(1.0, (0.6e9 / parameters) ** 0.5) * (10 if config.lora_r else 1)
+        values |= {"lr": rate * (4 if config.algo == "sft" else 1), "warm_lr": rate * 4}
+    values = {name: value for name, value in values.items() if not getattr(config, name)}
     if config.eval_size < 0 and not config.data:
         values["eval_size"] = 200
-    if not config.clip_low:
-        values["clip_low"] = 3e-4 if config.algo.startswith("gspo") else 0.2
-    if not config.clip_high:
-        values["clip_high"] = 4e-4 if config.algo.startswith("gspo") else 0.27
     return dataclasses.replace(config, **values)
 
 
@@ -486,37 +404,30 @@ def check(config: TrainConfig) -> None:
     check_fields(config)
     rl, tiny = config.algo != "sft", config.model == "tiny"
     if config.lora_r and config.lora_alpha <= 0:
-        raise ValueError(
-            f"got --lora-alpha {config.lora_alpha}: the adapter would stay without effect; want more than 0"
-        )
+        raise ValueError(f"got --lora-alpha {config.lora_alpha}: the adapter would stay without effect; want above 0")
     if config.accept_changes and not config.resume:
         raise ValueError("got --accept-changes without --resume RUN, want both, or neither: a new run has no changes")
     if config.resume and config.out not in ("", config.resume):
         raise ValueError(f"got --out {config.out} with --resume {config.resume}, want one: a run goes on in its folder")
-    if ("jsonl" in config.task) != bool(config.data) or (config.data and len(config.task) > 1):
-        raise ValueError(
-            "got --task jsonl without --data FILE.jsonl"
-            if not config.data
-            else f"got --data with --task {', '.join(config.task)}, want --task jsonl"
-        )
+    if "jsonl" in config.task and not config.data:
+        raise ValueError("got --task jsonl without --data FILE.jsonl")
+    if config.data and config.task != ("jsonl",):
+        raise ValueError(f"got --data with --task {', '.join(config.task)}, want --task jsonl")
     if config.epochs and (not config.data or rl):
         why = "with RL on --data" if config.data else "without --data: a task's problems do not end"
         raise ValueError(f"got --epochs {config.epochs:g} {why}; want --steps")
     if config.epochs and config.steps != TrainConfig.steps:
         raise ValueError(f"got --epochs {config.epochs:g} and --steps {config.steps}, want one of them")
     if config.data and rl and not config.reward and not config.environment:
-        raise ValueError(
-            f"got --data with --algo {config.algo} and no --reward: rows do not say what a good answer is; want "
-            "--reward FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate rows"
-        )
+        want = "--reward FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate rows"
+        why = f"rows do not say what a good answer is; want {want}"
+        raise ValueError(f"got --data with --algo {config.algo} and no --reward: {why}")
     for name in ("reward", "environment", "system", "max_prompt_tokens", "beta", "dynamic_sampling", "mask_truncated"):
         if not rl and getattr(config, name):
             raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo")
     if config.quant != "none" and not config.lora_r:
-        raise ValueError(
-            f"got --quant {config.quant} with --lora-r 0 (full fine-tuning{', as configs/tiny.yaml says' * tiny}): "
-            "packed weights cannot be trained; want an adapter over them, --lora-r 16"
-        )
+        got = f"--quant {config.quant} with --lora-r 0 (full fine-tuning{', as configs/tiny.yaml says' * tiny})"
+        raise ValueError(f"got {got}: packed weights cannot be trained; want an adapter over them, --lora-r 16")
     if config.adapter and not config.lora_r:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
     if config.environment and not re.fullmatch(r".+\.py:\w+", config.environment):
@@ -527,45 +438,29 @@ def check(config: TrainConfig) -> None:
 
 def check_rl(config: TrainConfig) -> None:
     """The refusals of sampling and its objectives."""
-    if config.algo == "grpo" and 0 < config.clip_high < 0.01:
-        raise ValueError(
-            f"got --clip-high {config.clip_high} with grpo: that is GSPO's range, for ratios averaged over an answer; "
-            "per token nearly everything would be clipped; want about 0.2, or 0 for the default"
-        )
+    rows, updates, algo = config.prompts_per_rollout * config.group_size, config.updates_per_rollout, config.algo
+    if algo == "grpo" and 0 < config.clip_high < 0.01:
+        why = "that is GSPO's range, for ratios averaged over an answer; per token nearly everything would be clipped"
+        raise ValueError(f"got --clip-high {config.clip_high} with grpo: {why}; want about 0.2, or 0 for the default")
     if config.group_size < 2:
-        raise ValueError(
-            f"got --group-size {config.group_size} with {config.algo}: "
-            "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
-        )
-    if config.updates_per_rollout == 1 and config.algo != "reinforce":
-        raise ValueError(
-            f"got --updates-per-rollout 1 with {config.algo}: every ratio is "
-            "then exactly 1, clipping never acts and the run is REINFORCE; want 2 or more (4 in the GSPO paper), or "
-            "REINFORCE by its name: --algo reinforce"
-        )
-    rows = config.prompts_per_rollout * config.group_size
-    if rows % config.updates_per_rollout:
-        raise ValueError(
-            f"got {rows} answers a rollout (prompts x group), want a multiple of "
-            f"--updates-per-rollout {config.updates_per_rollout}"
-        )
+        why = "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
+        raise ValueError(f"got --group-size {config.group_size} with {algo}: {why}")
+    if updates == 1 and algo != "reinforce":
+        why = "every ratio is then exactly 1, clipping never acts and the run is REINFORCE"
+        want = "2 or more (4 in the GSPO paper), or REINFORCE by its name: --algo reinforce"
+        raise ValueError(f"got --updates-per-rollout 1 with {algo}: {why}; want {want}")
+    if rows % updates:
+        want = f"a multiple of --updates-per-rollout {updates}"
+        raise ValueError(f"got {rows} answers a rollout (prompts x group), want {want}")
     if config.temperature <= 0:
-        raise ValueError(
-            f"got --temperature {config.temperature} with {config.algo}, want more than 0: "
-            "greedy answers of a group are all alike"
-        )
+        why = "greedy answers of a group are all alike"
+        raise ValueError(f"got --temperature {config.temperature} with {algo}, want more than 0: {why}")
     if config.top_k or config.top_p != 1:
-        raise ValueError(
-            "got --top-k or --top-p in RL: the sampled distribution would not be the one that is scored, "
-            "and every ratio would be off; want 0 and 1"
-        )
+        why = "the sampled distribution would not be the one that is scored, and every ratio would be off"
+        raise ValueError(f"got --top-k or --top-p in RL: {why}; want 0 and 1")
     if config.environment and config.max_episode_tokens <= config.max_new_tokens:
-        raise ValueError(
-            f"got --max-episode-tokens {config.max_episode_tokens} and --max-new-tokens {config.max_new_tokens} for "
-            "each turn, want room for a prompt and several turns"
-        )
+        got = f"--max-episode-tokens {config.max_episode_tokens} and --max-new-tokens {config.max_new_tokens}"
+        raise ValueError(f"got {got} for each turn, want room for a prompt and several turns")
     if config.lora_dropout:
-        raise ValueError(
-            f"got --lora-dropout {config.lora_dropout} with {config.algo}: dropout moves the ratio by "
-            "more than the clip range without any update; want 0"
-        )
+        why = "dropout moves the ratio by more than the clip range without any update; want 0"
+        raise ValueError(f"got --lora-dropout {config.lora_dropout} with {algo}: {why}")

@@ -155,29 +155,15 @@ def choose_judges(
     weights: Sequence[float],
     held: contextlib.ExitStack,
 ) -> tuple[Rewards | None, Environments | None]:
-    """What rewards the answers, where it is not the task itself; `held` closes their processes."""
-    return choose_rewards(config, data, given, weights, held), choose_environments(config, data, model, held)
-
-
-def choose_rewards(
-    config: TrainConfig, data: Data, given: Sequence[Callable], weights: Sequence[float], held: contextlib.ExitStack
-) -> Rewards | None:
-    """The reward functions of --reward, or those given from Python, once each has been tried; None: the task's own."""
-    if not given and not config.reward:
-        return None
+    """What rewards the answers, where it is not the task itself: the functions of --reward or those given from Python,
+    once each has been tried, and the processes of --environment, once it has begun an episode. `held` closes both."""
+    rewards = environments = None
     if given and config.reward:
         raise ValueError("got --reward and functions from Python, want one of them")
-    rewards = held.enter_context(Rewards(given or config.reward, weights or None, timeout=config.reward_timeout))
-    rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
-    return rewards
-
-
-def choose_environments(
-    config: TrainConfig, data: Data, model: ModelConfig, held: contextlib.ExitStack
-) -> Environments | None:
-    """The processes that --environment runs in, once it has begun an episode of the first training problem."""
-    if not config.environment:
-        return None
-    environments = held.enter_context(contextlib.closing(Environments(config.environment, config.reward_timeout)))
-    probe(model, data.chat, environments, row_of(data.task.train_problem(0, config.seed)), config)
-    return environments
+    if given or config.reward:
+        rewards = held.enter_context(Rewards(given or config.reward, weights or None, timeout=config.reward_timeout))
+        rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
+    if config.environment:
+        environments = held.enter_context(Environments(config.environment, config.reward_timeout))
+        probe(model, data.chat, environments, row_of(data.task.train_problem(0, config.seed)), config)
+    return rewards, environments

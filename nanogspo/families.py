@@ -196,14 +196,7 @@ def model_config(config: dict) -> ModelConfig:
 MOST_LAYERS, LONGEST_CONTEXT = 1024, 2**40  # beyond every model there is, and small enough to be counted with
 
 CHANGES = TABLES["changes"]  # keys that are refused when set
-NO_EFFECT = frozenset(TABLES["no_effect"].split())
-READ = frozenset(
-    """architectures attention_bias auto_map dtype eos_token_id head_dim hidden_act hidden_activation hidden_size
-    intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias model_type num_attention_heads
-    num_hidden_layers num_key_value_heads partial_rotary_factor quantization_config query_pre_attn_scalar rms_norm_eps
-    rope_local_base_freq rope_parameters rope_scaling rope_theta sliding_window sliding_window_pattern text_config
-    thinker_config tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()
-)
+READ, NO_EFFECT = (frozenset(TABLES[table].split()) for table in ("read", "no_effect"))
 MEDIA = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa|mm)_")  # pictures and sound, which a text has not
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.int8 import Int8Tensor, quantize_int8
-from kernels.lora import frozen_linear, unpack
+from kernels.lora import frozen_linear
 from kernels.nf4 import NESTED, NF4Tensor, quantize_nf4
 
 
@@ -43,13 +43,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = q.shape
         self.q, self.bias = q, bias
-        for field, name in self.BUFFERS.items():
-            if (t := getattr(q, field)) is not None:
-                self.register_buffer(name, t)
+        for field, t in q.tensors.items():
+            self.register_buffer(self.BUFFERS[field], t)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """W, (out, in) in dtype, in fresh memory."""
-        return unpack(self.q, dtype)
+        return self.q.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.q, self.bias)  # (..., out)

@@ -30,6 +30,7 @@ from torch import nn
 
 from kernels import lora as frozen
 from kernels.backend import INTERPRETED
+from kernels.packed import Packed
 from nanogspo import quant
 from nanogspo.checkpoint import load, load_adapter, save, save_adapter, stored_dtype
 from nanogspo.config import TrainConfig, check
@@ -168,7 +169,7 @@ def test_up_to_64_rows_multiply_straight_from_the_packed_weights(kind, dtype, se
     (K, N), b = sizes, normal(sizes[1], seed=seed + 1, dtype=dtype) if bias else None
     layer, x = quantize_linear(normal(N, K, seed=seed), None, kind), normal(*rows, K, seed=seed + 2, dtype=dtype)
     W = layer.unpack(dtype)
-    with patch.object(frozen, f"dequantize_{kind}", None):
+    with patch.object(Packed, "dequantize", None):
         y = frozen.frozen_linear(x, layer.q, b, backend="triton")
     size = F.linear(x.double().abs(), W.double().abs(), b.double().abs() if bias else None)
     # K fp32 additions in any order; rounded to dtype before the bias and after it
@@ -177,7 +178,7 @@ def test_up_to_64_rows_multiply_straight_from_the_packed_weights(kind, dtype, se
         y.dtype == dtype
         and ((y.double() - F.linear(x.double(), W.double(), b.double() if bias else None)).abs() <= bound).all()
     )
-    with pytest.raises(TypeError), patch.object(frozen, f"dequantize_{kind}", None):
+    with pytest.raises(TypeError), patch.object(Packed, "dequantize", None):
         frozen.frozen_linear(normal(65, K, dtype=dtype), layer.q, backend="triton")
 
 
@@ -189,8 +190,7 @@ def test_nothing_wide_is_kept_for_the_backward_pass(kind):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x).sum().backward()
     assert saved == [] and x.grad.abs().max() > 0
-    unpack = getattr(frozen, f"dequantize_{kind}")
-    with patch.object(frozen, f"dequantize_{kind}", side_effect=unpack) as unpacked:
+    with patch.object(Packed, "dequantize", autospec=True, side_effect=Packed.dequantize) as unpacked:
         layer(x.detach().requires_grad_()).sum().backward()
         assert unpacked.call_count == 2  # once forward, once backward
         layer(x.detach())

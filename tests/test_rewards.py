@@ -178,7 +178,7 @@ def test_closing_ends_calls_that_run(own):
     """Ctrl-C while a function hangs: 8 calls of 4 s in one process are over at once, and none is started anew."""
     rewards = own("wild", timeout=4)
     rewards.probe(Group("?", {}, ["1"], [[0]]))
-    before = list(rewards._workers)
+    before = [worker for worker in rewards._workers if worker]
     caught = []
 
     def call():
@@ -194,7 +194,8 @@ def test_closing_ends_calls_that_run(own):
     rewards.close()
     thread.join()
     assert time.monotonic() - start < 15
-    assert not rewards._workers and all(worker.process.poll() is not None for worker in before)
+    assert before == [worker for worker in rewards._workers if worker]
+    assert all(worker.process.poll() is not None for worker in before)
 
 
 def test_a_probe_prints_nothing_and_needs_one_success(own, capsys):

@@ -13,13 +13,14 @@ import yaml
 
 from nanogspo import checkpoint, tiny
 from nanogspo.config import TrainConfig, check, resolve
-from nanogspo.experience import Asked, choose, split_minibatches
+from nanogspo.experience import split_minibatches
 from nanogspo.lora import add_lora
 from nanogspo.packing import Example
 from nanogspo.reference import freeze, is_copied, reference
 from nanogspo.rollout import generate
 from nanogspo.run.log import read_rows
 from nanogspo.run.planner import memory_parts
+from nanogspo.sampler import Group, choose
 from nanogspo.tasks import get_task
 from tests import oracles
 from tests.test_train import (  # noqa: F401      quick: no picture
@@ -202,10 +203,11 @@ def test_the_kl_term_keeps_the_policy_near(tmp_path):
 
 
 def test_groups_with_a_spread_come_first_in_their_order():
-    groups = [Asked(None, [n], [], [], r) for n, r in enumerate([[1, 1], [0, 1], [0, 0], [1, 0], [2, 1], [0, 3]])]
-    assert [g.prompt[0] for g in choose(groups, 3)] == [1, 3, 4]
-    assert [g.prompt[0] for g in choose(groups, 5)] == [0, 1, 3, 4, 5]  # the first of those without
-    assert [g.prompt[0] for g in choose(groups, 6)] == [0, 1, 2, 3, 4, 5]
+    spread = torch.tensor([[0, 0], [-1, 1], [0, 0], [1, -1], [1, -1], [torch.nan, 1]])
+    groups = [Group(n, [], [], [], advantages) for n, advantages in enumerate(spread)]
+    assert [g.problem for g in choose(groups, 3)] == [1, 3, 4]
+    assert [g.problem for g in choose(groups, 5)] == [0, 1, 3, 4, 5]  # the first of those without
+    assert [g.problem for g in choose(groups, 6)] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("most", [1, 30])

@@ -32,8 +32,8 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
         (_draw_exact, [row for row in rows if "eval_exact" in row]),
         (_draw_reward, policy),
         (functools.partial(_draw_ratio, clip_range=clip_range), policy),
-        (_draw_sft_loss, sft + held_out),
-        (_draw_sft_accuracy, held_out and sft + held_out),
+        (functools.partial(_draw_sft, title="SFT loss, nats per token", key="loss", most=math.inf), sft + held_out),
+        (functools.partial(_draw_sft, title="SFT token accuracy", key="token_accuracy"), held_out and sft + held_out),
         (_draw_entropy, policy),
         (_draw_length, policy),
     ]
@@ -140,15 +140,7 @@ def _draw_reward(axes, rows: list[dict]) -> None:
     _smooth(axes, steps, values, ORANGE, possible=(0, 1) if share else (-math.inf, math.inf))
 
 
-def _draw_sft_loss(axes, rows: list[dict]) -> None:
-    _draw_sft(axes, rows, "SFT loss, nats per token", "loss", math.inf)
-
-
-def _draw_sft_accuracy(axes, rows: list[dict]) -> None:
-    _draw_sft(axes, rows, "SFT token accuracy", "token_accuracy", 1.0)
-
-
-def _draw_sft(axes, rows: list[dict], title: str, key: str, most: float) -> None:
+def _draw_sft(axes, rows: list[dict], title: str, key: str, most: float = 1.0) -> None:
     """Training rows phase by phase, over them the held-out rows."""
     training = [row for row in rows if "eval_loss" not in row]
     _titled(axes, title, training, key)

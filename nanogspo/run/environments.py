@@ -1,6 +1,6 @@
 """Where environments run: in worker processes, or, those given from Python, in this process.
 
-    environments = open_environments("examples/calculator.py:Calculator", timeout=10)
+    environments = Environments("examples/calculator.py:Calculator", timeout=10)
     replies = environments(requests)          one turn of many episodes; tasks/environments.py says what these are
     environments.close()
 
@@ -9,27 +9,20 @@ new one replays the other episodes that it had, each when its next turn is due. 
 """
 
 import copy
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-from nanogspo.run.worker import Worker
+from nanogspo.run.worker import Pool
 from nanogspo.tasks.environments import Environment, play
 
-START = 60.0  # seconds for a process to start and import the file
-MOST_WORKERS = 8
 
-
-class Environments:
+class Environments(Pool):
     """Worker processes. source: FILE.py:Class. timeout: seconds of one call of reset or step."""
 
     def __init__(self, source: str, timeout: float = 10.0, workers: int = 0):
-        self.source, self.timeout = source, timeout
-        count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
-        self._workers: list[Worker | None] = [None] * count
-        self._known: list[set] = [set() for _ in range(count)]  # episodes that have an object in each
-        self._threads = ThreadPoolExecutor(count)
-        if "error" in (reply := self._start(0)):  # a file that cannot be imported ends the run before it begins
+        super().__init__("nanogspo.tasks.environments:serve", source, workers)
+        self.timeout = timeout
+        self._known: list[set] = [set() for _ in self._workers]  # episodes that have an object in each
+        if "error" in (reply := self._begin(0)):  # a file that cannot be imported ends the run before it begins
             self.close()
             raise ValueError(reply["error"])
 
@@ -42,30 +35,19 @@ class Environments:
         replies = {n: reply for part in parts for n, reply in part}
         return [replies[n] for n in range(len(requests))]
 
-    def close(self) -> None:
-        for worker in filter(None, self._workers):
-            worker.kill()
-        self._threads.shutdown(cancel_futures=True)
-
     def _share(self, k: int, share: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
         return [(n, self._ask(k, request)) for n, request in share]
 
     def _ask(self, k: int, request: dict) -> dict:
-        worker, episode = self._workers[k], tuple(request["id"])
-        if not (worker and worker.alive) and "error" in (reply := self._start(k)):
-            return {"failed": reply["error"]}
+        episode = tuple(request["id"])
+        if begun := self._begin(k):
+            self._known[k] = set()
+            if "error" in begun:
+                return {"failed": begun["error"]}
         calls = 1 if episode in self._known[k] else 1 + len(request["history"])  # of a replay
         reply = self._workers[k].ask(request, self.timeout * calls)
         self._known[k] = {other for other in self._known[k] if other[0] == episode[0]} | {episode}
         return reply.get("value") or {"failed": f"{'step' if request['history'] else 'reset'}: {reply['error']}"}
-
-    def _start(self, k: int) -> dict:
-        worker = self._workers[k] = Worker("nanogspo.tasks.environments:serve")
-        self._known[k] = set()
-        reply = worker.ask(self.source, START)
-        if "error" in reply:
-            worker.kill()
-        return reply
 
 
 class OwnEnvironments:

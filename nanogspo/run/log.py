@@ -12,6 +12,7 @@ run that resumes at step k first drops the rows after k, since it is about to wr
 Reading order: wilson_interval, RunLog, step_line, summary.       Tests: tests/test_log.py
 """
 
+import contextlib
 import json
 import math
 import shlex
@@ -53,7 +54,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """Owns metrics.jsonl and samples.jsonl of one run folder, and the lines on the console."""
 
     def __init__(self, folder: str | Path, *, steps: int, resume_step: int | None = None, quiet: bool = False):
@@ -175,9 +176,6 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
 
-    def __enter__(self) -> "RunLog":
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -221,18 +219,16 @@ def step_line(row: dict, width: int = 4) -> str:
 def summary(config: TrainConfig, folder: Path, picture, example: str | None, seconds: float) -> str:
     """What a run prints last: held-out exact match before and after each phase, and where things are."""
     names = {"start": "before", "sft": "after SFT", "gspo": "after GSPO", "grpo": "after GRPO", "control": "control"}
-    lines = []
-    last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_exact" in row}
-    for phase, row in last.items():
+    rows = read_rows(folder / "metrics.jsonl")
+    exact, losses = ({row["phase"]: row for row in rows if key in row} for key in ("eval_exact", "eval_loss"))
+    lines = [f"held-out exact match, {config.eval_size} problems never trained on:"] * bool(exact)
+    for phase, row in exact.items():
         note = "  (SFT continued instead of RL, for the same time)" if phase == "control" else ""
         interval = f"95 % interval {row['eval_low']:.1%} to {row['eval_high']:.1%}"
         lines.append(f"  {names.get(phase, f'after {phase}'):<10} {row['eval_exact']:6.1%}   {interval}{note}")
-    if lines:
-        lines.insert(0, f"held-out exact match, {config.eval_size} problems never trained on:")
-    last = {row["phase"]: row for row in read_rows(folder / "metrics.jsonl") if "eval_loss" in row}
-    if last:  # SFT from a file
+    if losses:  # SFT from a file
         lines.append(f"held-out loss and token accuracy, {config.eval_size} rows never trained on:")
-    for phase, row in last.items():
+    for phase, row in losses.items():
         lines.append(f"  {names[phase]:<10} {row['eval_loss']:7.4f}   {row['eval_token_accuracy']:.3f}")
     adapter = config.lora_r and config.model != "tiny"  # whose base is saved nowhere
     weights = folder / ("adapter" if adapter else "model")

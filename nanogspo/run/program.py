@@ -78,9 +78,7 @@ def main(
 
 def explain(error: BaseException, memory: str) -> tuple[str, int]:
     """(line, exit code) of what is no bug of ours; anything else is raised again. memory: what to lower."""
-    intact = ""
-    if state:
-        intact = f"; the last saved state is intact (--resume {state.parent.parent})"
+    intact = f"; the last saved state is intact (--resume {state.parent.parent})" if state else ""
     text = " ".join(str(error).splitlines())
     if isinstance(error, KeyboardInterrupt):
         return "stopped at once" + intact, 130

@@ -22,24 +22,19 @@ All but the last are printed once for each reward, with the answer; the counts o
 Reading order: Rewards.__call__, _run, _ask, _scores.        Tests: tests/test_rewards.py
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import queue
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from nanogspo.inputs import shown, some
-from nanogspo.run.worker import Worker
+from nanogspo.run.worker import Pool
 from nanogspo.tasks.rewards import REFERENCES, Group, Reward, Scores, parse, reference
 
-START = 60.0  # seconds for a process to start and import the file
-MOST_WORKERS = 8
 THREADS = 32  # calls of async functions that wait at the same time
 LARGEST = 1e18  # float32 must hold its square: rewards are divided by their standard deviation
 
@@ -52,7 +47,7 @@ class Job(NamedTuple):
     answers: tuple[int, ...]
 
 
-class Rewards(contextlib.AbstractContextManager):
+class Rewards(Pool):
     """Raises ValueError for a reward that cannot be: an unknown name, a signature that fits neither form."""
 
     def __init__(
@@ -79,23 +74,12 @@ class Rewards(contextlib.AbstractContextManager):
             raise ValueError(f"got {len(self.weights)} weights for {len(specs)} rewards, want one each")
         self._batch: dict[str, bool] = {}  # of the texts: whether they have TRL's form, as the processes say
         self.timeout, self._state = timeout, state
-        count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(THREADS)
+        texts = [reward for reward in self._rewards if isinstance(reward, str)]
+        super().__init__("nanogspo.tasks.rewards:serve", texts, workers, THREADS)
         self._idle = queue.LifoQueue()  # the one used last is taken first, and others start only when they are needed
-        for _ in range(count):
-            self._idle.put(None)
-        self._workers, self._closed, self._quiet, self._told = set(), False, False, set()
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the processes, those that are in a call too."""
-        self._closed = True
-        for _ in range(2):  # again for one that was just being started
-            for worker in list(self._workers):
-                worker.kill()
-            self._threads.shutdown(cancel_futures=True)
+        for k in range(len(self._workers)):
+            self._idle.put(k)
+        self._quiet, self._told = False, set()
 
     def probe(self, group: Group) -> None:
         """Try each reward on four texts: the group's answers first, then a right answer, none, a number, a sentence.
@@ -165,27 +149,16 @@ class Rewards(contextlib.AbstractContextManager):
 
     def _ask(self, message: dict | None) -> dict:
         """A call in an idle process, or in a new one. With None: what a process says when it has started."""
-        worker = self._idle.get()
+        k = self._idle.get()
         try:
-            if self._closed:
-                return {"error": "closed", "kind": "failed"}
-            if worker is None:
-                worker = Worker("nanogspo.tasks.rewards:serve")
-                self._workers.add(worker)
-                reply = worker.ask([reward for reward in self._rewards if isinstance(reward, str)], START)
-                if "error" in reply:
-                    worker.kill()
-                    return reply
-                self._batch = reply["value"]
-            if message is None:
-                return {}
-            reply = worker.ask(message, self.timeout)
+            begun = self._begin(k)
+            self._batch = begun.get("value", self._batch)
+            if "error" in begun or message is None:
+                return begun
+            reply = self._workers[k].ask(message, self.timeout)
             return {"kind": "failed"} | reply.get("value", reply)
         finally:
-            if worker and not worker.alive:
-                self._workers.discard(worker)
-                worker = None
-            self._idle.put(worker)
+            self._idle.put(k)
 
     def _scores(self, groups: list[Group], done: dict[Job, dict]) -> Scores:
         texts = [answer for group in groups for answer in group.answers]

@@ -14,6 +14,8 @@ A process that is late is killed, with those that it started where there are pro
 the pipe closes, and the process ends whatever its function does: at once, or, if the function keeps Python's lock (as a
 regular expression that backtracks does), GRACE seconds after its limit by faulthandler's timer, which needs no lock.
 
+A `Pool` holds several, begins each when it is first needed, and begins it anew when it has ended.
+
 Spawned and read by threads, without fork or select, so that CUDA and Windows work.     Tests: tests/test_worker.py
 """
 
@@ -27,10 +29,13 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+START = 60.0  # seconds for a process to start and import the file
+MOST_WORKERS = 8
 GRACE = 5.0  # seconds; the caller's own kill, at the limit, must come first
 
 
@@ -83,6 +88,43 @@ class Worker:
                 self.process.stdin.flush()
                 self._replies.put(json.loads(self.process.stdout.readline()))  # ValueError: it ended, or within a line
         self._replies.put({"error": "its process ended", "kind": "died"})
+
+
+class Pool(contextlib.AbstractContextManager):
+    """Workers, and threads that ask them."""
+
+    def __init__(self, serve: str, first: Any, workers: int = 0, threads: int = 0):
+        """serve    MODULE:FUNCTION, and the first message that each process gets
+        workers  processes; 0: as many as there are cores, at most 8
+        threads  0: as many as there are processes
+        """
+        count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+        self._workers: list[Worker | None] = [None] * count
+        self._threads = ThreadPoolExecutor(threads or count)
+        self._serve, self._first, self._closed = serve, first, False
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, those that are in a call too."""
+        self._closed = True
+        for _ in range(2):  # again for one that was just being started
+            for worker in filter(None, self._workers):
+                worker.kill()
+            self._threads.shutdown(cancel_futures=True)
+
+    def _begin(self, k: int) -> dict:
+        """The reply of the k-th process to the first message, if it has to be started; {} if it is there."""
+        if self._closed:
+            return {"error": "closed", "kind": "failed"}
+        if (worker := self._workers[k]) and worker.alive:
+            return {}
+        worker = self._workers[k] = Worker(self._serve)
+        reply = worker.ask(self._first, START)
+        if "error" in reply:
+            worker.kill()
+        return reply
 
 
 def main(serve: str) -> NoReturn:

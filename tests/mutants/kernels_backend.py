@@ -21,4 +21,18 @@ MUTANTS = {
             "fp32 operands lose 16 of their bits",
         ),
     ],
+    "tests/test_glu.py": [
+        (
+            "return x if x.stride(-1) == 1 else x.contiguous()",
+            "return x",
+            "a transposed projection read as if it were not",
+        ),
+    ],
+    "tests/test_rope.py": [
+        (
+            "return x if x.stride(-1) == 1 else x.contiguous()",
+            "return x",
+            "an expanded upstream gradient read as if its channels were neighbours",
+        ),
+    ],
 }

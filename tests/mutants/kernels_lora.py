@@ -31,7 +31,7 @@ MUTANTS = {
             "y = y_ptr + n[:, None] * F + f[None, :]",
             "rows of a wider matrix written as if they touched",
         ),
-        ("y = y if y.stride(1) == 1 else y.contiguous()", "y = y", "columns written as if they were rows"),
+        ("y = inner(y)  # (N, F)", "y = y", "columns written as if they were rows"),
         (
             "_thin(x, A, frozen.scale), B)",
             "_thin(x, A, 1.0), B)",

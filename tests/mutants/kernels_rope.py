@@ -65,10 +65,5 @@ MUTANTS = {
             "keys turned as if there were as many heads of them as of queries",
         ),
         ('"PLUS": float(self.plus_one)', '"PLUS": 0.0', "Gemma's qk-norm with the weight as stored"),
-        (
-            "return x if x.stride(-1) == 1 else x.contiguous()",
-            "return x",
-            "an expanded upstream gradient read as if its channels were neighbours",
-        ),
     ],
 }

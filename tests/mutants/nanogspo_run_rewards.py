@@ -10,7 +10,6 @@ MUTANTS = {
         ("            elif reward.waits:", "            elif False:", "async functions wait one after the other"),
         ("        if not self._quiet and", "        if", "a probe prints"),
         ("            self._told.add((k, kind))\n", "", "a warning in every step"),
-        ("            if worker and not worker.alive:", "            if False:", "a dead process is asked again"),
         ("all(abs(x) < LARGEST for x in (total, *parts))", "math.isfinite(total)", "a value whose square is infinite in training"),
         ("if math.isfinite(value) else []", "", "an infinite metric"),
         ("[extra | note for", "[note | extra for", "a column of log_extra called rewards replaces ours"),
@@ -18,7 +17,6 @@ MUTANTS = {
         ("i = first[g] + j", "i = j", "every group's values are the first one's"),
         ("                if kind != \"none\":\n", "                if True:\n", "None is told as a failure"),
         ('{"global_step": step}', "{}", "TRL's functions do not know the step"),
-        ("            if self._closed:\n", "            if False:\n", "a process is started after the end"),
         ('    if not parts:\n        return math.nan, "none"\n', "", "a dict of None is 0"),
     ],
 }  # fmt: skip

@@ -14,4 +14,11 @@ MUTANTS = {
         ("        faulthandler.cancel_dump_traceback_later()\n", "        faulthandler.dump_traceback_later(0.01, exit=True)\n", "a process without work ends"),
         ("self._messages.put(None)", "None", "the thread of a process that has ended stays"),
     ],
+    "tests/test_rewards.py": [
+        (":= self._workers[k]) and worker.alive:", ":= self._workers[k]):", "a dead process is asked again"),
+        ("        if self._closed:\n", "        if False:\n", "a process is started after the end"),
+    ],
+    "tests/test_environments.py": [
+        ("            for worker in filter(None, self._workers):\n                worker.kill()\n", "", "processes are left behind"),
+    ],
 }  # fmt: skip
