@@ -327,10 +327,9 @@ def _with_towers(folder: pathlib.Path, ours: Writable, as_nf4: bool) -> Writable
             name = our_name(name_there)
             if SKIP.search(name_there):
                 if COMPANION.fullmatch(name_there) and not as_nf4:
-                    raise ValueError(
-                        f"{folder}: got a tower with packed weights ({some([name_there])}), want one in 16 bits to "
-                        "write a merged folder around it; the adapter alone works with this one"
-                    )
+                    got = f"{folder}: got a tower with packed weights ({some([name_there])})"
+                    want = "want one in 16 bits to write a merged folder around it"
+                    raise ValueError(f"{got}, {want}; the adapter alone works with this one")
                 out[name_there] = (stored.nbytes, stored.read)
             elif name in rest:
                 out[name_there] = rest.pop(name)

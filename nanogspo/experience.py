@@ -102,10 +102,8 @@ def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
         if name not in tensors:
             return [[None] * len(batches) for batches in minibatches]
         if sum(sizes) != len(tensors[name]):
-            raise ValueError(
-                f"got a saved rollout with {len(tensors[name])} old log-probs, want {sum(sizes)}: another version of "
-                "this program saved it; finish the run with that one"
-            )
+            got = f"got a saved rollout with {len(tensors[name])} old log-probs, want {sum(sizes)}"
+            raise ValueError(f"{got}: another version of this program saved it; finish the run with that one")
         pieces = iter(tensors[name].split(sizes))
         return [[None] * len(first), *([next(pieces) for _ in batches] for batches in later)]
 

@@ -123,10 +123,8 @@ def merge_lora(model: nn.Module) -> list[str]:
     layers = lora_layers(model)
     packed = next((name for name, layer in layers.items() if isinstance(layer.base, PackedLinear)), None)
     if packed:
-        raise ValueError(
-            f"got {packed} with packed weights, want plain ones to merge in place; "
-            "checkpoint.save(model, path, merge_lora=True) writes them unpacked and merged"
-        )
+        advice = "checkpoint.save(model, path, merge_lora=True) writes them unpacked and merged"
+        raise ValueError(f"got {packed} with packed weights, want plain ones to merge in place; {advice}")
     for layer in layers.values():
         if not layer.merged:
             layer.original = layer.base.weight.data
@@ -155,10 +153,8 @@ def describe(model: nn.Module) -> str:
     for leaf, group in by_leaf.items():
         size = sum(p.numel() for layer in group for p in (layer.lora_A.weight, layer.lora_B.weight))
         base = group[0].base
-        lines.append(
-            f"  {leaf:<10} x {len(group):<3} {base.in_features:>6} -> {base.out_features:<6} "
-            f"r {group[0].r:<3} {size:>12,} trained"
-        )
+        shape = f"{base.in_features:>6} -> {base.out_features:<6}"
+        lines.append(f"  {leaf:<10} x {len(group):<3} {shape} r {group[0].r:<3} {size:>12,} trained")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = weight_count(model)
     lines.append(f"  trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")

@@ -167,10 +167,8 @@ def decode(
             drawn, logp, ends = batch.drawn.tolist()  # the one time in a step that Python waits for a GPU
             kept = [logp[n] for n in active]
             if not all(map(math.isfinite, kept)):
-                raise FloatingPointError(
-                    "the model's scores are not finite numbers any more; its weights have diverged; "
-                    "train with a lower --lr"
-                )
+                advice = "its weights have diverged; train with a lower --lr"
+                raise FloatingPointError(f"the model's scores are not finite numbers any more; {advice}")
             yield [rows[n] for n in active], [int(drawn[n]) for n in active], kept, [ends[n] > 0 for n in active]
             active = [n for n in active if not ends[n]]
             if not active or not left:
@@ -285,10 +283,8 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
         raise ValueError(f"got temperature {temperature}, top_k {top_k}, top_p {top_p}; want >= 0, >= 0 and in (0, 1]")
     longest, room = max(map(len, prompts)), model.config.max_positions
     if longest + max_new_tokens > room:
-        raise ValueError(
-            f"got a prompt of {longest} tokens + {max_new_tokens} new ones, "
-            f"want at most {room} (max_position_embeddings)"
-        )
+        got = f"got a prompt of {longest} tokens + {max_new_tokens} new ones"
+        raise ValueError(f"{got}, want at most {room} (max_position_embeddings)")
     strange = {i for p in prompts for i in p if not 0 <= i < model.config.vocab_size}
     if strange:
         line = f"got token id {min(strange)}, want ids in [0, {model.config.vocab_size})"

@@ -42,7 +42,9 @@ def load_tokenizer(path_or_repo: str | Path) -> "Tokenizer":
 
     Raises ValueError when there is no tokenizer.json (the line says how to get one) or a file is broken.
     """
-    folder = resolve(path_or_repo, want="tokenizer")
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        folder = resolve(path_or_repo, want="tokenizer")
     present = sorted(path.name for path in folder.iterdir() if path.is_file())
     if "tokenizer.json" not in present:
         advice = "copy the tokenizer files of the model that this one was trained from into it"

@@ -169,10 +169,9 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if missing:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
-            raise ValueError(
-                f"{folder}: got {some(pickles)}, pickles that can run code when opened; want safetensors "
-                f"(convert with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR))"
-            )
+            got = f"{folder}: got {some(pickles)}, pickles that can run code when opened; want safetensors"
+            code = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
+            raise ValueError(f"{got} (convert with transformers: {code})")
         line = f"{folder}: missing weight files {some(missing)}"
         raise ValueError(f"{line}; fetch them again (a repository of pickles has none)")
     return files

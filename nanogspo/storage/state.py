@@ -60,9 +60,8 @@ def inputs(config: TrainConfig) -> dict[str, dict]:
     files = {"data": pathlib.Path(config.data)} if here else {}
     if here and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
         raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")
-    own = [
-        re.match(r"(.*?\.py)(?=[:=]|$)", text, re.DOTALL) for text in (*config.task, *config.reward, config.environment)
-    ]
+    texts = (*config.task, *config.reward, config.environment)
+    own = [re.match(r"(.*?\.py)(?=[:=]|$)", text, re.DOTALL) for text in texts]
     files |= {f"code/{found[1]}": pathlib.Path(found[1]) for found in own if found}
     for kind, name in (("model", config.model), ("adapter", config.adapter)):
         if name and (kind, name) != ("model", "tiny"):
@@ -270,10 +269,9 @@ def resume(
     _, facts = read_facts(path)
     changed = changes(facts, made_of)
     if changed and not config.accept_changes:
-        raise ValueError(
-            f"got --resume {path.parent.parent} with other inputs than it was saved with: {some(changed)}; want "
-            "them as they were, or --accept-changes, which goes on with these and notes it in metrics.jsonl"
-        )
+        got = f"got --resume {path.parent.parent} with other inputs than it was saved with: {some(changed)}"
+        want = "want them as they were, or --accept-changes, which goes on with these and notes it in metrics.jsonl"
+        raise ValueError(f"{got}; {want}")
     saved, rollout = load_state(path, model, optimizer)
     kinds = {field.name: field.type for field in dataclasses.fields(Progress)}
     _refuse(path, sorted(f"progress.{name}" for name in saved.keys() ^ kinds.keys()))
@@ -286,18 +284,14 @@ def resume(
     then = load_yaml(path.parent.parent / "config.yaml", TrainConfig, "the folder of an earlier run")
     cut = then.get("updates_per_rollout", TrainConfig.updates_per_rollout)
     if config.updates_per_rollout != cut:
-        raise ValueError(
-            f"got --updates-per-rollout {config.updates_per_rollout} with --resume in the middle of a rollout "
-            f"that was cut into {cut}; want {cut}"
-        )
+        got = f"got --updates-per-rollout {config.updates_per_rollout} with --resume in the middle of a rollout"
+        raise ValueError(f"{got} that was cut into {cut}; want {cut}")
     sizes = {name: (t.ndim, t.dtype) for name, t in (rollout or {"tensors": {}})["tensors"].items()}
     needed = {"--algo": "old_logp"} if config.algo != "reinforce" else {}
     needed |= {"--beta": "ref_logp"} if config.beta else {}
     if sizes and changed and (missing := [flag for flag, name in needed.items() if name not in sizes]):
-        raise ValueError(
-            f"got another {missing[0]} in the middle of a rollout, which was scored for the run's own; want that one "
-            "until the rollout's updates are made"
-        )
+        got = f"got another {missing[0]} in the middle of a rollout, which was scored for the run's own"
+        raise ValueError(f"{got}; want that one until the rollout's updates are made")
     names = {"advantages", *needed.values(), *(sizes.keys() & {"old_logp", "ref_logp"})}
     sound = sizes == dict.fromkeys(names, (1, torch.float32))
     sound = sound and len(rollout["tensors"]["advantages"]) == len(rollout["examples"])

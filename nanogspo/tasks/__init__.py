@@ -73,10 +73,8 @@ def own_task(text: str, size: int | None = None) -> Task:
     fit = [name for name in fit if getattr(module, name).__module__ == module.__name__]  # not what it imports
     if wanted not in fit if wanted else len(fit) != 1:
         got = f"{wanted!r}, which is none of them" if wanted else f"{len(fit)} of them"
-        raise ValueError(
-            f"{path}: got {got}, want a class with {', '.join(NEEDED)} (there is {', '.join(fit) or 'none'}); "
-            f"pass --task {path}:Class"
-        )
+        want = f"want a class with {', '.join(NEEDED)} (there is {', '.join(fit) or 'none'})"
+        raise ValueError(f"{path}: got {got}, {want}; pass --task {path}:Class")
     task = getattr(module, wanted or fit[0])(*() if size is None else (size,))
     if not hasattr(task, "name"):
         task.name = Path(path).stem

@@ -140,10 +140,9 @@ def _encode_text(row: dict, messages: list[dict], tokenizer: Tokenizer) -> list:
     """Plain text for a base model: prompt, completion, end."""
     given = [key for key in TEMPLATE_KEYS if row.get(key)]
     if "messages" in row or isinstance(row.get("prompt"), list) or given:
-        raise ValueError(
-            f"got {given[0] if given else 'chat messages'} for a tokenizer without a chat template,"
-            " want prompt and completion as plain text; use an instruct model, or rewrite the rows"
-        )
+        got = f"got {given[0] if given else 'chat messages'} for a tokenizer without a chat template"
+        want = "want prompt and completion as plain text; use an instruct model, or rewrite the rows"
+        raise ValueError(f"{got}, {want}")
     if not tokenizer.eos_ids:
         raise ValueError("got a tokenizer without an end token, want one that closes the answer; set its eos_token")
     # Tokenized apart: a token that spans the seam would put part of the answer into the prompt, and in a rollout the
