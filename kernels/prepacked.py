@@ -54,13 +54,15 @@ class PrepackedLinear:
 
     @torch.no_grad()
     def __init__(self, layers: list[Layer]):
-        weight = torch.cat([layer.weight for layer in layers])  # (out, in)
+        first, ranks = layers[0].weight, sum(len(layer.A) for layer in layers if layer.A is not None)
         self.outs = [len(layer.weight) for layer in layers]
         self._bias, self._A = concatenated_bias(layers), None
-        if any(layer.A is not None for layer in layers):
-            A, B = concatenated_adapters(layers)  # (sum of r, in), (out, sum of r)
-            self._A, weight = _prepack(A), torch.cat((weight, B), dim=1)  # (out, in + sum of r)
-        self._weight = _prepack(weight)
+        whole = first.new_empty((sum(self.outs), first.shape[1] + ranks))  # (out, in + sum of r) copied once, not twice
+        torch.cat([layer.weight for layer in layers], out=whole[:, : first.shape[1]])
+        if ranks:
+            A, whole[:, first.shape[1] :] = concatenated_adapters(layers)  # (sum of r, in), (out, sum of r)
+            self._A = _prepack(A)
+        self._weight = _prepack(whole)
 
     def linear(self, x: Tensor) -> Sequence[Tensor]:
         """x (..., in) of the weights' dtype -> (..., out) of each layer. Carries no gradient."""

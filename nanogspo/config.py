@@ -232,9 +232,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         p.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     parts = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
-    if empty := [
-        flag_name(name) for name, of in parts.items() if not of or "" in of or [] in of
-    ]:  # argparse: [] for --
+    empty = [flag_name(name) for name, of in parts.items() if not of or "" in of or [] in of]  # argparse: [] for --
+    if empty:
         p.error(f"got an empty {empty[0]}, want a value, or no such flag")
     file = given.pop("config", "")
     if "words" in given:

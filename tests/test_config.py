@@ -406,7 +406,7 @@ REFUSALS = [
     ({"epochs": 2.0, "algo": "sft"}, "--epochs 2 without --data: a task's problems do not end; want --steps"),
     ({"epochs": 2.0, "steps": 3, "data": "f", "task": "jsonl", "algo": "sft"}, "--epochs 2 and --steps 3, want one"),
     ({"data": "f.jsonl", "task": "addition"}, "--data with --task addition, want --task jsonl"),
-    ({"data": "f.jsonl", "task": "jsonl"}, "--data with --algo gspo and no --reward: rows do not say what a good answer is"),
+    ({"data": "f.jsonl", "task": "jsonl"}, "--data with --algo gspo and no --reward: rows do not say"),
     ({"adapter": "a", "lora_r": 0}, "--adapter with --lora-r 0"),
     ({"group_size": 1}, "--group-size 1 with gspo: an answer alone in its group has advantage 0"),
     ({"group_size": 1, "algo": "grpo"}, "--group-size 1 with grpo"),
