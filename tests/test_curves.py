@@ -175,8 +175,8 @@ def test_the_ratio_panel_shows_quantiles():
 def test_held_out_loss_and_accuracy_are_drawn_over_the_training_rows(tmp_path):
     held = [{"step": n, "phase": "sft", "eval_loss": 2.0 - n, "eval_token_accuracy": n / 2} for n in (0, 1)]
     rows = [*sft_rows([1, 2]), *held]
-    for draw, key in ((curves._draw_sft_loss, "loss"), (curves._draw_sft_accuracy, "token_accuracy")):
-        lines, _ = panel(draw, rows)
+    for key in ("loss", "token_accuracy"):
+        lines, _ = panel(curves._draw_sft, rows, "title", key)
         assert lines == [[[n, SFT[key]] for n in (1, 2)], [[0, held[0][f"eval_{key}"]], [1, held[1][f"eval_{key}"]]]]
     write_rows(tmp_path, rows)
     height, width, _ = imread(draw_curves(tmp_path)).shape
