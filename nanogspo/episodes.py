@@ -12,7 +12,8 @@ A turn's prompts are prefilled anew for the whole batch, because keeping the key
 that grows in the middle. Cost: LOG.md. Each answer has its own random numbers for every turn, so an
 episode depends on nothing but the weights, its row and its number.
 
-Reading order: sample_episodes, Episode, bridge, reencoded.      Tests: tests/test_episodes.py
+Reading order: sample_episodes, Episode, bridge, reencoded.
+Lesson: lessons/15_several_turns.md      Tests: tests/test_episodes.py
 """
 
 import dataclasses

@@ -15,7 +15,8 @@ A function has one of two forms, told apart by its parameters. Both may be `asyn
 An answer's value is a number, None (no opinion), or a dict of numbers: their sum counts, and each is a metric.
 
 This file is imported by the processes that rewards run in (run/worker.py), which is why it stays light; run/rewards.py
-starts them. Reading order: Group, parse, Reward, serve, then the rewards by name.      Tests: tests/test_rewards.py
+starts them. Reading order: Group, parse, Reward, serve, then the rewards by name.
+Lesson: lessons/14_rewards.md      Tests: tests/test_rewards.py
 """
 
 import asyncio
