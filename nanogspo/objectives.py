@@ -68,11 +68,12 @@ def total_rewards(values: Tensor, weights: list[float]) -> Tensor:
 
     values   (N, K) float: N answers, K reward functions; nan where one abstained
     weights  K numbers
-    returns  (N,), nan where all abstained
+    returns  (N,), nan where all abstained; one of weight 0, which is only watched, is not asked
 
     Elsewhere: TRL GRPOTrainer, reward_weights; there an abstention is a 0 in the sum.
     """
-    there, w = ~values.isnan(), torch.tensor(weights, dtype=values.dtype)  # (N, K), (K,)
+    w = torch.tensor(weights, dtype=values.dtype)  # (K,)
+    there = ~values.isnan() & (w != 0)  # (N, K)
     scale = w.abs().sum() / (there * w.abs()).sum(1).clamp(min=1e-30)  # (N,)
     return ((values.nan_to_num() * w).sum(1) * scale).masked_fill(~there.any(1), torch.nan)  # (N,)
 

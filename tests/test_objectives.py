@@ -167,6 +167,11 @@ def test_rewards_of_several_functions_that_may_abstain(values, weights, divide, 
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
+def test_a_reward_of_weight_0_is_no_reward():
+    assert total_rewards(torch.tensor([[math.nan, 1.0], [0.5, math.nan]]), [1.0, 0.0]).tolist()[1:] == [0.5]
+    assert total_rewards(torch.tensor([[math.nan, 1.0]]), [1.0, 0.0]).isnan().all()
+
+
 def test_one_function_gives_the_bits_of_its_rewards():
     rewards = torch.rand(4, 8)
     assert torch.equal(mixed_advantages(rewards.view(-1, 1), [1.0], 8), group_advantages(rewards).flatten())
