@@ -133,12 +133,12 @@ class Sampler:
             return None
         scores, totals, right = self.judge(problems, samples, step)
         advantages = mixed_advantages(
-            torch.tensor(scores.values),
+            torch.tensor(scores.values, dtype=torch.float64),
             scores.weights,
             config.group_size,
             normalize_first=config.reward_mix == "normalize_then_sum",
             divide_by_std=config.divide_by_std,
-        )  # (N,)
+        ).float()  # (N,)
         columns, G = (samples, totals, right, advantages), config.group_size
         parts = [[column[p * G : (p + 1) * G] for column in columns] for p in range(len(problems))]
         return [Group(problems[p], *part) for p, part in enumerate(parts)], scores.facts | facts

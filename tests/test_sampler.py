@@ -3,14 +3,19 @@
 Run: python -m pytest tests/test_sampler.py
 """
 
+import math
+
 import pytest
+import torch
 
 from nanogspo import tiny
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
+from nanogspo.objectives import total_rewards
 from nanogspo.rollout import generate
 from nanogspo.sampler import Sampler
 from nanogspo.tasks import get_task
+from nanogspo.tasks.rewards import Scores
 from tests import oracles
 
 
@@ -47,3 +52,10 @@ def test_a_rollout_is_what_its_problems_and_its_place_decide():
     assert rollout.facts["answer_len"] == sum(len(answer.tokens) for answer in answers) / 12
     assert rollout.facts["sampler_gap_max"] < 1e-5
     assert sampler.rollout(first_problem=3, on_step=lambda done, length: True, **how) is None
+
+
+def test_right_is_what_every_reward_gives_a_1_but_for_rounding():
+    scores = Scores([], [1.5, 1.5, 0.8], {}, [])
+    total = total_rewards(torch.tensor([[math.nan, math.nan, 1.0]], dtype=torch.float64), scores.weights).item()
+    assert total / 3.8 < 1 and scores.fraction(total) == 1
+    assert scores.fraction(0.999 * 3.8) < 1

@@ -69,8 +69,8 @@ class Scores:
         return replace(self, values=table, weights=[*self.weights, 1.0])
 
     def fraction(self, total: float) -> float:
-        """A total over what an answer gets to which every reward gives a 1."""
-        return total / (sum(w for w in self.weights if w > 0) or 1.0)
+        """A total over what an answer gets to which every reward gives a 1, but for rounding."""
+        return round(total / (sum(w for w in self.weights if w > 0) or 1.0), 9)
 
 
 class Spec(NamedTuple):
