@@ -161,7 +161,8 @@ def choose_judges(
     if given and config.reward:
         raise ValueError("got --reward and functions from Python, want one of them")
     if given or config.reward:
-        rewards = held.enter_context(Rewards(given or config.reward, weights or None, timeout=config.reward_timeout))
+        how = {"timeout": config.reward_timeout, "state": lambda: {"max_steps": config.steps}}
+        rewards = held.enter_context(Rewards(given or config.reward, weights or None, **how))
         rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
     if config.environment:
         environments = held.enter_context(Environments(config.environment, config.reward_timeout))

@@ -113,15 +113,16 @@ class Sampler:
             score_old=config.algo != "reinforce",
             reference=reference,
         )
-        rollout.facts = merged(facts) | rollout_facts(groups)  # a function may log a metric of any name
-        rollout.facts |= {"sampling_rounds": len(facts)} if config.dynamic_sampling else {}
+        # a function may log a metric of any name
+        rollout.facts = merged(facts) | rollout_facts(groups) | {"sampling_rounds": len(facts)}
         if config.algo != "reinforce":
             rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [s.logp for s in samples])
         columns = samples, [r for g in kept for r in g.rewards], advantages.tolist()
         for s, reward, A in zip(*columns, strict=True):
             prompt = self.chat.tokenizer.decode(s.example.tokens[: s.example.loss_mask.index(True)], False)
             row = {"step": step, "prompt": prompt, "answer": s.text, "reward": reward, "advantage": A}
-            rollout.samples.append(row | {"truncated": s.truncated, "length": len(s.logp), **s.notes})
+            row |= {"truncated": s.truncated, "length": len(s.logp)}
+            rollout.samples.append(row | s.notes | row)  # a function may log a column of any name
         return rollout
 
     def round(self, first_problem: int, step: int, on_step: OnStep) -> tuple[list[Group], dict[str, float]] | None:

@@ -204,7 +204,7 @@ def test_advantages_of_several_functions_are_trls(how):
         normal = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
         want = (normal * w).sum(-1).flatten()
     else:
-        total = (grouped * w).sum(-1)
+        total = (grouped * w).sum(-1).float().double()
         want = ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).flatten()
     close(mixed_advantages(values, weights, 4, normalize_first=how == "normalize_then_sum"), want)
 
