@@ -151,25 +151,17 @@ class Sampler:
         on_step ended it early."""
         config = self.config
         if self.environments:
-            how = dataclasses.replace(config, group_size=group_size, temperature=temperature)
+            how = {"group_size": group_size, "temperature": temperature, "rollout_rows": most or config.rollout_rows}
+            how = dataclasses.replace(config, **how)
             rows = [row_of(problem) for problem in problems]
             episodes = sample_episodes(
                 self.model, self.chat, self.environments, rows, how, first_prompt=first, on_step=on_step
             )
             return (None, {}) if episodes is None else ([of_episode(e) for e in episodes], episode_facts(episodes))
         prompts = [self.chat.prompt(p) for p in problems]
-        answers = generate(
-            self.model,
-            prompts,
-            group_size=group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            eos_ids=self.chat.tokenizer.eos_ids,
-            seed=config.seed,
-            first_prompt=first,
-            max_rows=most or config.rollout_rows,
-            on_step=on_step,
-        )
+        how = {"group_size": group_size, "temperature": temperature, "max_new_tokens": config.max_new_tokens}
+        how |= {"eos_ids": self.chat.tokenizer.eos_ids, "seed": config.seed, "first_prompt": first}
+        answers = generate(self.model, prompts, **how, max_rows=most or config.rollout_rows, on_step=on_step)
         if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
             return None, {}
         return [of_answer(self.chat, prompts[a.prompt_index], a) for a in answers], {}
@@ -182,7 +174,8 @@ class Sampler:
         G = len(samples) // len(problems)
         if self.rewards:
             asked = [(problem, samples[p * G : (p + 1) * G]) for p, problem in enumerate(problems)]
-            groups = [group_of(problem, [s.text for s in own], [s.ids for s in own]) for problem, own in asked]
+            whole = (lambda s: s.text) if self.environments else (lambda s: self.chat.tokenizer.decode(s.ids))
+            groups = [group_of(problem, list(map(whole, own)), [s.ids for s in own]) for problem, own in asked]
             scores = self.rewards(groups, step)
             for sample, note in zip(samples, scores.notes, strict=True):
                 sample.notes |= note
@@ -196,7 +189,8 @@ class Sampler:
         asked, texts = [p for p in problems for _ in range(G)], [s.text for s in samples]
         scores.facts.update(own_metrics(self.task, asked, texts))
         columns = zip(asked, texts, totals, strict=True)
-        return scores, totals, [is_right(self.task, p, text, scores.fraction(total)) for p, text, total in columns]
+        task = None if self.environments else self.task  # a conversation may be about something else than its question
+        return scores, totals, [is_right(task, p, text, scores.fraction(total)) for p, text, total in columns]
 
 
 def of_answer(chat: Chat, prompt: list[int], answer: Answer) -> Sample:

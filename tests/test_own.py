@@ -179,3 +179,22 @@ def test_an_evaluation_without_any_reward_is_no_result(tmp_path):
     assert log.results("gspo") == [0.5, 0.25]
     log.close()
     assert RunLog(tmp_path, steps=1, resume_step=3, quiet=True).results("gspo") == [0.5, 0.25]
+
+
+def test_a_task_that_lacks_what_a_run_needs_is_one_line(tmp_path):
+    class Few(Same):
+        def held_out(self, count):
+            return super().held_out(count)[:5]
+
+    with pytest.raises(ValueError, match="got 5 held-out problems, want 6; lower --eval-size"):
+        run(TrainConfig(**SMALL), task=Few())
+    Few.characters = ""
+    with pytest.raises(ValueError, match="a task without `characters`"):
+        run(TrainConfig(**SMALL), task=Few())
+
+
+def test_a_class_without_arguments_takes_no_size(tmp_path):
+    """configs/tiny.yaml has a --task-size for the shipped task."""
+    lines = "train_problem = held_out = reward = print\n    size = 0\n"
+    (tmp_path / "own.py").write_text(f"class A:\n    {lines}\nclass B(A):\n    def __init__(self, n): self.size = n")
+    assert build_task([f"{tmp_path}/own.py:A"], 5).size == 0 and build_task([f"{tmp_path}/own.py:B"], 5).size == 5
