@@ -250,7 +250,7 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         elif file:
             base = load_yaml(pathlib.Path(file), TrainConfig, "a YAML file of flag names and values")
         elif given.get("model", "tiny") == "tiny":
-            base = tiny_yaml()
+            base = tiny_yaml() | ({"eval_size": -1} if given.get("data") else {})  # 500 are of its own task
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(name) and not given.get(other):
             base.pop(other, None)  # a flag wins over the file's other way to say how long
