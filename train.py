@@ -55,7 +55,7 @@ from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.reference import freeze, reference  # noqa: E402
 from nanogspo.run import curves, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
-from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder  # noqa: E402
+from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder, signals_kept  # noqa: E402
 from nanogspo.sampler import Sampler  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
 from nanogspo.storage.state import Progress  # noqa: E402
@@ -73,7 +73,7 @@ def run(
     rewards  functions, instead of --reward; weights: one number for each, 1 if left out
     returns  (the run's folder, the last value of everything in metrics.jsonl); None with plan_only
     """
-    with contextlib.ExitStack() as held:  # the run's folder and its log are closed however the run ends
+    with signals_kept(), contextlib.ExitStack() as held:  # the run's folder and log are closed however the run ends
         trainer = set_up(config, held, task, rewards, weights)
         if not trainer:
             return None
@@ -88,7 +88,7 @@ def set_up(
     for a run that is refused. None with --plan-only."""
     started = time.perf_counter()
     # device, seeds
-    check(config)
+    check(config, judged=bool(rewards))
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, torch.float32 if config.model == "tiny" else torch.bfloat16)
     config = resolve(dataclasses.replace(config, device=device, dtype=dtype))
@@ -96,7 +96,7 @@ def set_up(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     # tokenizer, the model's outline (shapes without numbers), data, memory
-    task = task or choose_task(config)
+    given, task = task, task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
     config, data = read_data(config, task, tokenizer, outline.config)
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
@@ -112,7 +112,7 @@ def set_up(
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
     # resume, log
     progress, rollout, changed, frozen = Progress(), None, [], {}
-    inputs = runstate.inputs(config)
+    inputs = runstate.inputs(config, given, *rewards)
     if config.resume:
         state = folder / "state" / "state.safetensors"
         progress, rollout, changed = runstate.resume(state, config, inputs, model, optimizer, len(phases))
@@ -203,7 +203,7 @@ class Trainer:
                 progress.phase_done = not self.stop and right >= phase.until * len(probe)  # groups are mixed enough
             if config.eval_every and done and done % config.eval_every == 0 and not progress.phase_done:
                 self.evaluate(phase.name)
-            if self.stop or progress.phase_done:
+            if self.stop or progress.phase_done or self.no_better(phase.name):
                 return
             self.update(phase)
 
@@ -226,7 +226,8 @@ class Trainer:
         norm = self.optimizer.step(lr, config.grad_clip)
         progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
         seconds = time.perf_counter() - began
-        row = {"step": progress.step, "algo": phase.algo, "phase": phase.name, **facts}
+        row = {"step": progress.step, "algo": phase.algo, "phase": phase.name}
+        row |= facts | row  # whatever name a reward function logs under
         row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
         self.log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
         if phase.name != "control" and progress.step % config.save_every == 0:
@@ -265,7 +266,7 @@ class Trainer:
         if self.rollout is None:
             return False
         self.log.samples(self.rollout.samples)
-        progress.rl_cursor += config.prompts_per_rollout * self.rollout.facts.get("sampling_rounds", 1)
+        progress.rl_cursor += config.prompts_per_rollout * self.rollout.facts["sampling_rounds"]
         return True
 
     def rl_update(self, algo: str) -> tuple[dict[str, float], list[MicroBatch]]:
@@ -306,7 +307,7 @@ class Trainer:
                 )
             self.proved = True  # the two passes agree to the last bit: later rollouts need only one
         self.progress.update = (update + 1) % config.updates_per_rollout
-        return facts | rollout.facts | {"trained_frac": trained_fraction}, batches
+        return rollout.facts | facts | {"trained_frac": trained_fraction}, batches
 
     def examine(self, problems: list) -> tuple[int, dict[str, float]]:
         on_step = self.log.sampling(len(problems), self.stop)
@@ -323,24 +324,25 @@ class Trainer:
             on_step = log.sampling(3, self.stop)
             answers = sample_answers(self.model, data.chat, data.held_out, config, on_step) if last else []
             if not self.stop:
-                self.compare(name, -loss)
+                self.keep_best(name, -loss)
                 log.answers(self.progress.step, answers)
                 log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
         if data.problems:
             right, facts = self.examine(data.problems)
             if not self.stop:
-                self.compare(name, facts.get("eval_reward", right / len(data.problems)))
+                self.keep_best(name, facts.get("eval_reward", right / len(data.problems)))
                 log.evaluation(**where, successes=right, count=config.eval_size, **facts)
 
-    def compare(self, name: str, result: float) -> None:
-        """An evaluation of the main phase beside those before it: keep the best weights, end without progress."""
-        config, results = self.config, [*self.log.results(name), result]
-        if name != config.algo:
-            return
-        if config.keep_best and result == max(results) > max(results[:-1], default=-math.inf):
-            policy.save(self.model, config, self.folder / "best", self.data.chat.tokenizer)
-        n = config.patience
-        self.progress.phase_done |= 0 < n < len(results) and max(results[-n:]) <= max(results[:-n])
+    def keep_best(self, name: str, result: float) -> None:
+        """Keep the weights if this evaluation of the main phase is better than all before it."""
+        best = max(self.log.results(name), default=-math.inf)
+        if self.config.keep_best and name == self.config.algo and result > best:
+            policy.save(self.model, self.config, self.folder / "best", self.data.chat.tokenizer)
+
+    def no_better(self, name: str) -> bool:
+        """Whether --patience is at its end: metrics.jsonl says so, and says it to a resumed run too."""
+        n, results = self.config.patience, self.log.results(name)
+        return name == self.config.algo and 0 < n < len(results) and max(results[-n:]) <= max(results[:-n])
 
     def next_phase(self) -> None:
         """A fresh optimiser; the control also goes back to the weights at the end of the warm-up."""

@@ -36,5 +36,5 @@ class Chat:
         return Example.answered(prompt, answer)
 
     def text(self, answer: list[int]) -> str:
-        """What a reward reads: special tokens dropped, and a finished chain of thought too."""
+        """What a task's reward reads: special tokens dropped, and a finished chain of thought too."""
         return self.tokenizer.decode(answer).rpartition("</think>")[2]

@@ -250,7 +250,7 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
         elif file:
             base = load_yaml(pathlib.Path(file), TrainConfig, "a YAML file of flag names and values")
         elif given.get("model", "tiny") == "tiny":
-            base = tiny_yaml()
+            base = tiny_yaml() | ({"eval_size": -1} if given.get("data") else {})  # 500 are of its own task
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(name) and not given.get(other):
             base.pop(other, None)  # a flag wins over the file's other way to say how long
@@ -394,8 +394,9 @@ def check_fields(config: TrainConfig | SampleConfig) -> None:
             raise ValueError(f"got {name} {value!r:.40}, want {above}{low} to {below}{high}")
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, judged: bool = False) -> None:
     """Refuse what cannot work, with the reason. Nothing has been loaded or written yet.
+    judged: whether functions from Python stand in for --reward.
 
     The most important refusal: a run in which the importance ratio can never leave 1 is not GSPO or GRPO but REINFORCE
     under another name (TRL's defaults are such a run), and one in which it leaves 1 without an update measures noise.
@@ -417,7 +418,7 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"got --epochs {config.epochs:g} {why}; want --steps")
     if config.epochs and config.steps != TrainConfig.steps:
         raise ValueError(f"got --epochs {config.epochs:g} and --steps {config.steps}, want one of them")
-    if config.data and rl and not config.reward and not config.environment:
+    if config.data and rl and not (config.reward or config.environment or judged):
         want = "--reward FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate rows"
         why = f"rows do not say what a good answer is; want {want}"
         raise ValueError(f"got --data with --algo {config.algo} and no --reward: {why}")

@@ -73,7 +73,8 @@ class Data:
         if prompts.left_out:
             why = "--max-prompt-tokens" if limit < room else "max_position_embeddings less --max-new-tokens"
             print(f"left out {prompts.left_out} prompts longer than {limit} tokens ({why})")
-        config = dataclasses.replace(config, eval_size=len(prompts.held_out()))
+        most = len(prompts.held_out())  # of gsm8k a tenth, of which --eval-size are asked
+        config = dataclasses.replace(config, eval_size=min(config.eval_size if config.eval_size >= 0 else most, most))
         if config.eval_size:
             note = f", and {prompts.repeats} rows left out that repeat them" if prompts.repeats else ""
             print(f"{config.eval_size} prompts held out{note}")
@@ -105,7 +106,10 @@ class Data:
                 f"got --max-new-tokens {config.max_new_tokens} for answers of up to {longest_answer} tokens; "
                 f"want at least {longest_answer}"
             )
-        return dataclasses.replace(data, problems=task.held_out(config.eval_size) if config.eval_size else [])
+        problems = task.held_out(config.eval_size) if config.eval_size else []
+        if len(problems) != config.eval_size:  # the fraction right would be of another number
+            raise ValueError(f"got {len(problems)} held-out problems, want {config.eval_size}; lower --eval-size")
+        return dataclasses.replace(data, problems=problems)
 
     def sft_example(self, n: int) -> Example:
         """The n-th draw: a row, each once an epoch, or a problem with its answer."""
@@ -161,7 +165,8 @@ def choose_judges(
     if given and config.reward:
         raise ValueError("got --reward and functions from Python, want one of them")
     if given or config.reward:
-        rewards = held.enter_context(Rewards(given or config.reward, weights or None, timeout=config.reward_timeout))
+        how = {"timeout": config.reward_timeout, "state": lambda: {"max_steps": config.steps}}
+        rewards = held.enter_context(Rewards(given or config.reward, weights or None, **how))
         rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
     if config.environment:
         environments = held.enter_context(Environments(config.environment, config.reward_timeout))

@@ -25,7 +25,9 @@ from nanogspo.sampler import Sampler, per_task
 from nanogspo.tasks.base import Problem, smallest_hashes
 from nanogspo.tasks.jsonl import Example
 
-EXAM_STREAM = 2**40  # the number of the first held-out problem, for its random numbers: beyond every training problem
+# The number of the first held-out problem: beyond every training problem. It decides random numbers, and what an
+# environment asks that draws its questions by the seed
+EXAM_STREAM = 2**40
 
 
 def examine(
@@ -36,12 +38,13 @@ def examine(
     on_step ended it early."""
     config, tokens = sampler.config, [len(sampler.chat.prompt(problem)) for problem in problems]
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
-    rows = planner.cache_slots(config, max(tokens)) // (max(tokens) + config.max_new_tokens - 1)
-    samples, facts = sampler.answers(problems, 1, 0.0, 0, on_step, most=max(1, rows))
+    slots = config.max_episode_tokens if config.environment else max(tokens) + config.max_new_tokens - 1
+    rows = max(1, planner.cache_slots(config, max(tokens)) // slots)
+    samples, facts = sampler.answers(problems, 1, 0.0, EXAM_STREAM, on_step, most=rows)
     if samples is None:
         return 0, {}
     if K := config.eval_samples:
-        tries, _ = sampler.answers(problems, K, config.temperature, EXAM_STREAM, on_step)
+        tries, _ = sampler.answers(problems, K, config.temperature, EXAM_STREAM, on_step, most=rows)
         if tries is None:
             return 0, {}
         _, _, hits = sampler.judge(problems, tries, step)
@@ -121,14 +124,8 @@ def sample_answers(
     prompts, text = [e.tokens[:start] for e, start in asked], chat.tokenizer.decode
     if not prompts:
         return []
-    answers = generate(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=0.0,
-        eos_ids=chat.tokenizer.eos_ids,
-        on_step=on_step,
-    )
+    how = {"max_new_tokens": config.max_new_tokens, "temperature": 0.0, "eos_ids": chat.tokenizer.eos_ids}
+    answers = generate(model, prompts, **how, on_step=on_step)
     rows = []
     for (e, start), prompt, answer in zip(asked, prompts, answers, strict=True):
         end = next((t for t in range(start, len(e.tokens)) if not e.loss_mask[t]), len(e.tokens))

@@ -68,7 +68,7 @@ def total_rewards(values: Tensor, weights: list[float]) -> Tensor:
 
     values   (N, K) float: N answers, K reward functions; nan where one abstained
     weights  K numbers
-    returns  (N,), nan where all abstained; one of weight 0, which is only watched, is not asked
+    returns  (N,), nan where all abstained; a reward of weight 0 is only a metric
 
     Elsewhere: TRL GRPOTrainer, reward_weights; there an abstention is a 0 in the sum.
     """
@@ -101,7 +101,8 @@ def mixed_advantages(
 
     if normalize_first:
         return total_rewards(torch.stack([advantages(v) for v in values.T], dim=1), weights)
-    return advantages(total_rewards(values, weights))
+    # summed in float64, then rounded to float32: 0.1 + 0.2 and 0.3 are one reward, not two that differ by noise
+    return advantages(total_rewards(values.double(), weights).float().to(values.dtype))
 
 
 def _advantages_of_some(rewards: Tensor, divide_by_std: bool) -> Tensor:

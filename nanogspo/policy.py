@@ -26,9 +26,10 @@ def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Token
     if config.adapter:  # a wrong name is refused before a model is fetched
         checkpoint.resolve(config.adapter, want="adapter")
     if config.model == "tiny":
-        if task is None:
-            raise ValueError("got --model tiny with --data: its vocabulary is one task's alphabet; want a real --model")
-        tokenizer, raw = tiny.describe(task.characters)
+        if not (characters := getattr(task, "characters", "")):
+            got = "a task without `characters`" if task else "--data"
+            raise ValueError(f"got --model tiny with {got}: its vocabulary is one task's alphabet; want a real --model")
+        tokenizer, raw = tiny.describe(characters)
     else:
         files = checkpoint.resolve(config.model, want="config")
         tokenizer, raw = load_tokenizer(files), checkpoint.read_config(files)

@@ -113,15 +113,16 @@ class Sampler:
             score_old=config.algo != "reinforce",
             reference=reference,
         )
-        rollout.facts = merged(facts) | rollout_facts(groups)  # a function may log a metric of any name
-        rollout.facts |= {"sampling_rounds": len(facts)} if config.dynamic_sampling else {}
+        # a function may log a metric of any name
+        rollout.facts = merged(facts) | rollout_facts(groups) | {"sampling_rounds": len(facts)}
         if config.algo != "reinforce":
             rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [s.logp for s in samples])
         columns = samples, [r for g in kept for r in g.rewards], advantages.tolist()
         for s, reward, A in zip(*columns, strict=True):
             prompt = self.chat.tokenizer.decode(s.example.tokens[: s.example.loss_mask.index(True)], False)
             row = {"step": step, "prompt": prompt, "answer": s.text, "reward": reward, "advantage": A}
-            rollout.samples.append(row | {"truncated": s.truncated, "length": len(s.logp), **s.notes})
+            row |= {"truncated": s.truncated, "length": len(s.logp)}
+            rollout.samples.append(row | s.notes | row)  # a function may log a column of any name
         return rollout
 
     def round(self, first_problem: int, step: int, on_step: OnStep) -> tuple[list[Group], dict[str, float]] | None:
@@ -133,12 +134,12 @@ class Sampler:
             return None
         scores, totals, right = self.judge(problems, samples, step)
         advantages = mixed_advantages(
-            torch.tensor(scores.values),
+            torch.tensor(scores.values, dtype=torch.float64),
             scores.weights,
             config.group_size,
             normalize_first=config.reward_mix == "normalize_then_sum",
             divide_by_std=config.divide_by_std,
-        )  # (N,)
+        ).float()  # (N,)
         columns, G = (samples, totals, right, advantages), config.group_size
         parts = [[column[p * G : (p + 1) * G] for column in columns] for p in range(len(problems))]
         return [Group(problems[p], *part) for p, part in enumerate(parts)], scores.facts | facts
@@ -150,25 +151,17 @@ class Sampler:
         on_step ended it early."""
         config = self.config
         if self.environments:
-            how = dataclasses.replace(config, group_size=group_size, temperature=temperature)
+            how = {"group_size": group_size, "temperature": temperature, "rollout_rows": most or config.rollout_rows}
+            how = dataclasses.replace(config, **how)
             rows = [row_of(problem) for problem in problems]
             episodes = sample_episodes(
                 self.model, self.chat, self.environments, rows, how, first_prompt=first, on_step=on_step
             )
             return (None, {}) if episodes is None else ([of_episode(e) for e in episodes], episode_facts(episodes))
         prompts = [self.chat.prompt(p) for p in problems]
-        answers = generate(
-            self.model,
-            prompts,
-            group_size=group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            eos_ids=self.chat.tokenizer.eos_ids,
-            seed=config.seed,
-            first_prompt=first,
-            max_rows=most or config.rollout_rows,
-            on_step=on_step,
-        )
+        how = {"group_size": group_size, "temperature": temperature, "max_new_tokens": config.max_new_tokens}
+        how |= {"eos_ids": self.chat.tokenizer.eos_ids, "seed": config.seed, "first_prompt": first}
+        answers = generate(self.model, prompts, **how, max_rows=most or config.rollout_rows, on_step=on_step)
         if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
             return None, {}
         return [of_answer(self.chat, prompts[a.prompt_index], a) for a in answers], {}
@@ -181,7 +174,8 @@ class Sampler:
         G = len(samples) // len(problems)
         if self.rewards:
             parts = [(problem, samples[p * G : (p + 1) * G]) for p, problem in enumerate(problems)]
-            groups = [group_of(problem, [s.text for s in own], [s.ids for s in own]) for problem, own in parts]
+            whole = (lambda s: s.text) if self.environments else (lambda s: self.chat.tokenizer.decode(s.ids))
+            groups = [group_of(problem, list(map(whole, own)), [s.ids for s in own]) for problem, own in parts]
             scores = self.rewards(groups, step)
             for sample, note in zip(samples, scores.notes, strict=True):
                 sample.notes |= note
@@ -195,7 +189,8 @@ class Sampler:
         asked, texts = [p for p in problems for _ in range(G)], [s.text for s in samples]
         scores.facts.update(own_metrics(self.task, asked, texts))
         columns = zip(asked, texts, totals, strict=True)
-        return scores, totals, [is_right(self.task, p, text, scores.fraction(total)) for p, text, total in columns]
+        task = None if self.environments else self.task  # a conversation may be about something else than its question
+        return scores, totals, [is_right(task, p, text, scores.fraction(total)) for p, text, total in columns]
 
 
 def of_answer(chat: Chat, prompt: list[int], answer: Answer) -> Sample:

@@ -534,3 +534,9 @@ def test_resolve_fills_what_is_open_and_nothing_else(algo, model, lora_r, parame
     assert changed == {"eval_size", "lr", "warm_lr", "clip_low", "clip_high"}
     mine = dataclasses.replace(open_, eval_size=0, lr=0.5, warm_lr=0.5, clip_low=0.1, clip_high=0.3)
     assert resolve(mine, parameters) == mine
+
+
+def test_the_tiny_runs_exam_is_not_asked_of_a_file():
+    rows, _ = parse(TrainConfig, ["--data", "rows.jsonl"], "train.py")
+    assert rows.eval_size == -1 and parse(TrainConfig, [], "train.py")[0].eval_size == 500
+    assert parse(TrainConfig, ["--data", "rows.jsonl", "--eval-size", "3"], "train.py")[0].eval_size == 3

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_evaluation.py
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import torch
 from nanogspo import lora, tiny
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
-from nanogspo.evaluation import held_out_loss, sample_answers
+from nanogspo.evaluation import EXAM_STREAM, examine, held_out_loss, sample_answers
 from nanogspo.packing import Example
 from nanogspo.rollout import generate
+from nanogspo.tasks.base import Problem
 
 TOKENIZER, _ = tiny.build("0123456789+=", seed=0)
 CONFIG = TrainConfig(device="cpu", max_new_tokens=3, micro_batch_tokens=7)
@@ -79,3 +81,25 @@ def test_answers_stand_beside_what_was_asked_for():
             "length": len(answer.tokens),
         }
     assert sample_answers(model, Chat(TOKENIZER, {}), examples[:1], CONFIG) == []
+
+
+@pytest.mark.parametrize("environment, rows", [("", 84 // 12), ("own.py:E", 8)])
+def test_an_exam_has_problems_of_its_own_and_no_more_rows_than_a_rollout(environment, rows):
+    """Prompts of 3 tokens and answers of 10: 12 slots a row, and a rollout of 4 x 2 has 4 x 3 + 8 x 9 = 84."""
+    asked = []
+
+    def answers(problems, G, temperature, first, on_step, most=0):
+        asked.append((G, temperature, first, most))
+        return [None] * G * len(problems), {}
+
+    config = TrainConfig(
+        prompts_per_rollout=4, group_size=2, max_new_tokens=10, eval_samples=5, environment=environment
+    )
+    judged = SimpleNamespace(facts={})
+    sampler = SimpleNamespace(
+        config=config, chat=SimpleNamespace(prompt=lambda p: [1, 2, 3]), answers=answers, rewards=None,
+        environments=None, judge=lambda problems, samples, step: (judged, [1.0], [True] * len(samples)),
+    )  # fmt: skip
+    right, facts = examine(sampler, [Problem("?", [], "")] * 3, print)
+    assert right == 3 and facts["eval_pass_at_5"] == 1
+    assert asked == [(1, 0.0, EXAM_STREAM, rows), (5, 1.0, EXAM_STREAM, rows)]

@@ -4,9 +4,13 @@ Run: python -m pytest tests/test_gsm8k.py
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from nanogspo import policy
+from nanogspo.config import TrainConfig
+from nanogspo.data import read_data
 from nanogspo.tasks import get_task
 from nanogspo.tasks.base import Problem
 from nanogspo.tasks.gsm8k import Gsm8k, strict
@@ -82,3 +86,12 @@ def test_a_bad_row_is_named(tmp_path, row, message):
 def test_it_has_no_size(path):
     with pytest.raises(ValueError, match="got size 2 for gsm8k:.*, which has none; leave --task-size out"):
         get_task(f"gsm8k:{path}", 2)
+
+
+@pytest.mark.parametrize(("asked", "held_out"), [(200, 5), (3, 3), (0, 0)])
+def test_eval_size_says_how_many_of_the_held_out_tenth_are_asked(path, asked, held_out):
+    task = get_task(f"gsm8k:{path}")
+    config = TrainConfig(eval_size=asked, max_new_tokens=64, dtype="fp32", device="cpu")
+    config, tokenizer, outline = policy.describe(config, task)
+    config, data = read_data(config, task, tokenizer, replace(outline.config, max_positions=512))
+    assert len(data.problems) == config.eval_size == held_out

@@ -132,7 +132,7 @@ JUDGED = st.lists(  # N = 6 answers, K = 3 reward functions, each of which may a
 
 def loop_total(row, weights):
     """Equation (1) of total_rewards, one answer at a time."""
-    judged = [(v, w) for v, w in zip(row, weights, strict=True) if not math.isnan(v)]
+    judged = [(v, w) for v, w in zip(row, weights, strict=True) if w and not math.isnan(v)]
     if not judged:
         return math.nan
     return sum(v * w for v, w in judged) * sum(map(abs, weights)) / sum(abs(w) for _, w in judged)
@@ -150,7 +150,12 @@ def loop_advantages(rewards, G, divide):
     return found
 
 
-@given(JUDGED, st.sampled_from([(1.0, 1.0, 1.0), (0.7, 0.2, 0.1), (1.0, -0.5, 2.0)]), st.booleans(), st.booleans())
+@given(
+    JUDGED,
+    st.sampled_from([(1.0, 1.0, 1.0), (0.7, 0.2, 0.1), (1.0, -0.5, 2.0), (0.6, 0.0, 0.4)]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_rewards_of_several_functions_that_may_abstain(values, weights, divide, first):
     got = total_rewards(torch.tensor(values, dtype=torch.float64), list(weights))
     totals = [loop_total(row, weights) for row in values]
@@ -162,7 +167,7 @@ def test_rewards_of_several_functions_that_may_abstain(values, weights, divide, 
         columns = [loop_advantages(list(column), 3, divide) for column in zip(*values, strict=True)]
         want = [loop_total(row, weights) for row in zip(*columns, strict=True)]
     else:  # from our totals: whether rewards of a group are equal is a question of the last bit
-        totals = total_rewards(torch.tensor(values, dtype=torch.float64), list(weights)).tolist()
+        totals = total_rewards(torch.tensor(values, dtype=torch.float64), list(weights)).float().tolist()
         want = loop_advantages(totals, 3, divide)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-9, equal_nan=True)
 
@@ -175,6 +180,15 @@ def test_a_reward_of_weight_0_is_no_reward():
 def test_one_function_gives_the_bits_of_its_rewards():
     rewards = torch.rand(4, 8)
     assert torch.equal(mixed_advantages(rewards.view(-1, 1), [1.0], 8), group_advantages(rewards).flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_that_differ_by_rounding_are_equal_rewards(dtype):
+    values = torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, math.nan], [1, 1, 1]], dtype=dtype)
+    assert not mixed_advantages(values[:2], [0.1, 0.2, 0.3], 2).any()
+    assert not mixed_advantages(values[2:], [0.1, 0.5, 0.1], 2).any()
+    both = total_rewards(values[2:].double(), [0.1, 0.5, 0.1])
+    assert both[0] != both[1]  # in the last bit
 
 
 def test_an_abstention_leaves_the_others_as_in_a_smaller_group():
@@ -195,7 +209,7 @@ def test_advantages_of_several_functions_are_trls(how):
         normal = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
         want = (normal * w).sum(-1).flatten()
     else:
-        total = (grouped * w).sum(-1)
+        total = (grouped * w).sum(-1).float().double()
         want = ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).flatten()
     close(mixed_advantages(values, weights, 4, normalize_first=how == "normalize_then_sum"), want)
 

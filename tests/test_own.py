@@ -1,15 +1,17 @@
 """One's own task, data and reward, from the command line and from Python: train.py with examples/, the tiny model."""
 
+import dataclasses
 import math
 import pathlib
+import signal
 
 import pytest
 
 from nanogspo.config import TrainConfig
-from nanogspo.run.log import read_rows
+from nanogspo.run.log import RunLog, read_rows
 from nanogspo.tasks import build_task
 from nanogspo.tasks.base import Problem
-from train import run
+from train import Trainer, run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = {
@@ -98,3 +100,101 @@ def test_a_run_without_weights_to_read_returns_nothing(tmp_path, capsys):
     with pytest.raises(ValueError, match="got --reward and functions from Python, want one of them"):
         run(TrainConfig(**SMALL, reward="exact", out=str(tmp_path / "run")), task=Same(), rewards=[len])
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_with_functions_from_python(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "abc"}\n' * 3)
+    config = TrainConfig(**SMALL | {"eval_size": 0}, data=str(tmp_path / "rows.jsonl"), task="jsonl")
+
+    def short(answer, row):
+        return float(len(answer) < 2)
+
+    folder, metrics = run(dataclasses.replace(config, out=str(tmp_path / "run")), rewards=[short])
+    assert metrics["step"] == 4 and "reward/short" in metrics
+    with pytest.raises(ValueError, match="no --reward"):
+        run(config)
+
+
+def test_what_python_gave_is_needed_to_go_on(tmp_path):
+    config = TrainConfig(**SMALL, task="addition", task_size=1, out=str(tmp_path / "run"))
+
+    def short(answer, row):
+        return float(len(answer) < 2)
+
+    run(config, rewards=[short])
+    more = dataclasses.replace(config, resume=config.out, steps=6)
+    with pytest.raises(ValueError, match="python/short"):
+        run(more)
+    assert run(more, rewards=[short])[1]["step"] == 6
+
+
+def test_signals_are_as_they_were_after_a_run(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(TrainConfig(**SMALL, out=str(tmp_path / "run")), task=Same())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_functions_may_log_under_any_name(tmp_path):
+    def logs(completions, trainer_state, log_extra, log_metric, **kwargs):
+        for name in ("step", "loss", "reward", "exact", "count", "sampling_rounds"):
+            log_metric(name, 77.0)
+        log_metric("own", trainer_state.global_step / trainer_state.max_steps)
+        log_extra("answer", ["mine"] * len(completions))
+        log_extra("half", ["\ud83d"] * len(completions))  # what JSON calls half a character
+        return [float(len(c[0]["content"])) for c in completions]
+
+    folder, metrics = run(TrainConfig(**SMALL, out=str(tmp_path / "run")), task=Same(), rewards=[logs])
+    assert metrics["step"] == 4 and metrics["own"] == 3 / 4 and metrics["sampling_rounds"] == 1
+    assert 77 not in (metrics[name] for name in ("loss", "reward", "eval_exact", "eval_count", "eval_reward"))
+    rows = read_rows(folder / "samples.jsonl")
+    assert all(row["half"] == "\ud83d" and row["answer"] != "mine" for row in rows)
+
+
+def test_patience_ends_a_resumed_run_where_it_ends_the_whole_one(tmp_path, monkeypatch):
+    """Killed after the evaluation that ends it, before another state is saved."""
+    sizes = SMALL | {"steps": 20, "eval_every": 2, "save_every": 2, "patience": 1, "keep_best": True, "lr": 1e-12}
+    config, saves = TrainConfig(**sizes, out=str(tmp_path / "run")), []
+    save = Trainer.save_state
+
+    def killed(self, path=None):
+        saves.append(self.progress.step)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+        save(self, path)
+
+    monkeypatch.setattr(Trainer, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, task=Same())
+    assert saves == [2, 4, 4] and (tmp_path / "run" / "best" / "model").is_dir()
+    resumed = dataclasses.replace(config, resume=config.out)
+    assert run(resumed, task=Same())[1]["step"] == 4
+    assert run(dataclasses.replace(resumed, patience=0, steps=6), task=Same())[1]["step"] == 6
+
+
+def test_an_evaluation_without_any_reward_is_no_result(tmp_path):
+    log = RunLog(tmp_path, steps=1, quiet=True)
+    for step, reward in ((1, 0.5), (2, math.nan), (3, 0.25)):
+        log.evaluation(step=step, phase="gspo", successes=0, count=1, eval_reward=reward)
+    log.changed(3, ["--seed"])
+    assert log.results("gspo") == [0.5, 0.25]
+    log.close()
+    assert RunLog(tmp_path, steps=1, resume_step=3, quiet=True).results("gspo") == [0.5, 0.25]
+
+
+def test_a_task_that_lacks_what_a_run_needs_is_one_line(tmp_path):
+    class Few(Same):
+        def held_out(self, count):
+            return super().held_out(count)[:5]
+
+    with pytest.raises(ValueError, match="got 5 held-out problems, want 6; lower --eval-size"):
+        run(TrainConfig(**SMALL), task=Few())
+    Few.characters = ""
+    with pytest.raises(ValueError, match="a task without `characters`"):
+        run(TrainConfig(**SMALL), task=Few())
+
+
+def test_a_class_without_arguments_takes_no_size(tmp_path):
+    """configs/tiny.yaml has a --task-size for the shipped task."""
+    lines = "train_problem = held_out = reward = print\n    size = 0\n"
+    (tmp_path / "own.py").write_text(f"class A:\n    {lines}\nclass B(A):\n    def __init__(self, n): self.size = n")
+    assert build_task([f"{tmp_path}/own.py:A"], 5).size == 0 and build_task([f"{tmp_path}/own.py:B"], 5).size == 5

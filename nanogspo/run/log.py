@@ -69,7 +69,8 @@ class RunLog(contextlib.AbstractContextManager):
         kept = [] if resume_step is None else [_drop_rows_after(path, resume_step) for path in paths][0]
         self._notes = [row for row in kept if "algo" not in row]  # evaluations and the like, not updates
         mode = "w" if resume_step is None else "a"
-        self._metrics, self._samples = (path.open(mode, encoding="utf-8", newline="\n") for path in paths)
+        # backslashreplace: half a surrogate pair, which a model may write into a tool call, as JSON spells it
+        self._metrics, self._samples = (path.open(mode, -1, "utf-8", "backslashreplace", "\n") for path in paths)
         self._unrewarded = 0  # rollouts so far; infinite once there has been a reward
         self._bar = None
         if not quiet and sys.stdout.isatty() and sys.stderr.isatty():  # in a file a bar would be a thousand lines
@@ -92,8 +93,8 @@ class RunLog(contextlib.AbstractContextManager):
         """
         low, high = wilson_interval(successes, count)
         exact = successes / count if count else math.nan
-        row = {"step": step, "phase": phase, "eval_exact": exact, "eval_low": low, "eval_high": high}
-        row |= {"eval_count": count, **more}
+        row = {"step": step, "phase": phase, **more, "eval_exact": exact}  # whatever name a function logs under
+        row |= {"eval_low": low, "eval_high": high, "eval_count": count}
         text = f"exact {exact:6.1%} | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
         if "eval_reward_se" in more:
             text += f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}"
@@ -124,9 +125,11 @@ class RunLog(contextlib.AbstractContextManager):
         return any(all(row.get(key) == value for key, value in values.items()) for row in self._notes)
 
     def results(self, phase: str) -> list[float]:
-        """The evaluations of a phase in order, higher is better: mean reward, else the fraction right, else -loss."""
-        keys = [(row, [k for k in ("eval_reward", "eval_exact", "eval_loss") if k in row]) for row in self._notes]
-        return [row[k[0]] * (-1 if k[0] == "eval_loss" else 1) for row, k in keys if k and row["phase"] == phase]
+        """The evaluations of a phase in order, higher is better: mean reward, else the fraction right, else -loss.
+        Without those in which every answer was left out, whose reward is nan, or null in a file."""
+        notes = [_plain(row) for row in self._notes if row.get("phase") == phase]
+        keys = [(row, [k for k in ("eval_reward", "eval_exact", "eval_loss") if k in row]) for row in notes]
+        return [row[k[0]] * (-1 if k[0] == "eval_loss" else 1) for row, k in keys if k and row[k[0]] is not None]
 
     def _examined(self, row: dict, text: str) -> None:
         self._note(row)
@@ -220,7 +223,8 @@ def summary(config: TrainConfig, folder: Path, picture, example: str | None, sec
     """What a run prints last: held-out exact match before and after each phase, and where things are."""
     names = {"start": "before", "sft": "after SFT", "gspo": "after GSPO", "grpo": "after GRPO", "control": "control"}
     rows = read_rows(folder / "metrics.jsonl")
-    exact, losses = ({row["phase"]: row for row in rows if key in row} for key in ("eval_exact", "eval_loss"))
+    keys = "eval_exact", "eval_token_accuracy"
+    exact, losses = ({row["phase"]: row for row in rows if key in row} for key in keys)
     lines = [f"held-out exact match, {config.eval_size} problems never trained on:"] * bool(exact)
     for phase, row in exact.items():
         note = "  (SFT continued instead of RL, for the same time)" if phase == "control" else ""
@@ -258,7 +262,7 @@ def _plain(value: object) -> object:
 
 
 def _write(file, row: dict) -> None:
-    file.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+    file.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
     file.flush()
 
 

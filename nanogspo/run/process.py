@@ -208,6 +208,20 @@ def _cgroup_limits(top: pathlib.Path) -> Iterator[pathlib.Path]:
             yield from (folder / part / name for part in (group, *group.parents))
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """What they did before is what they do afterwards: in a notebook Ctrl-C is for the next cell again."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
+
+
 class StopRequest:
     """True after Ctrl-C, SIGTERM or SIGHUP (the terminal was closed): the update at hand is finished and saved.
 
@@ -217,9 +231,8 @@ class StopRequest:
 
     def __init__(self):
         self.asked = False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._ask)
 
     def _ask(self, number, frame) -> None:

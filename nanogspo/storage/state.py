@@ -52,8 +52,9 @@ class Progress:
 WHOLE, PIECES, PIECE = 64 * 2**20, 256, 2**16
 
 
-def inputs(config: TrainConfig) -> dict[str, dict]:
-    """The settings a resumed run must share, and a hash of every file it reads, as save_state and resume take them."""
+def inputs(config: TrainConfig, *given: object) -> dict[str, dict]:
+    """The settings a resumed run must share, and a hash of every file it reads, as save_state and resume take them.
+    given: a task and rewards from Python, by their names, so that no resumed run goes on without them."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     settings = json.loads(json.dumps(settings))  # as a saved state has them: lists for tuples
     here = config.data and not config.data.startswith("hf:")  # a data set of the hub is pinned by its cache only
@@ -69,7 +70,8 @@ def inputs(config: TrainConfig) -> dict[str, dict]:
             names = SMALL_FILES if kind == "model" else (ADAPTER, ADAPTER_WEIGHTS)
             paths = {*(folder / name for name in names), *(weight_files(folder) if kind == "model" else ())}
             files |= {f"{kind}/{path.name}": path for path in sorted(paths) if path.exists()}
-    return {"config": settings, "files": {name: fingerprint(path) for name, path in files.items()}}
+    objects = {f"python/{getattr(x, '__name__', type(x).__name__)}": "" for x in given if x is not None}
+    return {"config": settings, "files": objects | {name: fingerprint(path) for name, path in files.items()}}
 
 
 def fingerprint(path: pathlib.Path) -> str:

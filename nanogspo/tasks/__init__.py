@@ -15,6 +15,7 @@ task is a file and its class in TASKS. Countdown's reward goes up to 1.1: being 
 Tests: tests/test_tasks.py, and a file for each of the later ones
 """
 
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,8 +66,9 @@ NEEDED = ("train_problem", "held_out", "reward")
 
 
 def own_task(text: str, size: int | None = None) -> Task:
-    """The task in a file of the user's own, FILE.py or FILE.py:Class: its class is called without arguments, or with
-    --task-size. What it needs is train_problem, held_out and reward (base.Task); `name` and `exact` may be left out."""
+    """The task in a file of the user's own, FILE.py or FILE.py:Class: its class is called without arguments, or, if it
+    takes any, with --task-size. What it needs is train_problem, held_out and reward (base.Task); `name` and `exact` may
+    be left out, and `characters` unless the model is the tiny one."""
     path, _, wanted = text.rpartition(":") if text.rpartition(":")[0].endswith(".py") else (text, "", "")
     module = import_file(path, "--task")
     fit = [k for k, v in vars(module).items() if isinstance(v, type) and all(hasattr(v, name) for name in NEEDED)]
@@ -75,7 +77,8 @@ def own_task(text: str, size: int | None = None) -> Task:
         got = f"{wanted!r}, which is none of them" if wanted else f"{len(fit)} of them"
         want = f"want a class with {', '.join(NEEDED)} (there is {', '.join(fit) or 'none'})"
         raise ValueError(f"{path}: got {got}, {want}; pass --task {path}:Class")
-    task = getattr(module, wanted or fit[0])(*() if size is None else (size,))
+    make = getattr(module, wanted or fit[0])
+    task = make() if size is None or not inspect.signature(make).parameters else make(size)
     if not hasattr(task, "name"):
         task.name = Path(path).stem
     return task

@@ -52,7 +52,7 @@ def part(task: Task, problem: Problem) -> Task:
     return task.tasks[problem.task] if isinstance(task, Mix) else task
 
 
-def is_right(task: Task, problem: Problem, answer_text: str, reward: float) -> bool:
+def is_right(task: Task | None, problem: Problem, answer_text: str, reward: float) -> bool:
     """Whether an answer counts as right: what the task says, and where it has no `exact`, whether the reward is 1 or
     more."""
     own = part(task, problem)

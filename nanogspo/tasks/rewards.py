@@ -12,6 +12,9 @@ A function has one of two forms, told apart by its parameters. Both may be `asyn
                                          **kwargs it gets those that it names. If the prompt is messages, a completion
                                          is messages too: [{"role": "assistant", "content": answer}]
 
+An answer is all that was sampled, as text without special tokens; of an episode, the last turn. Of the rewards by name
+only `format` sees a chain of thought: the others read what is behind </think>. A task's own reward does, too.
+
 An answer's value is a number, None (no opinion), or a dict of numbers: their sum counts, and each is a metric.
 
 This file is imported by the processes that rewards run in (run/worker.py), which is why it stays light; run/rewards.py
@@ -70,8 +73,8 @@ class Scores:
         return replace(self, values=table, weights=[*self.weights, 1.0])
 
     def fraction(self, total: float) -> float:
-        """A total over what an answer gets to which every reward gives a 1."""
-        return total / (sum(w for w in self.weights if w > 0) or 1.0)
+        """A total over what an answer gets to which every reward gives a 1, but for rounding."""
+        return round(total / (sum(w for w in self.weights if w > 0) or 1.0), 9)
 
 
 class Spec(NamedTuple):
@@ -103,7 +106,10 @@ def parse(text: str) -> Spec:
 def load(text: str) -> "Reward":
     """The reward of a text. Raises ValueError if a file cannot be imported, or a signature fits no form."""
     name, file, argument, _ = parse(text)
-    return Reward(own(file, name, "--reward"), f"{file}:{name}") if file else Reward(NAMED[name](argument))
+    function = own(file, name, "--reward") if file else NAMED[name](argument)
+    if file or name == "format":
+        return Reward(function, f"{file}:{name}")
+    return Reward(lambda answer, row: function(answer.rpartition("</think>")[2], row))
 
 
 def own(file: str, name: str, flag: str) -> Callable:

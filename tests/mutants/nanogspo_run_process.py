@@ -21,7 +21,7 @@ MUTANTS = {
         ("            path.unlink()\n", "            pass\n", "the lock stays when the run ends"),
         ("if folder.exists() and not (folder / LOCK).exists():", "if False:", "a lock in somebody else's folder"),
         ("        return False\n    return True", "        raise\n    return True", "no run where there are no locks"),
-        ("and signal.getsignal(number) != signal.SIG_IGN", "", "nohup is not heeded"),
+        ("if signal.getsignal(number) != signal.SIG_IGN:", "if True:", "nohup is not heeded"),
         ('"SIGTERM", "SIGHUP")', '"SIGTERM")', "a closed terminal kills the run"),
         (
             '        pathlib.Path("runs").mkdir(exist_ok=True)',

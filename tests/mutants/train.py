@@ -10,8 +10,8 @@ MUTANTS = {
             "an exam goes on after Ctrl-C",
         ),
         (
-            "            if not self.stop:\n                self.compare(name, facts",
-            "            if True:\n                self.compare(name, facts",
+            "            if not self.stop:\n                self.keep_best(name, facts",
+            "            if True:\n                self.keep_best(name, facts",
             "half an exam counts",
         ),
         (
@@ -96,7 +96,7 @@ MUTANTS = {
     ],
     "tests/test_train_objectives.py": [
         (
-            'config.prompts_per_rollout * self.rollout.facts.get("sampling_rounds", 1)',
+            'config.prompts_per_rollout * self.rollout.facts["sampling_rounds"]',
             "config.prompts_per_rollout",
             "problems of further rounds are asked again",
         ),
