@@ -20,6 +20,8 @@ class Chat:
     def prompt(self, problem: Problem) -> list[int]:
         if self.tokenizer.has_chat_template:
             return self.tokenizer.chat(problem.messages, **self.template_kwargs)
+        if not problem.text:
+            raise ValueError("got a prompt of messages for a model without a chat template, want text as the prompt")
         return self.tokenizer.encode(problem.text)
 
     def demonstration(self, problem: Problem) -> Example:

@@ -133,6 +133,8 @@ class TrainConfig:
     ignore_memory_plan: bool = flag(False, "start although the plan says that the memory cannot suffice")
 
     def __post_init__(self) -> None:
+        if self.data and self.task == ("reverse",):  # nothing else --data could mean
+            object.__setattr__(self, "task", ("jsonl",))
         for f in filter(repeatable, dataclasses.fields(self)):  # from Python, one name may stand alone; JSON has lists
             value = getattr(self, f.name)
             object.__setattr__(self, f.name, (value,) if isinstance(value, str) else tuple(value))

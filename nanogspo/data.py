@@ -123,7 +123,7 @@ class Data:
         return [self.task.train_problem(n, self.seed + PROBE_STREAM) for n in range(count)]
 
     def example_prompt(self) -> str | None:
-        """A question to try the trained model with; None for rows."""
+        """A question to try the trained model with; None for rows of answers."""
         if not self.task:
             return None
         example = self.problems[0] if self.problems else self.task.train_problem(0, self.seed)

@@ -8,6 +8,8 @@ import types
 import pytest
 
 from nanogspo.chat import Chat
+from nanogspo.tasks.base import Problem
+from nanogspo.tokenizer import character_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,11 @@ from nanogspo.chat import Chat
 )
 def test_a_finished_chain_of_thought_is_not_read(decoded, read):
     assert Chat(types.SimpleNamespace(decode=lambda ids: decoded), {}).text([1]) == read
+
+
+def test_a_prompt_of_messages_needs_a_template():
+    """Without one it would be no tokens at all, and the error a later one about empty prompts."""
+    chat = Chat(character_tokenizer("ab"), {})
+    assert chat.prompt(Problem("ab", [], "")) == chat.tokenizer.encode("ab")
+    with pytest.raises(ValueError, match="a prompt of messages for a model without a chat template, want text"):
+        chat.prompt(Problem("", [{"role": "user", "content": "ab"}], ""))

@@ -17,9 +17,8 @@ from recorder import record
 
 import kernels.decode_attention
 import kernels.glu
-import kernels.int8
 import kernels.lora
-import kernels.nf4
+import kernels.packed
 import kernels.rms_norm
 import kernels.rope
 import kernels.sample
@@ -44,7 +43,7 @@ LEAVING = {"group_size": 4, "max_new_tokens": 8, "eos_ids": [1, 4, 9], "seed": 6
 def like_a_gpu(recorder=record):
     """Triton for all that a step launches, fused layers as on a GPU, captures allowed. Gives the captures made."""
     replays, launched = [], [kernels.decode_attention, kernels.glu, kernels.rms_norm, kernels.rope]
-    launched += [kernels.nf4, kernels.int8, kernels.lora, kernels.sample]
+    launched += [kernels.packed, kernels.lora, kernels.sample]
 
     def kept(step):
         replay = recorder(step)

@@ -467,3 +467,21 @@ def test_the_example():
 def test_every_name_is_explained():
     text = (ROOT / "nanogspo/tasks/rewards.py").read_text().partition('"""')[2].partition('"""')[0]
     assert all(name in text for name in NAMED)
+
+
+def test_a_forgotten_return_is_said_once(capsys):
+    def forgot(answer, row):
+        answer == row["answer"]
+
+    with Rewards([forgot]) as rewards:
+        for step in (1, 2):
+            scores = rewards([Group("p", {"prompt": "p", "answer": "a"}, ["a", "b"], [[1], [2]])], step)
+    assert all(math.isnan(value) for [value] in scores.values) and scores.facts["reward/forgot/none"] == 2
+    assert capsys.readouterr().out.count("got None for all 2 answers, want numbers; is a `return` missing?") == 1
+
+
+def test_a_file_that_ends_its_process_while_it_is_imported_is_named(tmp_path):
+    (tmp_path / "ends.py").write_text("import os\nos._exit(3)\n")
+    with Rewards([f"{tmp_path / 'ends.py'}:f"], workers=1) as rewards, pytest.raises(ValueError) as error:
+        rewards.probe(Group("p", {"prompt": "p"}, [], []))
+    assert "ends.py:f: its process ended (exit code 3) while it was imported; want a file that" in str(error.value)

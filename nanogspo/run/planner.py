@@ -234,7 +234,7 @@ def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) 
     c = model.config
     total = weight_count(model)
     lines = [
-        f"{config.algo} on {config.data or ', '.join(config.task)} with {config.model}: "
+        f"{config.algo} on {config.environment or config.data or ', '.join(config.task)} with {config.model}: "
         f"{c.family}, {c.num_layers} layers, width {c.hidden_size}, "
         f"{c.num_heads} heads on {c.num_kv_heads}, vocabulary {c.vocab_size:,}; "
         f"{config.dtype} on {config.device}, seed {config.seed}",

@@ -95,9 +95,9 @@ class Rewards(Pool):
         for name in self.names:
             failures = [note["failed"][name] for note in scores.notes if name in note.get("failed", ())]
             if len(failures) == len(texts):
+                what = f"correct it (columns of the row: {some(group.row)}), or raise --reward-timeout if late"
                 raise ValueError(
-                    f"reward {name} failed on all four texts it was tried on, first with {failures[0]}; correct it "
-                    f"(columns of the row: {some(group.row)})"
+                    f"reward {name} failed on all four texts it was tried on, first: {failures[0]}; {what}"
                 )
 
     def __call__(self, groups: list[Group], step: int) -> Scores:
@@ -187,6 +187,9 @@ class Rewards(Pool):
                         "error", f"got {said}, want finite numbers"
                     )
                     samples.setdefault((k, kind), f"{why}, for the answer {shown(texts[i])}")
+        for k, name in enumerate(self.names):
+            if counts[f"reward/{name}/none"] == len(texts):
+                self._tell(k, "none", f"got None for all {len(texts)} answers, want numbers; is a `return` missing?")
         for (k, kind), sample in samples.items():
             self._tell(k, kind, f"{counts[f'reward/{self.names[k]}/{kind}']} of {len(texts)} answers {kind}: {sample}")
         means = {name: sum(listed) / len(listed) for name, listed in found.items() if listed}

@@ -124,6 +124,9 @@ class Pool(contextlib.AbstractContextManager):
         reply = worker.ask(self._first, START)
         if "error" in reply:
             worker.kill()
+            if reply["kind"] != "failed":  # it hung or ended while it imported what users wrote
+                files = ", ".join([self._first] if isinstance(self._first, str) else self._first)
+                reply["error"] = f"{files}: {reply['error']} while it was imported; want a file that can be imported"
         return reply
 
 
