@@ -120,10 +120,10 @@ def split_minibatches(
     with_zeros  also those with an advantage of 0, but not of nan
     Where none is left, the shortest is kept: an update is made (AdamW's momentum moves on), and has ratios to report.
     """
-    size, minibatches = len(examples) // updates, []
+    size, minibatches, A = len(examples) // updates, [], advantages.tolist()
     for first in range(0, len(examples), size):
         rows = range(first, first + size)
-        kept = [i for i in rows if advantages[i].abs() > 0 or (with_zeros and advantages[i] == 0)]
+        kept = [i for i in rows if abs(A[i]) > 0 or (with_zeros and A[i] == 0)]  # nan is neither
         kept = kept or [min(rows, key=lambda i: len(examples[i].tokens))]
         batches = pack([examples[i] for i in kept], max_tokens=max_tokens)
         minibatches.append([dataclasses.replace(b, index=torch.tensor(kept)[b.index]) for b in batches])

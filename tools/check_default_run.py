@@ -4,7 +4,9 @@ Runs without any flag but --seed and --out, in folders that are removed afterwar
 seconds count; the others run side by side, for what they learn.
 
     CPU time      <= 120 s for the first seed. The README gives the clock's seconds on an idle machine: the same there,
-                  because the run uses one thread, but those of the CPU hardly depend on what else is running
+                  because the run uses one thread, but those of the CPU depend less on what else is running. Where Python
+                  is more than TWICE as slow as where tests/budget.json was measured, as much more: a core whose
+                  neighbour is busy took 101 s one day and 129 s another, for the same numbers
     peak memory   <= 1.0 GB each, by the kernel's count
     after SFT     15 to 50 % of the held-out problems exactly right, each
     after GSPO    >= 90 %; of three seeds one may be below, none below 85 %
@@ -26,6 +28,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_SECONDS, BYTES = 120, 1.0e9
+TWICE = 2.0  # the machine of tests/budget.json needs some 90 s
 PATIENCE = 1800  # seconds by the clock, then it is ended by force
 LEARNED, NEARLY = 0.90, 0.85
 PHASES = ("start", "sft", "gspo")
@@ -70,13 +73,24 @@ def last_evaluations(out: Path) -> dict[str, dict]:
     return {row.get("phase"): row for row in rows if row.get("eval_exact") is not None}
 
 
-def misses(runs: list[Run]) -> list[str]:
+def allowed_seconds() -> float:
+    """CPU_SECONDS, or more on a machine that is slow now: by the CPU seconds of a fixed piece of Python, best of three."""
+    seconds = []
+    for _ in range(3):
+        before = time.process_time()
+        sum(i * i % 7 for i in range(300_000))
+        seconds.append(time.process_time() - before)
+    slower = min(seconds) / json.loads(Path(ROOT, "tests", "budget.json").read_text())["loop"]
+    return CPU_SECONDS * max(1.0, slower / TWICE)
+
+
+def misses(runs: list[Run], allowed: float = CPU_SECONDS) -> list[str]:
     """One line for each bar that is not held. The first run's CPU time counts."""
     found = []
     for i, (seed, code, seconds, cpu, memory, exact, tail) in enumerate(runs):
         bars = [
             (code == 0, "\n  ".join([f"exit code {code} after {seconds:.0f} s; the last lines were", *tail])),
-            (i > 0 or cpu <= CPU_SECONDS, f"took {cpu:.0f} s of CPU, want at most {CPU_SECONDS}"),
+            (i > 0 or cpu <= allowed, f"took {cpu:.0f} s of CPU, want at most {allowed:.0f}"),
             (memory <= BYTES, f"peaked at {memory / 1e9:.2f} GB, want at most {BYTES / 1e9}"),
             *[(phase in exact, f"has no eval_exact row of phase {phase}") for phase in PHASES],
             (0.15 <= exact.get("sft", 0.15) <= 0.50, "want 15 to 50 % after SFT: GSPO needs some success, and room"),
@@ -99,7 +113,7 @@ def main(seeds: list[int]) -> int:
                 cells = (f"{done.exact[phase]:>10.1%}" if phase in done.exact else f"{'-':>10}" for phase in PHASES)
                 numbers = f"{done.seed:<4} {done.seconds:>9.1f} {done.cpu:>6.1f} {done.memory / 1e9:>6.2f}"
                 print(numbers + "".join(cells), flush=True)
-    failures = misses(runs)
+    failures = misses(runs, allowed_seconds())
     for failure in failures:
         print(f"  {failure}")
     return 1 if failures else 0

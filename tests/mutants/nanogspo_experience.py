@@ -5,8 +5,8 @@ FILE = "nanogspo/experience.py"
 MUTANTS = {
     "tests/test_experience.py": [
         (
-            "if advantages[i].abs() > 0 or (with_zeros and advantages[i] == 0)]",
-            "if advantages[i] == advantages[i]]",
+            "if abs(A[i]) > 0 or (with_zeros and A[i] == 0)]",
+            "if A[i] == A[i]]",
             "answers with nothing to teach are trained on",
         ),
         ("torch.tensor(kept)[b.index]", "b.index + rows[0]", "advantages of other answers, once some are left out"),
@@ -21,8 +21,8 @@ MUTANTS = {
         ("(update or score_first)", "(update and score_first)", "no first rollout is scored twice"),
     ],
     "tests/test_train_objectives.py": [
-        ("or (with_zeros and advantages[i] == 0)]", "]", "no KL for answers of zero-spread groups"),
-        ("if advantages[i].abs() > 0 or", "if advantages[i] != 0 or", "answers that are left out are scored"),
+        ("or (with_zeros and A[i] == 0)]", "]", "no KL for answers of zero-spread groups"),
+        ("if abs(A[i]) > 0 or", "if A[i] != 0 or", "answers that are left out are scored"),
         ("score_old and (update or score_first)", "(update or score_first)", "REINFORCE scores what it does not need"),
         ("    with reference or nullcontext():", "    with nullcontext():", "the policy is its own reference"),
         ("trained / max(int(counts.sum()), 1)", "trained / size", "a mean over answers that are left out"),
