@@ -4,9 +4,9 @@ Runs without any flag but --seed and --out, in folders that are removed afterwar
 seconds count; the others run side by side, for what they learn.
 
     CPU time      <= 120 s for the first seed. The README has the clock's seconds on an idle machine: the same there,
-                  because the run uses one thread, but those of the CPU depend less on what else is running. Where
-                  Python is more than SLOW times as slow as where tests/budget.json was measured, as much more: two cores
-                  took 101 s one day and 129 s another, for the same code
+                  because the run uses one thread, but those of the CPU depend less on what else is running. More
+                  where Python is over SLOW times as slow as where tests/budget.json was measured: two cores took
+                  101 s one day and 129 s another, for the same code
     peak memory   <= 1.0 GB each, by the kernel's count
     after SFT     15 to 50 % of the held-out problems exactly right, each
     after GSPO    >= 90 %; of three seeds one may be below, none below 85 %
