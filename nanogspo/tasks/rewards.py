@@ -109,7 +109,7 @@ def load(text: str) -> "Reward":
     function = own(file, name, "--reward") if file else NAMED[name](argument)
     if file or name == "format":
         return Reward(function, f"{file}:{name}")
-    return Reward(lambda answer, row: function(answer.rpartition("</think>")[2], row))
+    return Reward(functools.wraps(function)(lambda answer, row: function(answer.rpartition("</think>")[2], row)))
 
 
 def own(file: str, name: str, flag: str) -> Callable:
