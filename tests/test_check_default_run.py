@@ -3,15 +3,10 @@
 Run: python -m pytest tests/test_check_default_run.py
 """
 
-import itertools
-import json
-import time
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("resource")  # the tool asks the kernel for one child's memory: Linux and macOS
-from check_default_run import ROOT, Run, allowed_seconds, misses
+from check_default_run import Run, misses
 
 
 def a_run(seed=0, gspo=0.95, sft=0.4, code=0, cpu=80.0, memory=0.5e9, **exact) -> Run:
@@ -29,17 +24,8 @@ def test_one_of_three_seeds_may_be_below_90_percent_and_none_below_85():
 
 def test_only_the_first_seeds_seconds_count():
     assert misses([a_run(0), a_run(1, cpu=200.0)]) == []
-    [line] = misses([a_run(0, cpu=121.0), a_run(1)])
-    assert line == "seed 0: took 121 s of CPU, want at most 120"
-
-
-@pytest.mark.parametrize("slower, allowed", [(0.5, 120), (1.0, 120), (1.5, 120), (3.0, 240)])
-def test_a_slow_machine_has_more_seconds(monkeypatch, slower, allowed):
-    loop = json.loads(Path(ROOT, "tests", "budget.json").read_text())["loop"]
-    clock = itertools.count()
-    monkeypatch.setattr(time, "process_time", lambda: next(clock) * slower * loop)
-    assert allowed_seconds() == pytest.approx(allowed)
-    assert len(misses([a_run(cpu=allowed + 1)], allowed)) == 1 and not misses([a_run(cpu=allowed)], allowed)
+    [line] = misses([a_run(0, cpu=161.0), a_run(1)])
+    assert line == "seed 0: took 161 s of CPU, want at most 160"
 
 
 def test_the_other_bars():

@@ -3,10 +3,9 @@
 Runs without any flag but --seed and --out, in folders that are removed afterwards. The first seed runs alone and its
 seconds count; the others run side by side, for what they learn.
 
-    CPU time      <= 120 s for the first seed. The README has the clock's seconds on an idle machine: the same there,
-                  because the run uses one thread, but those of the CPU depend less on what else is running. More
-                  where Python is over SLOW times as slow as where tests/budget.json was measured: two cores took
-                  101 s one day and 129 s another, for the same code
+    CPU time      <= 160 s for the first seed. The README gives the clock's seconds on an idle machine: the same there,
+                  because the run uses one thread. 89 s on one machine; on another 101 s one day, and 129 to 143 s
+                  another day, where its neighbours were busy and Python's own speed varied by a half
     peak memory   <= 1.0 GB each, by the kernel's count
     after SFT     15 to 50 % of the held-out problems exactly right, each
     after GSPO    >= 90 %; of three seeds one may be below, none below 85 %
@@ -18,7 +17,6 @@ Run: python tools/check_default_run.py [SEED ...]      default 0 1 2; the number
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,8 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_SECONDS, BYTES = 120, 1.0e9
-SLOW = 1.5  # the machine of tests/budget.json needs some 90 s
+CPU_SECONDS, BYTES = 160, 1.0e9
 PATIENCE = 1800  # seconds by the clock, then it is ended by force
 LEARNED, NEARLY = 0.90, 0.85
 PHASES = ("start", "sft", "gspo")
@@ -74,24 +71,13 @@ def last_evaluations(out: Path) -> dict[str, dict]:
     return {row.get("phase"): row for row in rows if row.get("eval_exact") is not None}
 
 
-def allowed_seconds() -> float:
-    """CPU_SECONDS, or more on a machine that is slow now: by the median of 31 runs of a fixed piece of Python."""
-    seconds = []
-    for _ in range(31):  # one second; the fastest of them would be a moment when the neighbours were idle
-        before = time.process_time()
-        sum(i * i % 7 for i in range(300_000))
-        seconds.append(time.process_time() - before)
-    slower = statistics.median(seconds) / json.loads(Path(ROOT, "tests", "budget.json").read_text())["loop"]
-    return CPU_SECONDS * max(1.0, slower / SLOW)
-
-
-def misses(runs: list[Run], allowed: float = CPU_SECONDS) -> list[str]:
+def misses(runs: list[Run]) -> list[str]:
     """One line for each bar that is not held. The first run's CPU time counts."""
     found = []
     for i, (seed, code, seconds, cpu, memory, exact, tail) in enumerate(runs):
         bars = [
             (code == 0, "\n  ".join([f"exit code {code} after {seconds:.0f} s; the last lines were", *tail])),
-            (i > 0 or cpu <= allowed, f"took {cpu:.0f} s of CPU, want at most {allowed:.0f}"),
+            (i > 0 or cpu <= CPU_SECONDS, f"took {cpu:.0f} s of CPU, want at most {CPU_SECONDS}"),
             (memory <= BYTES, f"peaked at {memory / 1e9:.2f} GB, want at most {BYTES / 1e9}"),
             *[(phase in exact, f"has no eval_exact row of phase {phase}") for phase in PHASES],
             (0.15 <= exact.get("sft", 0.15) <= 0.50, "want 15 to 50 % after SFT: GSPO needs some success, and room"),
@@ -106,7 +92,7 @@ def misses(runs: list[Run], allowed: float = CPU_SECONDS) -> list[str]:
 
 def main(seeds: list[int]) -> int:
     print("seed   seconds    CPU     GB" + "".join(f"{phase:>10}" for phase in PHASES), flush=True)
-    runs, before = [], allowed_seconds()
+    runs = []
     for together in (seeds[:1], seeds[1:]):
         with ThreadPoolExecutor(2) as pool:
             for done in pool.map(run, together):
@@ -114,7 +100,7 @@ def main(seeds: list[int]) -> int:
                 cells = (f"{done.exact[phase]:>10.1%}" if phase in done.exact else f"{'-':>10}" for phase in PHASES)
                 numbers = f"{done.seed:<4} {done.seconds:>9.1f} {done.cpu:>6.1f} {done.memory / 1e9:>6.2f}"
                 print(numbers + "".join(cells), flush=True)
-    failures = misses(runs, max(before, allowed_seconds()))
+    failures = misses(runs)
     for failure in failures:
         print(f"  {failure}")
     return 1 if failures else 0
