@@ -87,7 +87,7 @@ def test_the_right_way_round(tree, capsys):
         ("kernels/backend.py", "def f():\n    import nanogspo.model\n", "kernels/backend.py:2: imports nanogspo.model"),
         ("nanogspo/config.py", "import train\n", "nanogspo/config.py:1: imports train"),
         ("nanogspo/config.py", "from nanogspo import model\n", "nanogspo/config.py:1: imports nanogspo.model"),
-        ("nanogspo/inputs.py", "from nanogspo import config\n", "nanogspo/inputs.py:1: imports nanogspo.config"),
+        ("nanogspo/words.py", "from nanogspo import config\n", "nanogspo/words.py:1: imports nanogspo.config"),
         ("sample.py", "import train\n", "sample.py:1: imports train"),
         ("train.py", "import sample\n", "train.py:1: imports sample"),
         ("nanogspo/config.py", "from tests.oracles import x\n", "nanogspo/config.py:1: imports tests.oracles"),
