@@ -341,7 +341,8 @@ class Trainer:
 
     def no_better(self, name: str) -> bool:
         """Whether --patience is at its end: metrics.jsonl says so, and says it to a resumed run too."""
-        n, results = self.config.patience, self.log.results(name)
+        n = self.config.patience
+        results = self.log.results(name) if n else []  # asked before every update
         return name == self.config.algo and 0 < n < len(results) and max(results[-n:]) <= max(results[:-n])
 
     def next_phase(self) -> None:

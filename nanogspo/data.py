@@ -84,7 +84,8 @@ class Data:
     @classmethod
     def from_task(cls, config: TrainConfig, task: Task, chat: Chat, model: ModelConfig) -> "Data":
         """A task's problems, once it is checked that prompts and answers have room. Lengths are those of 50 draws."""
-        longest = max(len(chat.prompt(task.train_problem(n, config.seed))) for n in range(50))
+        drawn = [task.train_problem(n, config.seed) for n in range(50)]
+        longest = max(len(chat.prompt(problem)) for problem in drawn)
         data = cls(chat, config.seed, longest, task=task)
         if longest + config.max_new_tokens > model.max_positions:
             raise ValueError(
@@ -92,7 +93,6 @@ class Data:
                 f"want at most {model.max_positions} together (max_position_embeddings)"
             )
         imitated = "--algo sft" if config.algo == "sft" else config.warm_steps and f"--warm-steps {config.warm_steps}"
-        drawn = [task.train_problem(n, config.seed) for n in range(50)]
         if imitated and not all(problem.answer for problem in drawn):
             raise ValueError(
                 f"got {imitated}, which imitates the task's own answers, with problems that have none; want an "
