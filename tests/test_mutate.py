@@ -71,6 +71,7 @@ draw = mutate.drawn_again
 mutate.drawn_again = lambda root, keys: set()
 run("no time", "--minutes", "0", "--tests-passed")
 run("all")
+run("minutes", "--minutes", "9", "--only", "notices", "--tests-passed")
 for line in (root / "tests/mutants/toy.py").read_text().splitlines():
     if any(f'"{why}"' in line for why in sys.argv[3:]):
         edit("tests/mutants/toy.py", line, "")
@@ -137,6 +138,12 @@ def test_each_word(report):
     caught = dict.fromkeys(["three times", "without an end", "the process dies"], "caught")
     assert code == 1 and words == caught | UNPROVEN
     assert out.endswith("3 of 7 mutants caught; 4 of 7 unproven\n")
+
+
+def test_with_minutes_the_suite_is_not_run_and_what_passes_its_own_test_file_has_survived(report):
+    code, out, _ = report["minutes"]
+    words = {line.rpartition(": ")[2]: line.split()[0] for line in out.splitlines() if " s  toy.py: " in line}
+    assert code == 1 and words == {"another file notices": "SURVIVED", "nobody notices": "SURVIVED"}
 
 
 def test_the_ledger_names_what_killed_it(report):

@@ -2,7 +2,8 @@
 
 A mutant names the test file that should catch it, and that file runs first (seconds). Only if it stays green does the
 whole suite run: caught there, the mutant is reported as caught elsewhere, a failure too: its own test file has a hole.
-What survives both is a bug that could be merged tomorrow. A test that is red anyway catches nothing: one not yet known
+What survives both is a bug that could be merged tomorrow. With --minutes there is no time for the suite, and what its
+own test file lets through has survived. A test that is red anyway catches nothing: one not yet known
 to kill a mutant runs once without the edit, and must pass.
 
 A ledger remembers what is proven: tests/mutants/ledger/, one file for each mutated source file, one entry a line.
@@ -86,11 +87,13 @@ class Task(NamedTuple):
     killers: tuple[str, ...]  # tests to try first: they once killed it
     held: tuple[str, ...]  # those that the ledger has, tried first or not
     cpu: int  # seconds of CPU that a run of its test file may take
-    suite_cpu: int
+    suite_cpu: int  # 0: the suite is not run
 
 
 class Verdict(NamedTuple):
-    word: str  # caught, elsewhere, SURVIVED, UNFIT (no mutant at all), RED (the killer is), late (no time was left)
+    # caught, elsewhere, SURVIVED (the suite, or its own file where the suite is not run), UNFIT (no mutant at all),
+    # RED (the killer is), late (no time was left)
+    word: str
     killer: str = ""
     how: str = ""  # "" when the killer failed
     seconds: float = 0.0
@@ -285,10 +288,11 @@ def judge(task: Task, tree: Path) -> Verdict:
     mutant = task.mutant
     path = tree / mutant.file
     text = path.read_text()
-    tries = [(killer, task.cpu, TIME_LIMIT) for killer in task.killers] + [(mutant.test, task.cpu, TIME_LIMIT)]
+    tries = [(name, task.cpu, TIME_LIMIT) for name in (*task.killers, mutant.test)]
+    tries += [("", task.suite_cpu, SUITE_TIME_LIMIT)] if task.suite_cpu else []
     try:
         path.write_text(text.replace(mutant.right, mutant.wrong))
-        for arguments, cpu, limit in (*tries, ("", task.suite_cpu, SUITE_TIME_LIMIT)):
+        for arguments, cpu, limit in tries:
             code, node = run_pytest(tree, *filter(None, [arguments]), cpu=cpu, limit=limit)
             died = (code or 0) < 0 and -code in DEADLY  # a wrong pointer may end the process
             if died or node and code in (1, None):  # without a node no test has run: collecting failed
@@ -425,7 +429,9 @@ def run_all(root: Path, trees: list[Path], mutants: list[Mutant], options, deadl
         mutant = wanted[key]
         name = mutant.listed, mutant.test, mutant.why
         held = tuple(dict.fromkeys(e["killer"] for at, e in known if (at, e["test"], e["why"]) == name))
-        tasks[key] = Task(mutant, () if options.deep else held, held, *cpu_limits(cost, mutant.test))
+        cpu, suite_cpu = cpu_limits(cost, mutant.test)
+        suite_cpu = suite_cpu if options.minutes == float("inf") else 0  # it may take longer than the minutes
+        tasks[key] = Task(mutant, () if options.deep else held, held, cpu, suite_cpu)
     # the unproven first; of them those that a known test will kill in a second, then cheap test files
     chosen.sort(key=lambda key: (key in proven, not tasks[key].killers, cost.get(wanted[key].test, 60)))
     if not options.deep:
