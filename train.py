@@ -37,15 +37,14 @@ from nanogspo.run import program
 
 if __name__ == "__main__":  # flags are read before torch is imported: --help and a wrong flag answer at once
     hint = "lower --micro-batch-tokens or --rollout-rows, or add --gradient-checkpointing on"
-    program.main(
-        __file__, TrainConfig, check, memory=hint
-    )  # runs this file again as a module, calls its `run`, and exits
+    # runs this file again as a module, calls its `run`, and exits
+    program.main(__file__, TrainConfig, check, memory=hint)
 
 import torch  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
 from nanogspo import checkpoint, policy  # noqa: E402
-from nanogspo.data import Data, choose_judges, choose_task, read_data  # noqa: E402
+from nanogspo.data import Data, Given, choose_judges, choose_task, read_data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
@@ -65,30 +64,35 @@ PROBE_EVERY = 5  # updates; the fraction of right answers climbs by about 1 % an
 
 
 def run(
-    config: TrainConfig, *, task: Task | None = None, rewards: Sequence[Callable] = (), weights: Sequence[float] = ()
+    config: TrainConfig,
+    *,
+    task: Task | None = None,
+    rewards: Sequence[Callable] = (),
+    weights: Sequence[float] = (),
+    environment: object | None = None,
 ) -> tuple[pathlib.Path, dict] | None:
     """One run, from a configuration to saved weights. Bad input raises ValueError.
 
-    task     an object with the members of nanogspo.tasks.base.Task, instead of --task and --data
-    rewards  functions, instead of --reward; weights: one number for each, 1 if left out
-    returns  (the run's folder, the last value of everything in metrics.jsonl); None with plan_only
+    task         an object with the members of nanogspo.tasks.base.Task, instead of --task and --data
+    rewards      functions, instead of --reward; weights: one number for each, 1 if left out
+    environment  a class, or an object that is copied for each episode, instead of --environment
+    returns      (the run's folder, the last value of everything in metrics.jsonl); None with plan_only
     """
     with signals_kept(), contextlib.ExitStack() as held:  # the run's folder and log are closed however the run ends
-        trainer = set_up(config, held, task, rewards, weights)
+        trainer = set_up(config, held, Given(task, rewards, weights, environment))
         if not trainer:
             return None
         trainer.loop()
         return trainer.finish()
 
 
-def set_up(
-    config: TrainConfig, held: contextlib.ExitStack, task: Task | None, rewards: Sequence, weights: Sequence
-) -> "Trainer | None":
+def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Trainer | None":
     """Everything before the first update. What is cheap to check comes first: no weights are read and no folder is made
     for a run that is refused. None with --plan-only."""
     started = time.perf_counter()
     # device, seeds
-    check(config, judged=bool(rewards))
+    config = dataclasses.replace(config, **given.settings())
+    check(config, judged=bool(given.rewards))
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, torch.float32 if config.model == "tiny" else torch.bfloat16)
     config = resolve(dataclasses.replace(config, device=device, dtype=dtype))
@@ -96,13 +100,13 @@ def set_up(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     # tokenizer, the model's outline (shapes without numbers), data, memory
-    given, task = task, task or choose_task(config)
+    task = given.task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
     config, data = read_data(config, task, tokenizer, outline.config)
     config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
     if config.plan_only:
         return None
-    judges = choose_judges(config, data, outline.config, rewards, weights, held)
+    judges = choose_judges(config, data, outline.config, given, held)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -112,7 +116,7 @@ def set_up(
     optimizer = Optimizer(model, weight_decay=config.weight_decay)
     # resume, log
     progress, rollout, changed, frozen = Progress(), None, [], {}
-    inputs = runstate.inputs(config, given, *rewards)
+    inputs = runstate.inputs(config, given.task, *given.rewards, given.environment)
     if config.resume:
         state = folder / "state" / "state.safetensors"
         progress, rollout, changed = runstate.resume(state, config, inputs, model, optimizer, len(phases))
@@ -122,8 +126,7 @@ def set_up(
     steps = sum(phase.steps for phase in phases if phase.name != "control")
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
-    state = progress, rollout, frozen, inputs
-    sampler = Sampler(model, data.chat, data.task, config, *judges)
+    sampler, state = Sampler(model, data.chat, data.task, config, *judges), (progress, rollout, frozen, inputs)
     trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
     if changed:
         log.changed(progress.step, changed)
@@ -210,13 +213,8 @@ class Trainer:
     def update(self, phase: Phase) -> None:
         """One update: losses and gradients, AdamW, a row for the log. Nothing when stopped while it samples."""
         began, progress, config = time.perf_counter(), self.progress, self.config
-        lr = learning_rate(
-            progress.phase_step,
-            peak=phase.lr,
-            warmup=config.warmup_updates,
-            total=phase.steps,
-            schedule=config.lr_schedule,
-        )
+        schedule = {"warmup": config.warmup_updates, "total": phase.steps, "schedule": config.lr_schedule}
+        lr = learning_rate(progress.phase_step, peak=phase.lr, **schedule)
         if phase.algo == "sft":
             facts, batches = self.sft_update()
         else:
@@ -231,6 +229,9 @@ class Trainer:
         row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
         self.log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
         if phase.name != "control" and progress.step % config.save_every == 0:
+            if config.keep_saves:  # before the state: a run that is killed in between does this update again
+                where = self.folder / "saves", self.data.chat.tokenizer
+                policy.keep_last(config.keep_saves, progress.step, self.model, config, *where)
             self.save_state()
 
     def sft_update(self) -> tuple[dict[str, float], list[MicroBatch]]:

@@ -25,6 +25,7 @@ from nanogspo.words import explain, explain_flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 AUTO, DTYPES, QUANTS = ("auto", "on", "off"), ("auto", "bf16", "fp32"), ("none", "nf4", "int8")
 MIXES, AVERAGES = ("sum_then_normalize", "normalize_then_sum"), ("sequence", "token", "constant")
+CONVERSATIONS = ("conversation", "customer_service", "technical_support", "sales")  # tasks/conversation.py
 Texts = tuple[str, ...]  # the type of a flag that may be given several times
 
 
@@ -79,6 +80,7 @@ class TrainConfig:
     patience: int = flag(0, "end after so many evaluations in a row that are no better than the best; 0: never")
     keep_best: bool = flag(False, "also keep the weights of the best evaluation of the main phase, in best/")
     save_every: int = flag(50, "updates between saves of the state that --resume reads", low=1)
+    keep_saves: int = flag(0, "also keep the weights of so many saves, the newest ones, in saves/STEP/", high=10**6)
     warm_steps: int = flag(0, "at most this many SFT updates on the task's own answers before RL starts")
     warm_until: float = flag(0.3, "end the warm-up at this share of right answers; 2: never", high=2, exclude=0)
     warm_probe: int = flag(300, "fresh training problems answered greedily every 5 warm-up updates", low=1, high=10**6)
@@ -135,6 +137,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data and self.task == ("reverse",):  # nothing else --data could mean
             object.__setattr__(self, "task", ("jsonl",))
+        task = self.task if isinstance(self.task, str) else "".join(self.task[:1])
+        if not self.environment and re.split("[:=]", task)[0] in CONVERSATIONS:  # the customer's side
+            object.__setattr__(self, "environment", "conversation")
         for f in filter(repeatable, dataclasses.fields(self)):  # from Python, one name may stand alone; JSON has lists
             value = getattr(self, f.name)
             object.__setattr__(self, f.name, (value,) if isinstance(value, str) else tuple(value))
@@ -278,7 +283,7 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 PER_CALL = {"resume", "out", "accept_changes", "plan_only", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
-    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "save_merged", "control",
+    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "keep_saves", "save_merged", "control",
     "device", "threads",
     "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
@@ -432,7 +437,7 @@ def check(config: TrainConfig, judged: bool = False) -> None:
         raise ValueError(f"got {got}: packed weights cannot be trained; want an adapter over them, --lora-r 16")
     if config.adapter and not config.lora_r:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
-    if config.environment and not re.fullmatch(r".+\.py:\w+", config.environment):
+    if not re.fullmatch(r"(.+\.py:\w+|conversation|python)?", config.environment):
         raise ValueError(f"got --environment {config.environment}, want FILE.py:Class")
     if rl:
         check_rl(config)

@@ -8,14 +8,16 @@ Tests: tests/test_data.py, tests/test_train.py
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.episodes import probe
 from nanogspo.evaluation import split
 from nanogspo.families import ModelConfig
+from nanogspo.inputs import shown
 from nanogspo.packing import Example
-from nanogspo.run.environments import Environments
+from nanogspo.run.environments import Environments, OwnEnvironments
 from nanogspo.run.rewards import Rewards
 from nanogspo.sampler import group_of, row_of
 from nanogspo.tasks import build_task
@@ -24,6 +26,31 @@ from nanogspo.tasks.jsonl import load_jsonl
 from nanogspo.tasks.prompts import PromptRows
 from nanogspo.tasks.rows import read_rows
 from nanogspo.tokenizer import Tokenizer
+
+
+class Given(NamedTuple):
+    """What a caller from Python gives instead of flags, as train.run has them."""
+
+    task: Task | None
+    rewards: Sequence[Callable]
+    weights: Sequence[float]
+    environment: object | None
+
+    def settings(self) -> dict:
+        """What it decides in the configuration. Raises ValueError for what would fail later, and less clearly."""
+        if isinstance(self.task, type):
+            name = self.task.__name__
+            raise ValueError(f"got task={name}, a class, want an object; write task={name}()")
+        if not isinstance(self.rewards, Sequence) or not all(map(callable, self.rewards)):
+            raise ValueError(f"got rewards={shown(self.rewards)}, want a list of functions; write rewards=[f]")
+        if len(self.weights) not in {0, len(self.rewards)}:
+            raise ValueError(f"got {len(self.weights)} weights for {len(self.rewards)} rewards, want one each, or none")
+        if self.environment is None:
+            return {}
+        if not (hasattr(self.environment, "reset") and hasattr(self.environment, "step")):
+            raise ValueError("got an environment without reset and step, want a class or object that has both")
+        return {"environment": "python"}
+
 
 # seeds apart from the rollouts' own: three different orders of the training problems
 SFT_STREAM, PROBE_STREAM = 1_000_000, 2_000_000
@@ -152,23 +179,24 @@ def read_data(
 
 
 def choose_judges(
-    config: TrainConfig,
-    data: Data,
-    model: ModelConfig,
-    given: Sequence[Callable],
-    weights: Sequence[float],
-    held: contextlib.ExitStack,
-) -> tuple[Rewards | None, Environments | None]:
+    config: TrainConfig, data: Data, model: ModelConfig, given: Given, held: contextlib.ExitStack
+) -> tuple[Rewards | None, Environments | OwnEnvironments | None]:
     """What rewards the answers, where it is not the task itself: the functions of --reward or those given from Python,
-    once each has been tried, and the processes of --environment, once it has begun an episode. `held` closes both."""
+    once each has been tried, and the environment, once it has begun an episode. `held` closes both."""
     rewards = environments = None
-    if given and config.reward:
+    if given.rewards and config.reward:
         raise ValueError("got --reward and functions from Python, want one of them")
-    if given or config.reward:
+    if given.rewards or config.reward:
         how = {"timeout": config.reward_timeout, "state": lambda: {"max_steps": config.steps}}
-        rewards = held.enter_context(Rewards(given or config.reward, weights or None, **how))
+        rewards = held.enter_context(Rewards(given.rewards or config.reward, given.weights or None, **how))
         rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
-    if config.environment:
+    if (given.environment is not None) != (config.environment == "python"):
+        got = f"--environment {config.environment or 'left out'} and environment={shown(given.environment)}"
+        raise ValueError(f"got {got}, want one of them; a run that began with environment=... needs it again")
+    if given.environment is not None:
+        environments = OwnEnvironments(given.environment, config.reward_timeout)
+    elif config.environment:
         environments = held.enter_context(Environments(config.environment, config.reward_timeout))
+    if environments:
         probe(model, data.chat, environments, row_of(data.task.train_problem(0, config.seed)), config)
     return rewards, environments

@@ -48,6 +48,7 @@ class Episode:
     logp: list[float] = dataclasses.field(default_factory=list)  # of sampled tokens
     history: list[dict] = dataclasses.field(default_factory=list)  # the assistant's messages
     rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps that gave one
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)  # of the rewards that were dicts
     tools: list[dict] | None = None
     truncated_reward: float | None = None
     done: bool = False  # the environment has ended it
@@ -92,6 +93,8 @@ class Episode:
             self.tools, self.truncated_reward = reply["tools"], reply["truncated_reward"]
             self.rewards += [reply["reward"]] * (reply["reward"] is not None)
             self.done = reply["done"]
+            for name, value in reply["parts"].items():
+                self.parts[name] = self.parts.get(name, 0.0) + value
 
 
 def sample_episodes(
@@ -160,7 +163,8 @@ def sample_episodes(
 def episode_facts(episodes: list[Episode]) -> dict[str, float]:
     """What metrics.jsonl says about a rollout of episodes."""
     kinds, N = [e.reencoded for e in episodes], len(episodes)
-    return {
+    names = {name: None for e in episodes for name in e.parts}
+    return {f"environment/{name}": sum(e.parts.get(name, 0.0) for e in episodes) / N for name in names} | {
         "turns": sum(len(e.history) for e in episodes) / N,
         "environment_failed": sum(bool(e.failed) for e in episodes),
         "reencoded_diff_frac": sum(kind in ("turns", "elsewhere") for kind in kinds) / N,

@@ -55,7 +55,8 @@ def examine(
     scores, totals, right = sampler.judge(problems, samples, step)
     if sampler.rewards or sampler.environments:
         some = torch.tensor([total for total in totals if total == total], dtype=torch.float64)
-        facts |= {"reward": some.mean().item(), "reward_se": (some.std() / len(some) ** 0.5).item()}
+        spread = some.std().item() if len(some) > 1 else math.nan
+        facts |= {"reward": some.mean().item(), "reward_se": spread / max(1, len(some)) ** 0.5}
     facts |= per_task("exact", problems, list(map(float, right)))
     return sum(right), {f"eval_{name}": value for name, value in (scores.facts | facts).items()}
 

@@ -8,6 +8,7 @@ Tests: tests/test_train.py
 
 import dataclasses
 import pathlib
+import shutil
 
 import torch
 
@@ -71,6 +72,16 @@ def save(model: Transformer, config: TrainConfig, folder: pathlib.Path, tokenize
         print(f"{folder / 'model'}: the sum of unpacked weights and adapter, saved as {config.dtype}")
     if config.save_merged or not config.lora_r or config.model == "tiny":  # whose base is saved nowhere else
         checkpoint.save(model, folder / "model", tokenizer=tokenizer)
+
+
+def keep_last(
+    count: int, step: int, model: Transformer, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer
+) -> None:
+    """Save the weights into folder/STEP, as `save` does, and remove all but the last `count` of such folders."""
+    save(model, config, folder / str(step), tokenizer)
+    kept = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    for path in kept[:-count]:
+        shutil.rmtree(path)
 
 
 def adapt(model: torch.nn.Module, config: TrainConfig) -> None:

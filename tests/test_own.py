@@ -171,6 +171,15 @@ def test_patience_ends_a_resumed_run_where_it_ends_the_whole_one(tmp_path, monke
     assert run(dataclasses.replace(resumed, patience=0, steps=6), task=Same())[1]["step"] == 6
 
 
+def test_weights_of_several_saves_are_kept_and_older_ones_pruned(tmp_path):
+    sizes = SMALL | {"lora_r": 2, "steps": 12, "save_every": 2, "keep_saves": 3, "warm_steps": 0}
+    folder, _ = run(TrainConfig(**sizes, out=str(tmp_path / "run")), task=Same())
+    kept = {path.name: path / "adapter" / "adapter_model.safetensors" for path in (folder / "saves").iterdir()}
+    assert sorted(map(int, kept)) == [8, 10, 12]
+    last = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert [kept[name].read_bytes() == last for name in ("8", "10", "12")] == [False, False, True]
+
+
 def test_an_evaluation_without_any_reward_is_no_result(tmp_path):
     log = RunLog(tmp_path, steps=1, quiet=True)
     for step, reward in ((1, 0.5), (2, math.nan), (3, 0.25)):

@@ -27,7 +27,7 @@ LIMITS = {"train.py": 300, "nanogspo/model.py": 200}
 ORDER = """
     kernels
     nanogspo.inputs nanogspo.words nanogspo.config nanogspo.device nanogspo.families nanogspo.tasks.base
-    nanogspo.storage.files nanogspo.tasks.mix nanogspo.tasks.addition nanogspo.tasks.rewards
+    nanogspo.storage.files nanogspo.tasks.mix nanogspo.tasks.addition nanogspo.tasks.remote nanogspo.tasks.rewards
     nanogspo.special_tokens nanogspo.templates nanogspo.tokenizer
     nanogspo.layers nanogspo.cache nanogspo.layouts nanogspo.model
     nanogspo.storage.safetensors nanogspo.quant nanogspo.lora nanogspo.fast

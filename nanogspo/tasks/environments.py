@@ -4,14 +4,17 @@
         tools = [...]                                                 optional: JSON schemas, for the chat template
         truncated_reward = 0.0                                        optional: what an episode earns that a limit ends
         def reset(self, row, seed) -> messages                        the conversation up to the model's first turn
-        def step(self, message) -> (messages, done, reward | None)    after each of its turns
+        def step(self, message) -> (messages, done, reward)           after each of its turns
+
+A reward is a number, None, or a dict of numbers: their sum counts, and each is a metric, environment/NAME.
 
 A request names an episode by everything that decides it: the row, the seed and what the model has said so far. So a
 worker process that was killed can be replaced: the new one replays the episode, step by step. While none is, each
 episode has an object that lives from turn to turn.
 
     request   {"id": [rollout, prompt, answer], "row": {...}, "seed": 1, "history": [assistant messages]}
-    reply     {"messages": [...], "done": bool, "reward": float | None, "tools": [...] | None, "truncated_reward": ...}
+    reply     {"messages": [...], "done": bool, "reward": float | None, "parts": {NAME: float}, "tools": [...] | None,
+               "truncated_reward": ...}
               or {"failed": "step: ZeroDivisionError: division by zero"}
 
 reset and step must depend on nothing else: all episodes of a group begin with the same messages.
@@ -27,19 +30,22 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nanogspo.inputs import explained
+from nanogspo.tasks.conversation import Conversation
 from nanogspo.tasks.rewards import own
+
+SHIPPED = {"conversation": Conversation}  # the others are classes in users' files
 
 
 class Environment(Protocol):
     def reset(self, row: dict, seed: int) -> list[dict]: ...
 
-    def step(self, message: dict) -> tuple[list[dict], bool, float | None]: ...
+    def step(self, message: dict) -> tuple[list[dict], bool, float | dict[str, float] | None]: ...
 
 
 def serve(source: str) -> tuple[None, Callable[[dict], dict]]:
     """For run/worker.py. source: FILE.py:Class"""
     file, _, name = source.rpartition(":")
-    make, live = own(file, name, "--environment"), {}
+    make, live = SHIPPED.get(source) or own(file, name, "--environment"), {}
     if not (hasattr(make, "reset") and hasattr(make, "step")):
         raise ValueError(f"{source}: got no class with reset and step, want reset(row, seed) and step(message)")
     return None, lambda request: play(make, live, request)
@@ -78,8 +84,11 @@ def _checked(environment: Environment, given: tuple) -> dict:
     if not messages and not done:
         raise ValueError("got no messages and not done, want what the model is to answer")
     optional = {name: getattr(environment, name, None) for name in ("tools", "truncated_reward")}
+    parts = {str(k): float(v) for k, v in reward.items()} if isinstance(reward, dict) else {}
+    reward = sum(parts.values()) if isinstance(reward, dict) else reward
     for value in (reward, optional["truncated_reward"]):
         if value is not None and not math.isfinite(value):
             raise ValueError(f"got reward {value}, want a finite number or None")
     reward = None if reward is None else float(reward)
-    return json.loads(json.dumps({"messages": messages, "done": bool(done), "reward": reward, **optional}))
+    reply = {"messages": messages, "done": bool(done), "reward": reward, "parts": parts, **optional}
+    return json.loads(json.dumps(reply))

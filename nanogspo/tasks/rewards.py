@@ -25,20 +25,18 @@ Lesson: lessons/14_rewards.md      Tests: tests/test_rewards.py
 import asyncio
 import difflib
 import functools
-import hashlib
 import inspect
 import math
-import os
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from nanogspo.inputs import explained, import_file, optional, read_text, shown, some
 from nanogspo.tasks.addition import last_number
+from nanogspo.tasks.remote import Remote
 
 BATCH = {"prompts", "completions", "completion_ids"}  # one of them, and it is TRL's form
 FORMS = "f(answer, row), or TRL's f(prompts, completions, **columns)"
@@ -290,34 +288,18 @@ def _keywords(listed: str) -> Callable:
 def _judge(argument: str) -> Callable:
     """judge:PROMPTFILE[,model=NAME][,url=ADDRESS][,cache=FOLDER]: the last number of another model's reply.
 
-    The file is the request, with {prompt}, {answer}, {reference} and any {column} in it. Without model and url it is
-    OPENAI_MODEL and OPENAI_BASE_URL; the key is OPENAI_API_KEY. A reply is kept on disk and never asked for twice.
+    The file is the request, with {prompt}, {answer}, {reference} and any {column} in it. The rest is remote.py's.
     """
     file, *rest = argument.split(",")
-    options = dict(option.partition("=")[::2] for option in rest)
     template = read_text(file, "the prompt for the judge")
-    model = options.get("model") or os.environ.get("OPENAI_MODEL")
-    if not model or options.keys() - {"model", "url", "cache"}:
-        raise ValueError(f"got judge:{argument}, want judge:PROMPTFILE,model=NAME[,url=ADDRESS][,cache=FOLDER]")
-    url = options.get("url") or os.environ.get("OPENAI_BASE_URL")
-    key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own asks for no key
-    client = optional("openai", "--reward judge").OpenAI(base_url=url, api_key=key, max_retries=4)
-    folder = Path(options.get("cache") or "~/.cache/nanogspo/judge").expanduser()
+    ask = Remote(dict(option.partition("=")[::2] for option in rest), f"--reward judge:{file}")
 
     def judge(answer: str, row: dict) -> float | None:
         known = row | {"answer": answer}
         if "{reference}" in template:
             known["reference"] = reference(row)
         request = re.sub(r"\{(\w+)\}", lambda found: str(known.get(found[1], found[0])), template)
-        kept = folder / hashlib.sha256(repr((url, model, request)).encode()).hexdigest()
-        if not kept.exists():
-            messages = [{"role": "user", "content": request}]
-            reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"{kept.name}.{os.getpid()}"  # whole or not at all, whoever else writes it
-            part.write_text(reply.choices[0].message.content or "", encoding="utf-8")
-            part.replace(kept)
-        number = last_number(kept.read_text(encoding="utf-8"))
+        number = last_number(ask([{"role": "user", "content": request}]))
         return float(number) if number else None
 
     return judge

@@ -13,6 +13,16 @@ MUTANTS = {
         ("seed + SFT_STREAM", "seed", "a warm-up on the problems that RL starts with"),
         ("self.seed + PROBE_STREAM", "self.seed", "a probe of the problems that RL starts with"),
     ],
+    "tests/test_conversation.py": [
+        ("if isinstance(self.task, type):", "if False:", "a class as a task ends in a traceback"),
+        ('return {"environment": "python"}', "return {}", "a resumed run goes on without its environment"),
+        ("if len(self.weights) not in {0, len(self.rewards)}:", "if False:", "weights without rewards are dropped"),
+        (
+            'if (given.environment is not None) != (config.environment == "python"):',
+            "if False:",
+            "a resumed run goes on without its environment, until it asks it",
+        ),
+    ],
     "tests/test_train.py": [
         (
             '(model.max_positions, "max_position_embeddings")',

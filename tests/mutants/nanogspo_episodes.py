@@ -3,6 +3,18 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/episodes.py"
 MUTANTS = {
+    "tests/test_conversation.py": [
+        (
+            "self.parts[name] = self.parts.get(name, 0.0) + value",
+            "self.parts[name] = value",
+            "the last turn's part only",
+        ),
+        (
+            "e.parts.get(name, 0.0) for e in episodes) / N",
+            "e.parts.get(name, 0.0) for e in episodes)",
+            "a sum, no mean",
+        ),
+    ],
     "tests/test_episodes.py": [
         (
             "self.add(answer.tokens, True)",

@@ -3,6 +3,11 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/policy.py"
 MUTANTS = {
+    "tests/test_own.py": [
+        ("    for path in kept[:-count]:", "    for path in []:", "saves are never pruned"),
+        ("    for path in kept[:-count]:", "    for path in kept[count:]:", "the newest saves are pruned"),
+        ("key=lambda path: int(path.name))", "key=lambda path: path.name)", "save 10 is older than save 8"),
+    ],
     "tests/test_train.py": [
         (' or config.model == "tiny":', ":", "the tiny model under an adapter is saved nowhere"),
         (

@@ -15,6 +15,13 @@ MUTANTS = {
         ("        live[episode] = environment, len(history)", "        pass", "every turn is replayed"),
         ('if not (hasattr(make, "reset") and hasattr(make, "step")):', "if False:", "any class is an environment"),
     ],
+    "tests/test_conversation.py": [
+        (
+            "reward = sum(parts.values()) if isinstance(reward, dict)",
+            "reward = None if isinstance(reward, dict)",
+            "a dict is no reward",
+        ),
+    ],
     "tests/test_episodes.py": [
         ("if value is not None and not math.isfinite(value):", "if False:", "a reward of nan is taken"),
         ("    if not messages and not done:\n", "    if False:\n", "a turn without anything to answer"),

@@ -64,10 +64,11 @@ MUTANTS = {
         ),
         ("weight = len(logp) / total", "weight = 1 / len(batches)", "a token weighs more in a small micro-batch"),
         ("        self.progress.sft_cursor += config.batch_size\n", "", "the same examples for ever"),
+        ("if config.keep_saves:  #", "if False:  #", "no weights are kept but the last"),
         ("self.rollout.state() if self.progress.update else None", "None", "a rollout in progress is lost"),
         (
-            "            progress.phase_step,\n            peak",
-            "            progress.step,\n            peak",
+            "learning_rate(progress.phase_step, peak",
+            "learning_rate(progress.step, peak",
             "RL starts without a warm-up of its learning rate",
         ),
         (
