@@ -437,3 +437,22 @@ def test_a_large_file_is_known_by_its_size_and_pieces_of_it(tmp_path, monkeypatc
     places = [0, 99, 100, 3301, 3302, 3401, 3402, 6604, 6703, 6704, 9906, 9907, size - 1]
     assert flipped(places) == [0, 99, 3302, 3401, 6604, 6703, 9907, size - 1]
     assert of(data) != of(data + b"\0") != of(data + b"\0\0")
+
+
+def test_every_file_that_a_task_or_a_reward_names_is_part_of_a_run(tmp_path):
+    names = ["rows.jsonl", "prompt.txt", "customers.yaml", "mine.py", "world.py"]
+    rows, prompt, customers, mine, world = (tmp_path / name for name in names)
+    for path in (rows, prompt, customers, mine, world):
+        path.write_text(path.name)
+    config = TrainConfig(
+        task=(f"gsm8k:{rows}=0.5", f"conversation:{customers}", "addition"),
+        reward=(f"judge:{prompt},model=m=0.5", f"{mine}:right=0.3", "regex:a.b", "length:0.5"),
+        environment=f"{world}:World",
+    )
+    before = runstate.inputs(config)["files"]
+    assert before.keys() == {f"code/{path}" for path in (rows, prompt, customers, mine, world)}
+    for path in (rows, prompt, customers, mine, world):
+        path.write_text("other")
+        after = runstate.inputs(config)["files"]
+        assert [name for name in before if before[name] != after[name]] == [f"code/{path}"]
+        before = after
