@@ -3,8 +3,10 @@
 Run: python -m pytest tests/test_conversation.py
 """
 
+import dataclasses
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from examples.calculator import Calculator
 from lessons.small_chat import small_tokenizer
 from nanogspo.checkpoint import save
 from nanogspo.config import CONVERSATIONS, TrainConfig, check
+from nanogspo.episodes import Episode, episode_facts
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
 from nanogspo.run.log import read_rows
@@ -51,7 +54,11 @@ def talk(row, *said):
         history = [{"role": "assistant", "content": text} for text in said[:n]]
         replies.append(play(Conversation, live, {"id": [0, 0, 0], "row": row, "seed": 1, "history": history}))
     assert replies[0]["messages"] == row["prompt"] and not replies[0]["done"]
-    return [(r["messages"] and r["messages"][0]["content"], r["done"], r["parts"]) for r in replies[1:]], replies[1:]
+    for reply in replies[1:]:  # what earned nothing is there, too
+        assert reply["parts"].keys() == {*row["scenario"]["goals"], *row["scenario"]["faults"]}
+    earned = [{name: value for name, value in reply["parts"].items() if value} for reply in replies[1:]]
+    words = [(reply["messages"] and reply["messages"][0]["content"], reply["done"]) for reply in replies[1:]]
+    return [(*said, parts) for said, parts in zip(words, earned, strict=True)], replies[1:]
 
 
 def test_the_file_in_the_docstring(tmp_path):
@@ -110,16 +117,19 @@ def test_a_model_plays_the_customer(tmp_path, monkeypatch):
 
         def __call__(self, messages):
             heard.append(messages)
-            return f"I am {len(heard)}"
+            return f"<think>As {len(heard)}?</think>\n\nI am {len(heard)}"
 
     monkeypatch.setattr(module, "Remote", Fake)
     module.remote.cache_clear()
     rows = rows_of(tmp_path, LATE.replace("turns: 3", "turns: 3\ncustomer: {model: m, url: u}"))
     turns, _ = talk(rows[0], "one", "two", "three")
-    assert [words for words, _, _ in turns] == ["I am 1", "I am 2", []] and made == [{"model": "m", "url": "u"}]
+    assert heard.pop(0) == [
+        {"role": "user", "content": "Hello"}
+    ]  # at a wrong address this fails, before the run begins
+    assert [words for words, _, _ in turns] == ["I am 2", "I am 3", []] and made == [{"model": "m", "url": "u"}]
     opening = rows[0]["prompt"][1]["content"]
     assert [m["role"] for m in heard[1]] == ["system", "assistant", "user", "assistant", "user"]
-    assert [m["content"] for m in heard[1][1:]] == [opening, "one", "I am 1", "two"]
+    assert [m["content"] for m in heard[1][1:]] == [opening, "one", "I am 2", "two"]
     assert opening in heard[1][0]["content"]  # what it wants, where the scenario does not say
     module.remote.cache_clear()
 
@@ -146,35 +156,93 @@ def test_shipped_scenarios(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("customer_service", "Feel free to order now, or order nothing."),
+        ("technical_support", "We called you, delighted that it is installed and enabled."),
+        ("sales", "I sell them across the country because it pays: 1,900 or 1900, or 1600."),
+    ],
+)
+def test_a_word_in_a_word_reaches_no_goal(name, said):
+    file = Path(module.__file__).parent / "conversations" / f"{name}.yaml"
+    rows = [row for where, row in problems(str(file)) if not where.endswith("hills")]  # there 1900 is right
+    assert not any(talk(row, said)[0][0][2] for row in rows)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("agent:", "agnet:", "own.yaml: got agnet, want only agent, turns, customer, scenarios"),
-        ("turns: 3", "turns: 0", "own.yaml: got turns: 0, want a filled int"),
-        ("turns: 3", "turns: -2", "own.yaml: got turns: -2, want a filled int"),
+        ("turns: 3", "turns: 0", "own.yaml: got turns: '0', want a number from 1"),
+        ("turns: 3", "turns: yes", "own.yaml: got turns: 'yes', want a number from 1"),
         ("goals: {", "goals: []\n    values2: {", "late: got values2, want only "),
         ('    goals: {sorry: sorry|apolog, shop: "{shop}", digits: "[0-9]{4}"}\n', "", "late: got goals: None, want"),
         ("sorry|apolog", '"(sorry"', r"late: got the pattern '\(sorry' \(.*\), want a regular expression"),
-        ('    otherwise: ["Well?", Hm.]\n', "    otherwise: []\n", r"late: got otherwise: \[\], want a filled list"),
-        ("  late:\n", "  late: 3\n  later:\n", "late: got 3, want a mapping with opening, goals, otherwise"),
+        ("sorry|apolog", f'"a{{{10**20}}}"', r"late: got the pattern .* \(the repetition number is too large\), want"),
+        ("sorry|apolog", "[sorry, apolog]", r"late: got goals: {'sorry': \['sorry', .*, want names, each with a text$"),
+        ("sorry|apolog", '""', "late: got goals: {'sorry': '', .*, want names, each with a text"),
+        (
+            '    otherwise: ["Well?", Hm.]\n',
+            "    otherwise: []\n",
+            r"late: got otherwise: \[\], want a text or a list of texts",
+        ),
+        ("  late:\n", "  late: 3\n  later:\n", "own.yaml: got scenarios: .*, want names, each with a mapping"),
+        ("digits:", "sorry:", "own.yaml:8: not YAML \\(sorry twice\\)"),
+        ("blames:", "sorry:", "late: got sorry as a goal and as a fault, want different names"),
+        ("Yes, {shop}.", "Yes, {shp}.", "late: got {shp} in 'Yes, {shp}.', want one of shop, days; add it to values"),
+        ("days: 8", "days: []", r"late: got values: .*, want names, each with a text or a list of texts"),
+        ("days: 8", "4: 8, days: 8", "late: got values for 4, want names of letters, digits and _"),
+        ("days: 8", f"days: {list(range(5000))}", "late: got 20,000 problems .*, want at most 10,000"),
         ("turns: 3", "turns: [3", "own.yaml:4: not YAML"),
+        ("turns: 3", "turns: \0", "own.yaml: not YAML .unacceptable character"),
         (LATE, "", "own.yaml: got None, want a mapping with agent, scenarios"),
+        (LATE, LATE.replace("[Larkfield, B+B]", "B+B").replace(', "Where is it, {shop}?"', ""), "got a single opening"),
     ],
 )
 def test_says_what_is_wrong(tmp_path, old, new, said):
     assert old in LATE
+    (tmp_path / "own.yaml").write_text(LATE.replace(old, new))
     with pytest.raises(ValueError, match=said):
-        rows_of(tmp_path, LATE.replace(old, new))
+        Conversations(str(tmp_path / "own.yaml"))
 
 
-def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path):
-    (tmp_path / "own.yaml").write_text(LATE)
-    for task in (*SHIPPED, f"conversation:{tmp_path}/own.yaml"):
+def test_all_is_read_as_it_is_written(tmp_path):
+    """YAML 1.1 would make True, False, 97, 8, 90 and 1000 of these."""
+    odd = ["yes", "no", "0x61", "010", "1:30", "1_000"]
+    (first, *_) = rows = rows_of(
+        tmp_path, LATE.replace("days: 8", f"days: [{', '.join(odd)}]").replace("which:", "no:")
+    )
+    said = {row["prompt"][1]["content"] for row in rows}
+    assert {f"Nothing came for {word} days." for word in odd} < said and first["scenario"]["replies"][1][0] == "no"
+    shipped = Path(module.__file__).parent / "conversations" / "technical_support.yaml"
+    printers = [row for where, row in problems(str(shipped)) if where.endswith("printer")]
+    assert {row["scenario"]["goals"]["names the code"] for row in printers} == {"E02", "E13", "0x61"}
+
+
+def test_a_tenth_of_the_openings_is_held_out(tmp_path):
+    """Here 20 problems have two openings: a tenth of the problems would be both."""
+    text = LATE.replace("[Larkfield, B+B]", "B+B").replace("days: 8", f"days: 8, hidden: {list(range(10))}")
+    (tmp_path / "own.yaml").write_text(text)
+    task = Conversations(str(tmp_path / "own.yaml"))
+    assert len(task.held_out()) == 1 and len({task.train_problem(n, 0).messages[1]["content"] for n in range(10)}) == 1
+
+
+def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path, checkpoint):
+    (tmp_path / "a.python").mkdir()  # .py in the name of a folder makes no program of it
+    (tmp_path / "a.python" / "own.yaml").write_text(LATE)
+    for task in (*SHIPPED, f"conversation:{tmp_path}/a.python/own.yaml"):
         config = TrainConfig(task=task, model="x", max_new_tokens=32)
         check(config)
         assert config.environment == "conversation" and isinstance(build_task(config.task), Conversations)
     assert TrainConfig(task="sales", environment="mine.py:Mine").environment == "mine.py:Mine"
     assert TrainConfig().environment == TrainConfig(task="addition").environment == ""
     assert CONVERSATIONS[1:] == SHIPPED and serve("conversation")[0] is None
+    for tasks in ("sales", "addition"), ("addition", "sales"):
+        with pytest.raises(ValueError, match=f"for {'.'.join(tasks)}, want conversation for conversations"):
+            run(TrainConfig(**SMALL, model=checkpoint, task=tasks))
+    for wrong in ({"model": "tiny"}, {"model": "x", "algo": "sft"}):
+        with pytest.raises(ValueError, match="got --task sales with --.*: customers are talked to, turn by turn"):
+            check(TrainConfig(task="sales", **wrong))
     _, answer = serve("conversation")
     failed = answer({"id": [0, 0, 0], "row": {"prompt": "?"}, "seed": 0, "history": []})["failed"]
     assert "got a row without a scenario, want problems of a conversation task" in failed
@@ -213,8 +281,8 @@ def test_a_run_of_conversations_logs_its_components(tmp_path, checkpoint, monkey
     assert metrics["step"] == 2 and metrics["environment_failed"] == 0
     rows = read_rows(folder / "metrics.jsonl")
     for row in (r for r in rows if "loss" in r):
-        parts = [row.get(f"environment/{name}", 0.0) for name in ("a", "e", "blames")]
-        assert "environment/never" not in row and row["reward"] == pytest.approx(sum(parts))
+        parts = [row[f"environment/{name}"] for name in ("a", "e", "blames")]
+        assert row["environment/never"] == 0 and row["reward"] == pytest.approx(sum(parts))
     samples = read_rows(folder / "samples.jsonl")
     for sample in samples:
         said = [m["content"] for m in sample["messages"] if m["role"] == "assistant"]
@@ -236,13 +304,28 @@ def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
     folder, metrics = run(config, environment=Own)
     assert metrics["step"] == 2 and metrics["environment/call"] > 0 and next(calls) > 8
     again = TrainConfig(**SMALL, model=checkpoint, task="addition", environment="python", resume=str(folder))
-    with pytest.raises(ValueError, match="got --environment python and environment=None, want one of them"):
+    with pytest.raises(ValueError, match="got a run that began with run"):
         run(again)
+    with pytest.raises(ValueError, match="got --environment own.py:Own and environment=..., want one of them"):
+        run(dataclasses.replace(config, environment="own.py:Own"), environment=Own)
     for wrong, said in (
         ({"environment": object()}, "got an environment without reset and step"),
         ({"task": Conversations}, "got task=Conversations, a class, want an object; write task=Conversations"),
         ({"rewards": len}, "want a list of functions; write rewards="),
         ({"weights": [1.0]}, "got 1 weights for 0 rewards"),
+        ({"weights": 1.0}, "got weights=1.0, want a list of finite numbers"),
+        ({"weights": [math.nan]}, r"got weights=\[nan\], want a list of finite numbers"),
+        ({"weights": torch.ones(2)}, "got weights=tensor.*, want a list of finite numbers"),
+        ({"task": "addition"}, "got task='addition' without train_problem, held_out, reward, want an object"),
+        ({"task": Conversations("sales")}, "got --environment left out for sales, want conversation for conversations"),
     ):
         with pytest.raises(ValueError, match=said):
             run(config, **wrong)
+
+
+def test_components_are_means_over_the_episodes_that_did_not_fail():
+    made = [({"a": 1.0}, ""), ({"a": 0.5, "b": -1.0}, ""), ({"a": 9.0}, "step: no answer within 10 s")]
+    episodes = [Episode(0, n, {}, 0, parts=parts, failed=failed) for n, (parts, failed) in enumerate(made)]
+    facts = episode_facts(episodes)
+    assert (facts["environment/a"], facts["environment/b"], facts["environment_failed"]) == (0.75, -0.5, 1)
+    assert not [name for name in episode_facts(episodes[2:]) if name.startswith("environment/")]
