@@ -28,7 +28,6 @@ import dataclasses
 import math
 import pathlib
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -48,13 +47,15 @@ from nanogspo.data import Data, Given, choose_judges, choose_task, read_data  # 
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
-from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_quantiles, sft_loss  # noqa: E402
+from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_histogram, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.reference import freeze, reference  # noqa: E402
-from nanogspo.run import curves, planner  # noqa: E402
+from nanogspo.run import curves, doctor, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
+from nanogspo.run.phases import Phase, phases_of  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder, signals_kept  # noqa: E402
+from nanogspo.run.report import write_report  # noqa: E402
 from nanogspo.sampler import Sampler  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
 from nanogspo.storage.state import Progress  # noqa: E402
@@ -76,7 +77,7 @@ def run(
     task         an object with the members of nanogspo.tasks.base.Task, instead of --task and --data
     rewards      functions, instead of --reward; weights: one number for each, 1 if left out
     environment  a class, or an object that is copied for each episode, instead of --environment
-    returns      (the run's folder, the last value of everything in metrics.jsonl); None with plan_only
+    returns      (the run's folder, the last value of everything in metrics.jsonl); None with plan_only and check
     """
     with signals_kept(), contextlib.ExitStack() as held:  # the run's folder and log are closed however the run ends
         trainer = set_up(config, held, Given(task, rewards, weights, environment))
@@ -88,7 +89,7 @@ def run(
 
 def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Trainer | None":
     """Everything before the first update. What is cheap to check comes first: no weights are read and no folder is made
-    for a run that is refused. None with --plan-only."""
+    for a run that is refused. None with --plan-only and --check."""
     started = time.perf_counter()
     # device, seeds
     config = dataclasses.replace(config, **given.settings())
@@ -107,6 +108,9 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     if config.plan_only:
         return None
     judges = choose_judges(config, data, outline.config, given, held)
+    if config.check:
+        model = policy.build(config, task)
+        return doctor.check(config, data, Sampler(model, data.chat, data.task, config, *judges), model)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
     model = policy.build(config, task)
@@ -127,34 +131,12 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     sampler, state = Sampler(model, data.chat, data.task, config, *judges), (progress, rollout, frozen, inputs)
-    trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
+    watch = doctor.Watch.of(config, model, data.chat.tokenizer, log, progress)
+    trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, watch, started)
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these
     return trainer
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """A stretch of the run with one algorithm: the SFT warm-up, the main part, the control."""
-
-    name: str  # of its rows in metrics.jsonl: sft, gspo, grpo, control
-    algo: str
-    steps: int
-    lr: float
-    seconds: float = float("inf")  # the control stops by the clock
-    until: float = 1.1  # the warm-up stops at this fraction of right answers; above 1: never
-
-
-def phases_of(config: TrainConfig) -> list[Phase]:
-    """What the run consists of. Warm-up and control belong to RL; a control continues a warm-up, so it needs one."""
-    main = Phase(config.algo, config.algo, config.steps, config.lr)
-    if config.algo == "sft" or not config.warm_steps:
-        return [main]
-    warm_up = Phase("sft", "sft", config.warm_steps, config.warm_lr, until=config.warm_until)
-    # SFT instead of RL, for as long as RL took, which is known when RL has ended
-    control = Phase("control", "sft", sys.maxsize, config.warm_lr)
-    return [warm_up, main, control] if config.control else [warm_up, main]
 
 
 @dataclasses.dataclass
@@ -173,6 +155,7 @@ class Trainer:
     inputs: dict  # what the run is made of: storage.state.inputs
     folder: pathlib.Path
     log: RunLog
+    watch: doctor.Watch
     started: float
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     proved: bool = False  # True once separately scored old log-probs have given ratios of exactly 1; not saved
@@ -212,7 +195,8 @@ class Trainer:
 
     def update(self, phase: Phase) -> None:
         """One update: losses and gradients, AdamW, a row for the log. Nothing when stopped while it samples."""
-        began, progress, config = time.perf_counter(), self.progress, self.config
+        progress, config = self.progress, self.config
+        began = updating = time.perf_counter()  # with and without the sampling of a rollout
         schedule = {"warmup": config.warmup_updates, "total": phase.steps, "schedule": config.lr_schedule}
         lr = learning_rate(progress.phase_step, peak=phase.lr, **schedule)
         if phase.algo == "sft":
@@ -220,19 +204,24 @@ class Trainer:
         else:
             if progress.update == 0 and not self.new_rollout():
                 return  # the state is still that of the last update, so it can be saved
+            updating = time.perf_counter()
             facts, batches = self.rl_update(phase.algo)
         norm = self.optimizer.step(lr, config.grad_clip)
         progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
-        seconds = time.perf_counter() - began
+        now, tokens = time.perf_counter(), sum(len(batch.tokens) for batch in batches)
         row = {"step": progress.step, "algo": phase.algo, "phase": phase.name}
         row |= facts | row  # whatever name a reward function logs under
-        row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
-        self.log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
+        row |= {"grad_norm": norm.item(), "lr": lr, "step_s": now - began, "peak_mem_bytes": peak_memory(config.device)}
+        row |= {"tokens_per_s": tokens / (now - began), "update_tokens_per_s": tokens / (now - updating)}
+        self.log.step(row)
+        if phase.algo != "sft":
+            self.watch.look(row)
         if phase.name != "control" and progress.step % config.save_every == 0:
             if config.keep_saves:  # before the state: a run that is killed in between does this update again
                 where = self.folder / "saves", self.data.chat.tokenizer
                 policy.keep_last(config.keep_saves, progress.step, self.model, config, *where)
             self.save_state()
+            write_report(self.folder)
 
     def sft_update(self) -> tuple[dict[str, float], list[MicroBatch]]:
         """The gradient of the mean loss over all scored tokens of a batch of examples."""
@@ -267,6 +256,7 @@ class Trainer:
         if self.rollout is None:
             return False
         self.log.samples(self.rollout.samples)
+        self.watch.measure(self.model, self.rollout)
         progress.rl_cursor += config.prompts_per_rollout * self.rollout.facts["sampling_rounds"]
         return True
 
@@ -287,8 +277,8 @@ class Trainer:
             logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (M,), (M,), (M,)
             # None: no weight has moved yet, so this forward pass is also the old one
             old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (M,)
-            clip, terms = {"clip_low": config.clip_low, "clip_high": config.clip_high}, {}
-            loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch.cu_scored, A, **clip)
+            (low, high), terms = self.watch.clip, {}
+            loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch.cu_scored, A, clip_low=low, clip_high=high)
             if config.beta:
                 terms["kl"] = kl_to_reference(logp, ref_logp.to(config.device), batch.cu_scored, w)
                 loss = loss + config.beta * terms["kl"]
@@ -300,12 +290,14 @@ class Trainer:
             ratios.append((len(log_ratio) / ratios_total, facts))
             log_ratios.append(log_ratio)
         facts = combine(metrics, ratios, [(1.0, ratio_quantiles(log_ratios))])
+        facts["ratio_hist"] = ratio_histogram(log_ratios)
         if update == 0:
             if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
                 raise AssertionError(
                     f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
                     "want exactly 1.0; old and new log-probs were not scored the same way"
                 )
+            facts |= rollout.times
             self.proved = True  # the two passes agree to the last bit: later rollouts need only one
         self.progress.update = (update + 1) % config.updates_per_rollout
         return rollout.facts | facts | {"trained_frac": trained_fraction}, batches
@@ -376,7 +368,8 @@ class Trainer:
                 self.save_state()
             policy.save(self.model, self.config, self.folder, self.data.chat.tokenizer)
         self.log.close()
-        picture = curves.draw_curves(self.folder, clip_range=(self.config.clip_low, self.config.clip_high))
+        write_report(self.folder)
+        picture = curves.draw_curves(self.folder, clip_range=self.watch.clip)
         if self.stop:
             again = f"python train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")

@@ -103,6 +103,7 @@ class TrainConfig:
         0.0, "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo, 0.2 for grpo", high=1, exclude=1, group="objective"
     )
     clip_high: float = flag(0.0, "ratio may rise to 1 + clip_high; 0: 4e-4 for gspo, 0.27 for grpo", high=1, exclude=1)
+    clip: str = flag("fixed", "auto: gspo's range by the noise of the first rollout, 3e-4 or more", ("fixed", "auto"))
     divide_by_std: bool = flag(True, "divide advantages by their group's standard deviation; off: Dr. GRPO")
     loss_average: str = flag(
         "sequence", "over tokens, then answers; over all tokens (DAPO); or sums / max_new_tokens (Dr. GRPO)", AVERAGES
@@ -131,6 +132,7 @@ class TrainConfig:
     quant: str = flag("none", "pack the frozen linear layers under LoRA; none: as the checkpoint is", QUANTS)
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"), group="machine")
     threads: int = flag(0, "CPU threads; 0: torch's own choice", high=1024)
+    check: bool = flag(False, "say whether this model's numbers can be trusted here, and end: nothing is trained")
     plan_only: bool = flag(False, "print what the run would take and end: no weights are read, no folder is made")
     ignore_memory_plan: bool = flag(False, "start although the plan says that the memory cannot suffice")
 
@@ -280,7 +282,7 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 
 
 # Said anew at every call, so not in config.yaml
-PER_CALL = {"resume", "out", "accept_changes", "plan_only", "ignore_memory_plan"}
+PER_CALL = {"resume", "out", "accept_changes", "check", "plan_only", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
     "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "keep_saves", "save_merged", "control",
@@ -452,6 +454,8 @@ def check_rl(config: TrainConfig) -> None:
     if config.group_size < 2:
         why = "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
         raise ValueError(f"got --group-size {config.group_size} with {algo}: {why}")
+    if config.clip == "auto" and not algo.startswith("gspo"):
+        raise ValueError(f"got --clip auto with {algo}, want --algo gspo: a token's range is far above noise")
     if updates == 1 and algo != "reinforce":
         why = "every ratio is then exactly 1, clipping never acts and the run is REINFORCE"
         want = "2 or more (4 in the GSPO paper), or REINFORCE by its name: --algo reinforce"
