@@ -51,11 +51,12 @@ from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_his
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.reference import freeze, reference  # noqa: E402
-from nanogspo.run import curves, doctor, planner  # noqa: E402
+from nanogspo.run import curves, doctor, hub, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
 from nanogspo.run.phases import Phase, phases_of  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder, signals_kept  # noqa: E402
 from nanogspo.run.report import write_report  # noqa: E402
+from nanogspo.run.trackers import open_tracker  # noqa: E402
 from nanogspo.sampler import Sampler  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
 from nanogspo.storage.state import Progress  # noqa: E402
@@ -111,8 +112,10 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     if config.check:
         model = policy.build(config, task)
         return doctor.check(config, data, Sampler(model, data.chat, data.task, config, *judges), model)
+    hub.check_login(config.push_to_hub)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
+    tracker = open_tracker(config.tracker, config.tracker_project, folder, dataclasses.asdict(config), held)
     model = policy.build(config, task)
     phases = phases_of(config)
     if config.control and config.algo != "sft" and not config.warm_steps:
@@ -128,7 +131,8 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
         program.state = state
         print(f"resumed {folder} after update {progress.step}")
     steps = sum(phase.steps for phase in phases if phase.name != "control")
-    log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
+    resume_step = progress.step if config.resume else None
+    log = held.enter_context(RunLog(folder, steps=steps, resume_step=resume_step, tracker=tracker))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     sampler, state = Sampler(model, data.chat, data.task, config, *judges), (progress, rollout, frozen, inputs)
     watch = doctor.Watch.of(config, model, data.chat.tokenizer, log, progress)
@@ -293,10 +297,8 @@ class Trainer:
         facts["ratio_hist"] = ratio_histogram(log_ratios)
         if update == 0:
             if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
-                raise AssertionError(
-                    f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
-                    "want exactly 1.0; old and new log-probs were not scored the same way"
-                )
+                found = f"ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], want exactly 1.0"
+                raise AssertionError(f"first update of a rollout: {found}; old and new were not scored the same way")
             facts |= rollout.times
             self.proved = True  # the two passes agree to the last bit: later rollouts need only one
         self.progress.update = (update + 1) % config.updates_per_rollout
@@ -345,7 +347,7 @@ class Trainer:
             self.save_state(warm)
             self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
         else:
-            policy.save(self.model, config, self.folder, self.data.chat.tokenizer)  # RL's result is kept
+            hub.save_weights(self.model, config, self.data, self.folder)  # RL's result is kept
             self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
             saved, _ = runstate.load_state(warm, self.model, self.optimizer)
             progress.sft_cursor = saved["sft_cursor"]
@@ -366,7 +368,7 @@ class Trainer:
         if self.phases[self.progress.phase].name != "control":
             if self.stop:
                 self.save_state()
-            policy.save(self.model, self.config, self.folder, self.data.chat.tokenizer)
+            hub.save_weights(self.model, self.config, self.data, self.folder)
         self.log.close()
         write_report(self.folder)
         picture = curves.draw_curves(self.folder, clip_range=self.watch.clip)
@@ -376,4 +378,5 @@ class Trainer:
         else:
             seconds = time.perf_counter() - self.started
             print(summary(self.config, self.folder, picture, self.data.example_prompt(), seconds))
+            hub.push(self.config, self.folder)
         return self.folder, {k: v for row in read_rows(self.folder / "metrics.jsonl") for k, v in row.items()}

@@ -24,6 +24,7 @@ from nanogspo.words import explain, explain_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 AUTO, DTYPES, QUANTS = ("auto", "on", "off"), ("auto", "bf16", "fp32"), ("none", "nf4", "int8")
+TRACKERS = ("none", "wandb", "trackio", "tensorboard")
 MIXES, AVERAGES = ("sum_then_normalize", "normalize_then_sum"), ("sequence", "token", "constant")
 CONVERSATIONS = ("conversation", "customer_service", "technical_support", "sales")  # tasks/conversation.py
 Texts = tuple[str, ...]  # the type of a flag that may be given several times
@@ -128,6 +129,9 @@ class TrainConfig:
     )
     lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise", high=1, exclude=1)
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
+    push_to_hub: str = flag("", "OWNER/NAME: upload adapter, or merged or full weights, at the end, with a model card")
+    tracker: str = flag("none", "send the numbers of metrics.jsonl there as well", TRACKERS)
+    tracker_project: str = flag("nanogspo", "the tracker's project")
     dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny and on CPUs without bf16 units", DTYPES)
     quant: str = flag("none", "pack the frozen linear layers under LoRA; none: as the checkpoint is", QUANTS)
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"), group="machine")
@@ -155,6 +159,8 @@ class SampleConfig:
     adapter: str = flag("", "PEFT adapter folder, for example RUN/adapter", path=True)
     prompt: str = flag("", "one prompt; its flag may be left out")
     prompts: str = flag("", "a text file, one prompt a line", path=True)
+    samples_per_prompt: int = flag(1, "answers to each prompt", low=1, high=10**6)
+    out: str = flag("", "write answers to this JSONL file as they are made, instead of to the console", path=True)
     chat: bool = flag(False, "talk to the model; an empty line or Ctrl-D ends")
     raw: bool = flag(False, "give the prompt to the model as it is, without the chat template")
     system: str = flag("", "system message for the chat template")
@@ -286,7 +292,7 @@ PER_CALL = {"resume", "out", "accept_changes", "check", "plan_only", "ignore_mem
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
     "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "keep_saves", "save_merged", "control",
-    "device", "threads",
+    "device", "threads", "push_to_hub", "tracker", "tracker_project",
     "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 

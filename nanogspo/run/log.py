@@ -52,13 +52,17 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 class RunLog(contextlib.AbstractContextManager):
     """Owns metrics.jsonl and samples.jsonl of one run folder, and the lines on the console."""
 
-    def __init__(self, folder: str | Path, *, steps: int, resume_step: int | None = None, quiet: bool = False):
+    def __init__(
+        self, folder: str | Path, *, steps: int, resume_step: int | None = None, quiet: bool = False, tracker=None
+    ):
         """folder       made if missing
         steps        steps of the whole run, for the progress bar and the width of the step column
         resume_step  None starts new files; k keeps what is there up to step k and goes on after it
         quiet        files only, nothing on the console
+        tracker      called with every row of metrics.jsonl (trackers.py)
         """
         self.folder, self.steps, self.quiet = Path(folder), steps, quiet
+        self._tracker = tracker or (lambda row: None)
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         kept = [] if resume_step is None else [_drop_rows_after(path, resume_step) for path in paths][0]
@@ -75,7 +79,7 @@ class RunLog(contextlib.AbstractContextManager):
 
     def step(self, row: dict) -> None:
         """One optimiser update: `row` goes to metrics.jsonl as it is, and to the console as one line."""
-        _write(self._metrics, row)
+        self._row(row)
         if self._bar is not None:
             self._bar.update(1)  # before the line: writing it redraws the bar, which then counts this step
         self.say(step_line(row, width=len(str(self.steps))))
@@ -141,8 +145,12 @@ class RunLog(contextlib.AbstractContextManager):
         self.say(f"eval {row['step']:>{max(4, len(str(self.steps)))}} | {row['phase']:<7} | {text}")
 
     def _note(self, row: dict) -> None:
-        _write(self._metrics, row)
+        self._row(row)
         self._notes.append(row)
+
+    def _row(self, row: dict) -> None:
+        _write(self._metrics, row)
+        self._tracker(row)
 
     def samples(self, rows: Iterable[dict]) -> None:
         """One rollout's rows of {"step", "prompt", "answer", "reward", ...} for samples.jsonl."""
