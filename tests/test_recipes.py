@@ -38,9 +38,8 @@ def test_a_recipe_fits_its_card_and_says_why(path):
     adapt(outline, config)
     parts = planner.memory_parts(config, outline, 64)
     needed = planner.most(parts) / 1e9
-    print(
-        f"{path.stem:<22} {needed:5.1f} GB, of which weights {(parts['weights'] + parts.get('nf4 weights', 0)) / 1e9:.1f}"
-    )
+    weights = (parts["weights"] + parts.get("nf4 weights", 0)) / 1e9
+    print(f"{path.stem:<22} {needed:5.1f} GB, of which weights {weights:.1f}")
     [card] = re.findall(r"GPU of (\d+) GB", text) or ["8"]
     assert needed < int(card) * 6 / 7
     numbers = re.findall(r"^(\w+): ([^#\n]*[^#\n ]) *(#.*)?$", text, re.MULTILINE)

@@ -141,59 +141,46 @@ def diagnose(
     error = ((first.var() + last.var()) / 10).sqrt().item() if len(starts) >= 20 else 0.0
     flat = last.mean() - first.mean() < 2 * error if error else three and len(set(rewards[-3:])) == 1
     faults = {
-        "lora rate": c.lora_r and c.lr < usual_lr / 5 and (
+        "lora rate": c.lora_r and c.lr < usual_lr / 5 and
             f"lr {c.lr:.1e} is a rate of full fine-tuning: an adapter hardly moves with it; {usual_lr:.0e} is usual "
-            f"here, {usual_lr / c.lr:.0f} times as much"
-        ),
-        "template": not template and c.model != "tiny" and (
+            f"here, {usual_lr / c.lr:.0f} times as much",
+        "template": not template and c.model != "tiny" and
             "this tokenizer has no chat template: the prompt is given as plain text, which a base model continues "
-            "instead of answering; want an instruct model, or prompts that are to be continued"
-        ),
-        "stop": not stops and (
+            "instead of answering; want an instruct model, or prompts that are to be continued",
+        "stop": not stops and
             f"this tokenizer names no stop token, so every answer is cut off at {c.max_new_tokens} tokens; want "
-            "eos_token_id in its generation_config.json"
-        ),
-        "clip": p99 > low and (
+            "eos_token_id in its generation_config.json",
+        "clip": p99 > low and
             f"the clip range begins at {low:.0e}, below the noise of rounding (p99 {p99:.1e} at this length): rounding "
-            "will decide what is clipped; want --clip auto, longer answers or --dtype fp32"
-        ),
-        "loss": rows and abs(rows[0].get("loss") or 0.0) < 0.05 and (
-            "a loss near 0 is expected: the advantages of a group sum to 0; watch the reward and the ratio"
-        ),
-        "truncated": cut >= 0.99 and stops and (
+            "will decide what is clipped; want --clip auto, longer answers or --dtype fp32",
+        "loss": rows and abs(rows[0].get("loss") or 0.0) < 0.05 and
+            "a loss near 0 is expected: the advantages of a group sum to 0; watch the reward and the ratio",
+        "truncated": cut >= 0.99 and stops and
             f"every answer was cut off at {c.max_new_tokens} tokens: the model never says that it has ended; want "
-            "its own chat template, --warm-steps 20, or a higher --max-new-tokens"
-        ),
-        "length": three and 0.3 < mean("truncated_frac") < 0.99 and (
+            "its own chat template, --warm-steps 20, or a higher --max-new-tokens",
+        "length": three and 0.3 < mean("truncated_frac") < 0.99 and
             f"{mean('truncated_frac'):.0%} of the answers are cut off at {c.max_new_tokens} tokens, and rewarded as "
-            "they are; want a higher --max-new-tokens, or --mask-truncated"
-        ),
-        "no reward": nothing and (
+            "they are; want a higher --max-new-tokens, or --mask-truncated",
+        "no reward": nothing and
             "three rollouts without any reward: there is nothing to compare, so nothing is learned; in a new run try "
             "--warm-steps 20 (SFT on the task's own answers first), an easier --task-size, or, if trunc is near 1, "
-            "more --max-new-tokens"
-        ),
-        "spread": three and equal >= 0.7 and not solved and not nothing and (
+            "more --max-new-tokens",
+        "spread": three and equal >= 0.7 and not solved and not nothing and
             f"{equal:.0%} of the groups have zero spread: their answers all earned the same and teach nothing; want a "
-            "larger --group-size, --dynamic-sampling 3, or problems that are neither too hard nor too easy"
-        ),
-        "sampler": gap > (1e-3 if c.dtype == "fp32" else 0.1) and (
+            "larger --group-size, --dynamic-sampling 3, or problems that are neither too hard nor too easy",
+        "sampler": gap > (1e-3 if c.dtype == "fp32" else 0.1) and
             f"answers are scored {gap:.1e} nats a token away from how they were sampled, more than {c.dtype} rounds: "
-            "another temperature, dropout or other weights in one of the two"
-        ),
-        "reward": flat and not solved and not nothing and (
+            "another temperature, dropout or other weights in one of the two",
+        "reward": flat and not solved and not nothing and
             f"the reward has not moved in {len(starts)} rollouts ({rewards[0]:.2f} to {rewards[-1]:.2f}); want a "
-            "higher --lr, or a reward that tells good answers from better ones"
-        ),
-        "ratio": still and (
+            "higher --lr, or a reward that tells good answers from better ones",
+        "ratio": still and
             f"no ratio has left 1 in the last {len(moves[-6:])} updates that could move it: the weights stand still at "
-            f"lr {c.lr:.1e}"
-        ),
+            f"lr {c.lr:.1e}",
         "entropy": three and mean("entropy", rows[-1:]) < 0.1 * mean("entropy", rows[:1]) and not solved
-        and mean("reward") <= rewards[0] and (
+        and mean("reward") <= rewards[0] and
             f"the entropy has fallen from {mean('entropy', rows[:1]):.2f} to {mean('entropy', rows[-1:]):.2g} and the "
-            "reward has not risen: answers become alike; want a lower --lr, or --beta 0.01"
-        ),
+            "reward has not risen: answers become alike; want a lower --lr, or --beta 0.01",
     }  # fmt: skip
     return {name: sentence for name, sentence in faults.items() if sentence}
 
