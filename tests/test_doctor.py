@@ -227,7 +227,7 @@ def no_picture(monkeypatch):
 
 def test_a_healthy_run_names_nothing(tmp_path, no_picture, capsys):
     """As the default run does it: SFT first, then RL with something to compare in most groups."""
-    flags = "--warm-steps 60 --steps 12 --lr 3e-4 --warm-lr 2e-3 --prompts-per-rollout 16".split()
+    flags = "--warm-steps 50 --steps 12 --lr 3e-4 --warm-lr 2e-3 --prompts-per-rollout 8".split()
     assert set(sentences_of(tmp_path / "run", *flags)) == {"noise", "loss"}
     out = capsys.readouterr().out
     assert out.count("a loss near 0 is expected") == out.count("noise floor of 32 answers") == 1
