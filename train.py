@@ -110,8 +110,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
         return None
     judges = choose_judges(config, data, outline.config, given, held)
     if config.check:
-        model = policy.build(config, task)
-        return doctor.check(config, data, Sampler(model, data.chat, data.task, config, *judges), model)
+        return doctor.check(config, data, Sampler(policy.build(config, task), data.chat, data.task, config, *judges))
     hub.check_login(config.push_to_hub)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
@@ -218,8 +217,7 @@ class Trainer:
         row |= {"grad_norm": norm.item(), "lr": lr, "step_s": now - began, "peak_mem_bytes": peak_memory(config.device)}
         row |= {"tokens_per_s": tokens / (now - began), "update_tokens_per_s": tokens / (now - updating)}
         self.log.step(row)
-        if phase.algo != "sft":
-            self.watch.look(row)
+        self.watch.look(row)
         if phase.name != "control" and progress.step % config.save_every == 0:
             if config.keep_saves:  # before the state: a run that is killed in between does this update again
                 where = self.folder / "saves", self.data.chat.tokenizer
@@ -294,12 +292,11 @@ class Trainer:
             ratios.append((len(log_ratio) / ratios_total, facts))
             log_ratios.append(log_ratio)
         facts = combine(metrics, ratios, [(1.0, ratio_quantiles(log_ratios))])
-        facts["ratio_hist"] = ratio_histogram(log_ratios)
+        facts |= {"ratio_hist": ratio_histogram(log_ratios), **(rollout.times if update == 0 else {})}
         if update == 0:
             if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
                 found = f"ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], want exactly 1.0"
                 raise AssertionError(f"first update of a rollout: {found}; old and new were not scored the same way")
-            facts |= rollout.times
             self.proved = True  # the two passes agree to the last bit: later rollouts need only one
         self.progress.update = (update + 1) % config.updates_per_rollout
         return rollout.facts | facts | {"trained_frac": trained_fraction}, batches

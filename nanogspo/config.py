@@ -291,8 +291,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 PER_CALL = {"resume", "out", "accept_changes", "check", "plan_only", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
-    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "keep_saves", "save_merged", "control",
-    "device", "threads", "push_to_hub", "tracker", "tracker_project",
+    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every",
+    "keep_saves", "save_merged", "control", "device", "threads", "push_to_hub", "tracker", "tracker_project",
     "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 

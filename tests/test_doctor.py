@@ -74,15 +74,15 @@ def test_every_way_of_scoring_gives_an_answer_its_own_log_probs(models):
 
 
 def test_the_noise_floor_is_the_mean_over_an_answers_tokens(monkeypatch):
-    """With log-probs that we make up: answer n, when it is padded, is -0.01 n off at every other of its tokens."""
+    """With log-probs that we make up: answer n, when it is padded, is -0.03 n off at one token, 0.01 n at the other."""
     calls, zeros = [], [torch.zeros(2) for _ in range(101)]
-    made_up = [torch.tensor([-0.01 * n, 0.0]) for n in range(101)]
+    made_up = [torch.tensor([-0.03 * n, 0.01 * n]) for n in range(101)]
     monkeypatch.setattr(doctor, "packed_logp", lambda *given: calls.append(given) or zeros)
     monkeypatch.setattr(doctor, "padded_logp", lambda *given: calls.append(given) or made_up)
     noise = noise_floor("model", examples_of([2] * 101), 64, 0.7)
     assert len(calls) == 3 and all(given[2:] == (64, 0.7) for given in calls)
     assert (noise.same, noise.answers, noise.length) == (0.0, 101, 2.0)
-    assert (noise.p50, noise.p99, noise.token) == pytest.approx((0.25, 0.495, 1.0))  # answers 50, 99, and token 100
+    assert (noise.p50, noise.p99, noise.token) == pytest.approx((0.5, 0.99, 3.0))  # answers 50, 99, and token 100
 
 
 def test_twice_alike_is_exactly_0_and_bf16_is_noisier_than_the_papers_range(models):
@@ -109,7 +109,8 @@ def test_clip_auto_is_measured_once_saved_and_used(tmp_path, monkeypatch, capsys
 
     def measure(*args):
         measured.append(args)
-        return Noise(0.0, 0.1, 0.001, 0.01 if model == "noisy" else 1e-7, 16, 4.0)
+        p99 = 0.01 if model == "noisy" else 1e-7
+        return Noise(0.0, 0.1, 0.001, p99 if len(measured) == 1 else 0.5, 16, 4.0)
 
     monkeypatch.setattr(doctor, "noise_floor", measure)
     monkeypatch.setattr("nanogspo.run.curves.draw_curves", lambda *a, **k: None)

@@ -229,9 +229,11 @@ class Watch:
         low = self.progress.clip
         return (low, low * 4 / 3) if low else (self.config.clip_low, self.config.clip_high)
 
-    def look(self, row: dict | None = None) -> None:
-        """Say what the rows show, with the one of an update just made; each sentence once."""
-        self.rows += [row] * bool(row)
+    def look(self, row: dict) -> None:
+        """Say what the rows show, with the one of an update just made; each sentence once. SFT is not looked at."""
+        if row["algo"] == "sft":
+            return
+        self.rows.append(row)
         config = dataclasses.replace(self.config, clip_low=self.clip[0], clip_high=self.clip[1])
         p99 = self.noise.p99 if self.noise else 0.0
         for name, sentence in diagnose(self.rows, config, **self.facts, p99=p99).items():
@@ -270,9 +272,9 @@ def kernel_gap(model: Transformer, example: Example, temperature: float) -> str:
     return f"{(one - other).abs().max().item():.1e} a token at most"
 
 
-def check(config: TrainConfig, data: Data, sampler: Sampler, model: Transformer) -> None:
+def check(config: TrainConfig, data: Data, sampler: Sampler) -> None:
     """Print what --check finds. Nothing is trained and nothing written."""
-    tokenizer, T, sampled = data.chat.tokenizer, config.temperature, None
+    model, tokenizer, T, sampled = sampler.model, data.chat.tokenizer, config.temperature, None
     if config.algo == "sft":
         examples, T = [data.sft_example(n) for n in range(min(config.batch_size, ANSWERS))], 1.0
     else:
