@@ -2,7 +2,7 @@
 
     python sample.py --model runs/tiny/model "12+7="
     python sample.py --model Qwen/Qwen3-0.6B --adapter runs/my-run/adapter --chat
-    python sample.py --model DIR --prompts questions.txt --temperature 0
+    python sample.py --model DIR --prompts questions.txt --samples-per-prompt 4 --out answers.jsonl
 
 Prompts go through the checkpoint's own chat template when it has one (--raw switches that off).
 
@@ -10,8 +10,11 @@ Exit codes: 0 done · 2 one line on stderr says what is wrong and what to do · 
 any more, as after `| head` · 1 with a traceback: a bug.
 """
 
+import json
+import pathlib
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from nanogspo.config import SampleConfig, check_fields
 from nanogspo.run.program import main
@@ -22,9 +25,10 @@ if __name__ == "__main__":  # flags before torch: a wrong one answers at once
 
 from nanogspo import checkpoint  # noqa: E402
 from nanogspo.device import DTYPES, choose_device, choose_dtype  # noqa: E402
+from nanogspo.fast.fused_linear import FusedLinears  # noqa: E402
 from nanogspo.inputs import read_text  # noqa: E402
 from nanogspo.model import Transformer  # noqa: E402
-from nanogspo.rollout import decode, generate  # noqa: E402
+from nanogspo.rollout import Answer, decode  # noqa: E402
 from nanogspo.run import planner  # noqa: E402
 from nanogspo.run.process import available_memory  # noqa: E402
 from nanogspo.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
@@ -37,6 +41,10 @@ def run(config: SampleConfig) -> None:
         raise ValueError("got no --model, want a checkpoint folder or a hub id owner/name")
     if sum(modes) != 1:
         raise ValueError(f"got {sum(modes)} of --prompt, --prompts and --chat, want exactly one")
+    if config.chat and (config.out or config.samples_per_prompt > 1):
+        raise ValueError("got --chat with --out or --samples-per-prompt, want --prompts FILE")
+    if config.out and pathlib.Path(config.out).exists():
+        raise ValueError(f"got --out {config.out}, which exists; want a new file")
     if config.chat and config.raw:
         raise ValueError("got --chat with --raw, which has no turns; want one of them")
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
@@ -51,7 +59,7 @@ def run(config: SampleConfig) -> None:
     ids = [[] if config.chat else encode(tokenizer, [{"role": "user", "content": p}], p, config) for p in prompts]
     quant = None if config.quant == "none" else config.quant
     outline = planner.outline(checkpoint.read_config(folder), dtype, quant)
-    slots = min(len(ids), MAX_ROWS) * (max(map(len, ids)) + config.max_new_tokens - 1)
+    slots = min(len(ids) * config.samples_per_prompt, MAX_ROWS) * (max(map(len, ids)) + config.max_new_tokens - 1)
     parts, free = planner.sampling_parts(outline, slots, device), available_memory(device)
     refused = planner.too_large(parts, free, (planner.PREPACKED,))
     if refused and not config.ignore_memory_plan:
@@ -63,14 +71,19 @@ def run(config: SampleConfig) -> None:
     if config.chat:
         chat(model, tokenizer, config)
         return
-    if len(ids) == 1:
+    if len(ids) == config.samples_per_prompt == 1 and not config.out:
         for piece in stream(model, tokenizer, ids[0], config):
             print(piece, end="", flush=True)
         print()
         return
-    answers = generate(model, ids, **settings(tokenizer, config), max_rows=MAX_ROWS)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        print(f"> {prompt}\n{tokenizer.decode(answer.tokens)}\n")
+    with open(config.out, "x", encoding="utf-8", errors="backslashreplace") if config.out else nullcontext() as file:
+        for answer in answers(model, tokenizer, ids, config):
+            row = {"prompt": prompts[answer.prompt_index], "answer": tokenizer.decode(answer.tokens)}
+            if file:
+                row |= {"prompt_index": answer.prompt_index, "finished": answer.finished, "tokens": len(answer.tokens)}
+                print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            else:
+                print(f"> {row['prompt']}\n{row['answer']}\n", flush=True)
 
 
 MAX_ROWS = 32  # bounds the KV cache: a thousand prompts at once would take 34 GB with Qwen3-0.6B
@@ -96,6 +109,21 @@ def settings(tokenizer: Tokenizer, config: SampleConfig) -> dict:
     """What `generate` and `decode` are told about how to sample."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     return {name: getattr(config, name) for name in names} | {"eos_ids": tokenizer.eos_ids}
+
+
+def answers(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]], config: SampleConfig) -> Iterator[Answer]:
+    """samples_per_prompt answers to each prompt, in order, as soon as those decoded with them are done."""
+    G, fused = config.samples_per_prompt, FusedLinears(model)
+    size = max(1, MAX_ROWS // G)  # prompts at a time
+    for first in range(0, len(ids), size):
+        part = ids[first : first + size]
+        made = [Answer(first + p) for p in range(len(part)) for _ in range(G)]
+        how = {"group_size": G, "first_prompt": first, **settings(tokenizer, config)}
+        for rows, tokens, _, finished in decode(model, part, fused, **how):
+            for row, token, end in zip(rows, tokens, finished, strict=True):
+                made[row].tokens.append(token)
+                made[row].finished = end
+        yield from made
 
 
 def stream(model: Transformer, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> Iterator[str]:

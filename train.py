@@ -28,7 +28,6 @@ import dataclasses
 import math
 import pathlib
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -48,13 +47,16 @@ from nanogspo.data import Data, Given, choose_judges, choose_task, read_data  # 
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
-from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_quantiles, sft_loss  # noqa: E402
+from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_histogram, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.reference import freeze, reference  # noqa: E402
-from nanogspo.run import curves, planner  # noqa: E402
+from nanogspo.run import curves, doctor, hub, planner  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
+from nanogspo.run.phases import Phase, phases_of  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder, signals_kept  # noqa: E402
+from nanogspo.run.report import write_report  # noqa: E402
+from nanogspo.run.trackers import open_tracker  # noqa: E402
 from nanogspo.sampler import Sampler  # noqa: E402
 from nanogspo.storage import state as runstate  # noqa: E402
 from nanogspo.storage.state import Progress  # noqa: E402
@@ -76,7 +78,7 @@ def run(
     task         an object with the members of nanogspo.tasks.base.Task, instead of --task and --data
     rewards      functions, instead of --reward; weights: one number for each, 1 if left out
     environment  a class, or an object that is copied for each episode, instead of --environment
-    returns      (the run's folder, the last value of everything in metrics.jsonl); None with plan_only
+    returns      (the run's folder, the last value of everything in metrics.jsonl); None with plan_only and check
     """
     with signals_kept(), contextlib.ExitStack() as held:  # the run's folder and log are closed however the run ends
         trainer = set_up(config, held, Given(task, rewards, weights, environment))
@@ -88,7 +90,7 @@ def run(
 
 def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Trainer | None":
     """Everything before the first update. What is cheap to check comes first: no weights are read and no folder is made
-    for a run that is refused. None with --plan-only."""
+    for a run that is refused. None with --plan-only and --check."""
     started = time.perf_counter()
     # device, seeds
     config = dataclasses.replace(config, **given.settings(config))
@@ -107,8 +109,12 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     if config.plan_only:
         return None
     judges = choose_judges(config, data, outline.config, given, held)
+    if config.check:
+        return doctor.check(config, data, Sampler(policy.build(config, task), data.chat, data.task, config, *judges))
+    hub.check_login(config.push_to_hub)
     # folder, model, optimiser
     folder = held.enter_context(run_folder(config))
+    tracker = open_tracker(config.tracker, config.tracker_project, folder, dataclasses.asdict(config), held)
     model = policy.build(config, task)
     phases = phases_of(config)
     if config.control and config.algo != "sft" and not config.warm_steps:
@@ -124,37 +130,16 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
         program.state = state
         print(f"resumed {folder} after update {progress.step}")
     steps = sum(phase.steps for phase in phases if phase.name != "control")
-    log = held.enter_context(RunLog(folder, steps=steps, resume_step=progress.step if config.resume else None))
+    resume_step = progress.step if config.resume else None
+    log = held.enter_context(RunLog(folder, steps=steps, resume_step=resume_step, tracker=tracker))
     checkpoint.atomic_write(folder / "config.yaml", dump(config))
     sampler, state = Sampler(model, data.chat, data.task, config, *judges), (progress, rollout, frozen, inputs)
-    trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, started)
+    watch = doctor.Watch.of(config, model, data.chat.tokenizer, log, progress)
+    trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, watch, started)
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these
     return trainer
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """A stretch of the run with one algorithm: the SFT warm-up, the main part, the control."""
-
-    name: str  # of its rows in metrics.jsonl: sft, gspo, grpo, control
-    algo: str
-    steps: int
-    lr: float
-    seconds: float = float("inf")  # the control stops by the clock
-    until: float = 1.1  # the warm-up stops at this fraction of right answers; above 1: never
-
-
-def phases_of(config: TrainConfig) -> list[Phase]:
-    """What the run consists of. Warm-up and control belong to RL; a control continues a warm-up, so it needs one."""
-    main = Phase(config.algo, config.algo, config.steps, config.lr)
-    if config.algo == "sft" or not config.warm_steps:
-        return [main]
-    warm_up = Phase("sft", "sft", config.warm_steps, config.warm_lr, until=config.warm_until)
-    # SFT instead of RL, for as long as RL took, which is known when RL has ended
-    control = Phase("control", "sft", sys.maxsize, config.warm_lr)
-    return [warm_up, main, control] if config.control else [warm_up, main]
 
 
 @dataclasses.dataclass
@@ -173,6 +158,7 @@ class Trainer:
     inputs: dict  # what the run is made of: storage.state.inputs
     folder: pathlib.Path
     log: RunLog
+    watch: doctor.Watch
     started: float
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     proved: bool = False  # True once separately scored old log-probs have given ratios of exactly 1; not saved
@@ -212,7 +198,8 @@ class Trainer:
 
     def update(self, phase: Phase) -> None:
         """One update: losses and gradients, AdamW, a row for the log. Nothing when stopped while it samples."""
-        began, progress, config = time.perf_counter(), self.progress, self.config
+        progress, config = self.progress, self.config
+        began = updating = time.perf_counter()  # with and without the sampling of a rollout
         schedule = {"warmup": config.warmup_updates, "total": phase.steps, "schedule": config.lr_schedule}
         lr = learning_rate(progress.phase_step, peak=phase.lr, **schedule)
         if phase.algo == "sft":
@@ -220,19 +207,23 @@ class Trainer:
         else:
             if progress.update == 0 and not self.new_rollout():
                 return  # the state is still that of the last update, so it can be saved
+            updating = time.perf_counter()
             facts, batches = self.rl_update(phase.algo)
         norm = self.optimizer.step(lr, config.grad_clip)
         progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
-        seconds = time.perf_counter() - began
+        now, tokens = time.perf_counter(), sum(len(batch.tokens) for batch in batches)
         row = {"step": progress.step, "algo": phase.algo, "phase": phase.name}
         row |= facts | row  # whatever name a reward function logs under
-        row |= {"grad_norm": norm.item(), "lr": lr, "step_s": seconds, "peak_mem_bytes": peak_memory(config.device)}
-        self.log.step(row | {"tokens_per_s": sum(len(batch.tokens) for batch in batches) / seconds})
+        row |= {"grad_norm": norm.item(), "lr": lr, "step_s": now - began, "peak_mem_bytes": peak_memory(config.device)}
+        row |= {"tokens_per_s": tokens / (now - began), "update_tokens_per_s": tokens / (now - updating)}
+        self.log.step(row)
+        self.watch.look(row)
         if phase.name != "control" and progress.step % config.save_every == 0:
             if config.keep_saves:  # before the state: a run that is killed in between does this update again
                 where = self.folder / "saves", self.data.chat.tokenizer
                 policy.keep_last(config.keep_saves, progress.step, self.model, config, *where)
             self.save_state()
+            write_report(self.folder)
 
     def sft_update(self) -> tuple[dict[str, float], list[MicroBatch]]:
         """The gradient of the mean loss over all scored tokens of a batch of examples."""
@@ -267,6 +258,7 @@ class Trainer:
         if self.rollout is None:
             return False
         self.log.samples(self.rollout.samples)
+        self.watch.measure(self.model, self.rollout)
         progress.rl_cursor += config.prompts_per_rollout * self.rollout.facts["sampling_rounds"]
         return True
 
@@ -287,8 +279,8 @@ class Trainer:
             logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (M,), (M,), (M,)
             # None: no weight has moved yet, so this forward pass is also the old one
             old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (M,)
-            clip, terms = {"clip_low": config.clip_low, "clip_high": config.clip_high}, {}
-            loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch.cu_scored, A, **clip)
+            (low, high), terms = self.watch.clip, {}
+            loss, facts, log_ratio = policy_loss(algo, logp, old_logp, batch.cu_scored, A, clip_low=low, clip_high=high)
             if config.beta:
                 terms["kl"] = kl_to_reference(logp, ref_logp.to(config.device), batch.cu_scored, w)
                 loss = loss + config.beta * terms["kl"]
@@ -300,12 +292,11 @@ class Trainer:
             ratios.append((len(log_ratio) / ratios_total, facts))
             log_ratios.append(log_ratio)
         facts = combine(metrics, ratios, [(1.0, ratio_quantiles(log_ratios))])
+        facts |= {"ratio_hist": ratio_histogram(log_ratios), **(rollout.times if update == 0 else {})}
         if update == 0:
             if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
-                raise AssertionError(
-                    f"first update of a rollout: ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], "
-                    "want exactly 1.0; old and new log-probs were not scored the same way"
-                )
+                found = f"ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], want exactly 1.0"
+                raise AssertionError(f"first update of a rollout: {found}; old and new were not scored the same way")
             self.proved = True  # the two passes agree to the last bit: later rollouts need only one
         self.progress.update = (update + 1) % config.updates_per_rollout
         return rollout.facts | facts | {"trained_frac": trained_fraction}, batches
@@ -353,7 +344,7 @@ class Trainer:
             self.save_state(warm)
             self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
         else:
-            policy.save(self.model, config, self.folder, self.data.chat.tokenizer)  # RL's result is kept
+            hub.save_weights(self.model, config, self.data, self.folder)  # RL's result is kept
             self.optimizer = Optimizer(self.model, weight_decay=config.weight_decay)
             saved, _ = runstate.load_state(warm, self.model, self.optimizer)
             progress.sft_cursor = saved["sft_cursor"]
@@ -374,13 +365,15 @@ class Trainer:
         if self.phases[self.progress.phase].name != "control":
             if self.stop:
                 self.save_state()
-            policy.save(self.model, self.config, self.folder, self.data.chat.tokenizer)
+            hub.save_weights(self.model, self.config, self.data, self.folder)
         self.log.close()
-        picture = curves.draw_curves(self.folder, clip_range=(self.config.clip_low, self.config.clip_high))
+        write_report(self.folder)
+        picture = curves.draw_curves(self.folder, clip_range=self.watch.clip)
         if self.stop:
             again = f"python train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")
         else:
             seconds = time.perf_counter() - self.started
             print(summary(self.config, self.folder, picture, self.data.example_prompt(), seconds))
+            hub.push(self.config, self.folder)
         return self.folder, {k: v for row in read_rows(self.folder / "metrics.jsonl") for k, v in row.items()}

@@ -24,6 +24,7 @@ from nanogspo.words import explain, explain_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 AUTO, DTYPES, QUANTS = ("auto", "on", "off"), ("auto", "bf16", "fp32"), ("none", "nf4", "int8")
+TRACKERS = ("none", "wandb", "trackio", "tensorboard")
 MIXES, AVERAGES = ("sum_then_normalize", "normalize_then_sum"), ("sequence", "token", "constant")
 CONVERSATIONS = ("conversation", "customer_service", "technical_support", "sales")  # tasks/conversation.py
 Texts = tuple[str, ...]  # the type of a flag that may be given several times
@@ -103,6 +104,7 @@ class TrainConfig:
         0.0, "ratio may fall to 1 - clip_low; 0: 3e-4 for gspo, 0.2 for grpo", high=1, exclude=1, group="objective"
     )
     clip_high: float = flag(0.0, "ratio may rise to 1 + clip_high; 0: 4e-4 for gspo, 0.27 for grpo", high=1, exclude=1)
+    clip: str = flag("fixed", "auto: gspo's range by the noise of the first rollout, 3e-4 or more", ("fixed", "auto"))
     divide_by_std: bool = flag(True, "divide advantages by their group's standard deviation; off: Dr. GRPO")
     loss_average: str = flag(
         "sequence", "over tokens, then answers; over all tokens (DAPO); or sums / max_new_tokens (Dr. GRPO)", AVERAGES
@@ -127,10 +129,14 @@ class TrainConfig:
     )
     lora_dropout: float = flag(0.0, "SFT only; in RL it would make the ratio noise", high=1, exclude=1)
     save_merged: bool = flag(False, "also write model/, the weights with the adapter merged in")
+    push_to_hub: str = flag("", "OWNER/NAME: upload adapter, or merged or full weights, at the end, with a model card")
+    tracker: str = flag("none", "send the numbers of metrics.jsonl there as well", TRACKERS)
+    tracker_project: str = flag("nanogspo", "the tracker's project")
     dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny and on CPUs without bf16 units", DTYPES)
     quant: str = flag("none", "pack the frozen linear layers under LoRA; none: as the checkpoint is", QUANTS)
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"), group="machine")
     threads: int = flag(0, "CPU threads; 0: torch's own choice", high=1024)
+    check: bool = flag(False, "say whether this model's numbers can be trusted here, and end: nothing is trained")
     plan_only: bool = flag(False, "print what the run would take and end: no weights are read, no folder is made")
     ignore_memory_plan: bool = flag(False, "start although the plan says that the memory cannot suffice")
 
@@ -153,6 +159,8 @@ class SampleConfig:
     adapter: str = flag("", "PEFT adapter folder, for example RUN/adapter", path=True)
     prompt: str = flag("", "one prompt; its flag may be left out")
     prompts: str = flag("", "a text file, one prompt a line", path=True)
+    samples_per_prompt: int = flag(1, "answers to each prompt", low=1, high=10**6)
+    out: str = flag("", "write answers to this JSONL file as they are made, instead of to the console", path=True)
     chat: bool = flag(False, "talk to the model; an empty line or Ctrl-D ends")
     raw: bool = flag(False, "give the prompt to the model as it is, without the chat template")
     system: str = flag("", "system message for the chat template")
@@ -280,11 +288,11 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 
 
 # Said anew at every call, so not in config.yaml
-PER_CALL = {"resume", "out", "accept_changes", "plan_only", "ignore_memory_plan"}
+PER_CALL = {"resume", "out", "accept_changes", "check", "plan_only", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
-    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "keep_saves",
-    "save_merged", "control", "device", "threads",
+    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every",
+    "keep_saves", "save_merged", "control", "device", "threads", "push_to_hub", "tracker", "tracker_project",
     "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 
@@ -455,6 +463,8 @@ def check_rl(config: TrainConfig) -> None:
     if config.group_size < 2:
         why = "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
         raise ValueError(f"got --group-size {config.group_size} with {algo}: {why}")
+    if config.clip == "auto" and not algo.startswith("gspo"):
+        raise ValueError(f"got --clip auto with {algo}, want --algo gspo: a token's range is far above noise")
     if updates == 1 and algo != "reinforce":
         why = "every ratio is then exactly 1, clipping never acts and the run is REINFORCE"
         want = "2 or more (4 in the GSPO paper), or REINFORCE by its name: --algo reinforce"

@@ -36,6 +36,7 @@ class Experience:
     # like minibatches: (M,) log-probs before any update, on any device; None: not scored apart
     old_logp: list[list[Tensor | None]]
     facts: dict = dataclasses.field(default_factory=dict)  # what metrics.jsonl says about it
+    times: dict = dataclasses.field(default_factory=dict)  # likewise, in the row of its first update; not saved
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
     ref_logp: list[list[Tensor | None]] = dataclasses.field(default_factory=list)  # likewise; None: no reference
 
@@ -130,14 +131,24 @@ def split_minibatches(
     return minibatches
 
 
-def sampler_gap(experience: Experience, sampled: list[list[float]]) -> float:
-    """Largest difference between the mean log-prob an answer was drawn with and the one it was scored with: the unit of
-    log(ratio). About 1e-7 in fp32; in bf16 1e-3 over long answers and up to 0.08 over a few tokens, which is why the
-    first never stands in for the second. Over all updates but the first, which are scored in any case."""
-    gap = 0.0
+def sampler_gap(experience: Experience, sampled: list[list[float]]) -> dict[str, float]:
+    """How far the log-probs that answers were drawn with are from those they were scored with.
+
+        sampler_gap_max          largest difference of an answer's means: the unit of log(ratio)
+        sampler_gap_mean         mean of |difference| over tokens
+        sampler_gap_token_max    largest of these
+
+    About 1e-7 in fp32; in bf16 the first is 1e-3 over long answers and up to 0.08 over a few tokens, which is why the
+    one log-prob never stands in for the other. Over all updates but the first, which are scored in any case.
+    """
+    gaps, means = [torch.zeros(0)], [torch.zeros(1)]
     for batches, old in zip(experience.minibatches[1:], experience.old_logp[1:], strict=True):
         for batch, logp in zip(batches, old, strict=True):
-            means = sequence_sums(logp.cpu(), batch.cu_scored) / batch.lengths  # (N,)
-            drawn = torch.tensor([sum(sampled[i]) / len(sampled[i]) for i in batch.index.tolist()])  # (N,)
-            gap = max(gap, (means - drawn).abs().max().item())
-    return gap
+            drawn = torch.tensor([lp for i in batch.index.tolist() for lp in sampled[i]])  # (M,)
+            gaps.append(logp.cpu() - drawn)
+            means.append(sequence_sums(gaps[-1], batch.cu_scored) / batch.lengths)  # (N,)
+    gap, mean = torch.cat(gaps).abs(), torch.cat(means).abs()
+    facts = {"sampler_gap_max": mean.max().item()}
+    return facts | (
+        {"sampler_gap_mean": gap.mean().item(), "sampler_gap_token_max": gap.max().item()} if len(gap) else {}
+    )

@@ -276,7 +276,8 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, cu_seqlens: Tensor, weights:
 def ratio_quantiles(log_ratios: list[Tensor]) -> dict[str, Tensor]:
     """Where the ratios of one update lie. Over all of its micro-batches: it cannot be had from each one's quantiles.
 
-        ratio_p05, ratio_p50, ratio_p95 = the ratios at 5 %, 50 % and 95 % of the way from smallest to largest
+        ratio_p01, ratio_p05, ratio_p50, ratio_p95, ratio_p99 = the ratios at 1 %, 5 %, ... of the way from smallest to
+                                                                largest
 
     log_ratios  [(N_1,), (N_2,), ...] no gradient, a tensor a micro-batch: of answers (GSPO) or tokens (GRPO)
     returns     ratios that occur, the nearest ones; {} for []
@@ -284,7 +285,23 @@ def ratio_quantiles(log_ratios: list[Tensor]) -> dict[str, Tensor]:
     if not log_ratios:
         return {}
     ordered = torch.cat(log_ratios).exp().sort().values  # (N,)
-    return {f"ratio_p{p:02}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (5, 50, 95)}
+    return {f"ratio_p{p:02}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (1, 5, 50, 95, 99)}
+
+
+# Half decades of |log ratio|, 1e-6 to 1: fp32 rounding is in the first bin, GSPO's clip range in the middle
+EDGES = [10 ** (k / 2) for k in range(-12, 1)]
+
+
+def ratio_histogram(log_ratios: list[Tensor]) -> list[int]:
+    """How many ratios of one update lie in each of 27 fixed bins, so that updates and runs can be laid side by side.
+
+        -inf .. -1 .. -0.32 .. -0.1 ... -1e-6 .. 1e-6 ... 0.1 .. 0.32 .. 1 .. inf        log(ratio); an edge counts left
+
+    log_ratios  as in ratio_quantiles; nan counts in the last bin
+    """
+    x = torch.cat(log_ratios)  # (N,)
+    edges = torch.tensor([-e for e in reversed(EDGES)] + EDGES, dtype=x.dtype, device=x.device)  # (26,)
+    return torch.bucketize(x, edges).bincount(minlength=len(edges) + 1).tolist()
 
 
 def combine(*parts: list[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:

@@ -9,9 +9,11 @@ An answer is a Sample, whether it was one turn or an episode of several (episode
 Reading order: Sampler.rollout, round, judge, Group, rollout_facts.      Tests: tests/test_sampler.py, test_train.py
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -75,6 +77,13 @@ class Sampler:
     config: TrainConfig
     rewards: Callable[[list[judges.Group], int], Scores] | None = None  # None: the task's own
     environments: Callable[[list[dict]], list[dict]] | None = None  # None: an answer is one turn
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase, of the rollout at hand
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
 
     def rollout(
         self,
@@ -92,6 +101,7 @@ class Sampler:
         score_first, reference    see `experience`
         """
         config, groups, facts, P = self.config, [], [], self.config.prompts_per_rollout
+        self.seconds = {"sampling": 0.0, "rewards": 0.0}
         while len(facts) <= config.dynamic_sampling and sum(group.teaches for group in groups) < P:
             found = self.round(first_problem + len(groups), step, on_step)
             if found is None:
@@ -101,6 +111,7 @@ class Sampler:
         samples, advantages = [s for g in kept for s in g.samples], torch.cat([g.advantages for g in kept])  # (N,)
         if config.mask_truncated:
             advantages[torch.tensor([s.truncated for s in samples])] = torch.nan
+        scoring = time.perf_counter()
         rollout = experience(
             self.model,
             [s.example for s in samples],
@@ -116,7 +127,8 @@ class Sampler:
         # a function may log a metric of any name
         rollout.facts = merged(facts) | rollout_facts(groups) | {"sampling_rounds": len(facts)}
         if config.algo != "reinforce":
-            rollout.facts["sampler_gap_max"] = sampler_gap(rollout, [s.logp for s in samples])
+            rollout.facts |= sampler_gap(rollout, [s.logp for s in samples])
+        rollout.times = self.times(groups, rollout, time.perf_counter() - scoring)
         columns = samples, [r for g in kept for r in g.rewards], advantages.tolist()
         for s, reward, A in zip(*columns, strict=True):
             prompt = self.chat.tokenizer.decode(s.example.tokens[: s.example.loss_mask.index(True)], False)
@@ -125,14 +137,25 @@ class Sampler:
             rollout.samples.append(row | s.notes | row)  # a function may log a column of any name
         return rollout
 
+    def times(self, groups: list[Group], rollout: Experience, scoring: float) -> dict[str, float]:
+        """What metrics.jsonl says of the rollout's speed: tokens sampled a second, tokens scored a second (those of a
+        reference beside them count as time only), and the seconds of the reward functions."""
+        sampled = sum(len(s.logp) for group in groups for s in group.samples)
+        pairs = zip(rollout.minibatches, rollout.old_logp, strict=True)
+        scored = sum(len(b.tokens) for batches, old in pairs if old[0] is not None for b in batches)
+        times = {"sampling_tokens_per_s": sampled / self.seconds["sampling"], "reward_s": self.seconds["rewards"]}
+        return times | ({"scoring_tokens_per_s": scored / scoring} if scored else {})
+
     def round(self, first_problem: int, step: int, on_step: OnStep) -> tuple[list[Group], dict[str, float]] | None:
         """Problems -> answers -> rewards -> advantages, for prompts_per_rollout problems, and the rewards' facts."""
         config = self.config
         problems = [self.task.train_problem(first_problem + i, config.seed) for i in range(config.prompts_per_rollout)]
-        samples, facts = self.answers(problems, config.group_size, config.temperature, first_problem, on_step)
+        with self.timed("sampling"):
+            samples, facts = self.answers(problems, config.group_size, config.temperature, first_problem, on_step)
         if samples is None:
             return None
-        scores, totals, right = self.judge(problems, samples, step)
+        with self.timed("rewards"):
+            scores, totals, right = self.judge(problems, samples, step)
         advantages = mixed_advantages(
             torch.tensor(scores.values, dtype=torch.float64),
             scores.weights,
@@ -235,6 +258,7 @@ def rollout_facts(groups: list[Group]) -> dict[str, float]:
         "reward": table.nanmean().item(),
         "reward_std": torch.stack(spreads).mean().item() if spreads else 0.0,
         "exact": sum(right) / N,
+        "effective_groups": sum(group.teaches for group in groups),
         "zero_spread_frac": sum(len(row) < 2 or bool(row.max() == row.min()) for row in some) / len(groups),
         "truncated_frac": sum(s.truncated for s in samples) / N,
         "answer_len": sum(len(s.logp) for s in samples) / N,

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_curves.py
 """
 
+import functools
 import json
 import math
 import os
@@ -149,7 +150,8 @@ def test_a_rollout_is_one_point_of_reward_and_length():
     rows = [{**GSPO, "step": n, "reward": n // 4 / 9, "answer_len": 5.0 + n // 4} for n in range(28)]
     [line], _ = panel(curves._draw_reward, rows)
     assert line == [[4 * n, n / 9] for n in range(7)]
-    [line], _ = panel(curves._draw_length, rows)
+    length = functools.partial(curves._draw_plain, title="", key="answer_len")
+    [line], _ = panel(length, curves._one_per_rollout(rows))
     assert line == [[4 * n, 5.0 + n] for n in range(7)]
 
 

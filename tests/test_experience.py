@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanogspo import tiny
-from nanogspo.experience import experience, from_state, split_minibatches
+from nanogspo.experience import experience, from_state, sampler_gap, split_minibatches
 from nanogspo.packing import Example, score
 
 
@@ -39,6 +39,25 @@ def test_a_saved_rollout_is_cut_and_scored_as_before(score_first):
     assert again.old_logp[0] == [None] * len(one.minibatches[0])
     for a, b in zip(one.old_logp[1:], again.old_logp[1:], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_gap_to_the_sampler_is_measured_token_by_token_and_answer_by_answer():
+    """Each token is moved by a number of its own; the first update's answers (0 to 3) are not looked at."""
+    model, drawn, examples = drawn_examples()
+    one = experience(model, examples, torch.arange(1.0, 9.0), updates=2, max_tokens=8, temperature=1.0, device="cpu")
+    scored = {}
+    for batches, old in zip(one.minibatches, one.old_logp, strict=True):
+        for b, logp in zip(batches, old, strict=True):
+            scored |= dict(zip(b.index.tolist(), logp.split(b.lengths.tolist()), strict=True))
+    moves = {i: [(-1) ** t * (i + 1) / 100 for t in range(len(drawn[i]))] for i in range(8)}
+    moves[0][0] = 9.0
+    facts = sampler_gap(one, [(scored[i] - torch.tensor(moves[i])).tolist() for i in range(8)])
+    tokens = [abs(m) for i in range(4, 8) for m in moves[i]]
+    assert facts["sampler_gap_mean"] == pytest.approx(sum(tokens) / len(tokens), rel=1e-4)
+    assert facts["sampler_gap_token_max"] == pytest.approx(max(tokens), rel=1e-4)
+    assert facts["sampler_gap_max"] == pytest.approx(
+        max(abs(sum(moves[i])) / len(moves[i]) for i in range(4, 8)), rel=1e-4
+    )
 
 
 def test_answers_without_an_advantage_are_not_trained_on():

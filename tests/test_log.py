@@ -299,16 +299,18 @@ def test_a_long_rollout_says_how_far_it_is(tmp_path, monkeypatch, terminal):
             assert not err.getvalue()
 
 
-def test_three_rollouts_without_reward_are_told_once_what_to_do(tmp_path, capsys):
-    def hints(*rewards):
-        with RunLog(tmp_path, steps=1) as log:
-            for reward in rewards:
-                log.samples([{"step": 1, "answer": "a", "reward": 0.0}, {"step": 1, "answer": "b", "reward": reward}])
-        return capsys.readouterr().out.splitlines()
-
-    [line] = hints(0, 0, 0, 0, 0, 0, 0)
-    assert line.startswith("three rollouts without any reward: ") and "--warm-steps 20" in line
-    assert hints(0, 0) == hints(0, 0, 0.5, 0, 0, 0) == []
+def test_the_doctors_sentences_are_said_once_in_a_run_however_often_it_is_resumed(tmp_path, capsys):
+    for resume_step in (None, 4):
+        with RunLog(tmp_path, steps=9, resume_step=resume_step) as log:
+            assert [row["step"] for row in log.updates("gspo")] == [3] * bool(resume_step)
+            log.step({**GSPO, "step": 3})
+            log.step({**SFT, "step": 3})
+            log.says(4, "noise", "very noisy", noise_p99=0.5)
+            log.says(4, "noise", "very noisy", noise_p99=0.5)
+    said = [line for line in capsys.readouterr().out.splitlines() if "step" not in line]
+    assert said == ["very noisy"]
+    notes = [row for row in read_rows(tmp_path / "metrics.jsonl") if "doctor" in row]
+    assert notes == [{"step": 4, "doctor": "noise", "says": "very noisy", "noise_p99": 0.5}]
 
 
 def test_held_out_rows_and_answers(tmp_path, capsys):

@@ -22,6 +22,7 @@ from nanogspo.objectives import (
     grpo_loss,
     gspo_loss,
     mixed_advantages,
+    ratio_histogram,
     ratio_quantiles,
     sft_loss,
     total_rewards,
@@ -262,6 +263,9 @@ def check_metrics(metrics, ratio, advantages, clip):
     close(metrics["clip_high_frac"], ((ratio > 1 + clip[1]) & (advantages > 0)).double().mean())
 
 
+SHARES = (("01", 0.01), ("05", 0.05), ("50", 0.5), ("95", 0.95), ("99", 0.99))
+
+
 @given(st.lists(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), max_size=5), st.randoms())
 def test_ratio_quantiles_are_of_the_whole_update(parts, dice):
     """Ratios that occur, at the nearest rank, however the update was cut into micro-batches and in whatever order."""
@@ -270,10 +274,27 @@ def test_ratio_quantiles_are_of_the_whole_update(parts, dice):
     if not flat:
         assert got == {}
         return
-    ranks = {name: round(share * (len(flat) - 1)) for name, share in (("05", 0.05), ("50", 0.5), ("95", 0.95))}
+    ranks = {name: round(share * (len(flat) - 1)) for name, share in SHARES}
     assert got == {f"ratio_p{name}": torch.tensor(flat[rank]).exp().item() for name, rank in ranks.items()}
     dice.shuffle(flat)
     assert ratio_quantiles([torch.tensor(flat)]) == got
+
+
+@given(st.lists(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_the_histogram_counts_every_ratio_where_it_lies(parts):
+    """Counted one by one: the bin of x is the number of edges below x, and the edges are the half decades."""
+    edges = [sign * 10 ** (k / 2) for sign in (-1, 1) for k in range(-12, 1)]
+    got = ratio_histogram([torch.tensor(part, dtype=torch.float64) for part in parts])
+    want = [0] * 27
+    for x in sum(parts, []):
+        want[sum(edge < x for edge in edges)] += 1
+    assert got == want
+
+
+def test_the_histogram_of_a_first_update_and_of_what_overflowed():
+    zero, far = torch.zeros(3), torch.tensor([-90.0, 90.0, torch.nan])
+    assert ratio_histogram([zero]) == [0] * 13 + [3] + [0] * 13  # all ratios 1: the bin in the middle
+    assert ratio_histogram([far]) == [1] + [0] * 25 + [2]
 
 
 @given(st.lists(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), min_size=1, max_size=5))
@@ -309,7 +330,7 @@ def test_an_update_reads_its_metrics_once():
     reads = []
     with patch.object(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or [0.0] * len(t)):
         combine([(0.5, facts), (0.5, facts)], [(1.0, more | {"loss": loss})], [(1.0, ratio_quantiles([x]))])
-    assert reads == [(2 * len(facts) + len(more) + 1 + 3,)]
+    assert reads == [(2 * len(facts) + len(more) + 1 + 5,)]
 
 
 @given(answers(), CLIPS)

@@ -3,7 +3,9 @@
 Run: python -m pytest tests/test_sample.py
 """
 
+import dataclasses
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -80,6 +82,42 @@ def test_a_file_of_prompts_is_answered_in_order(base, tmp_path):
     ids = [load_tokenizer(base).chat(user(prompt)) for prompt in ("one", "What is 3?")]
     answers = [greedy(base, row, 6) for row in ids]
     assert out == f"> one\n{answers[0]}\n\n> What is 3?\n{answers[1]}\n\n"
+
+
+def test_many_prompts_are_written_as_they_are_answered(base, tmp_path, monkeypatch):
+    """Three answers each, four rows at a time, so a prompt at a time; the same as generate makes of all at once."""
+    (tmp_path / "q.txt").write_text("one\ntwo\nWhat is 3?\n")
+    flags = ["--model", base, "--max-new-tokens", 6, "--temperature", 1.5, "--seed", 3, "--samples-per-prompt", 3]
+    flags += ["--prompts", tmp_path / "q.txt"]
+    tokenizer, model = load_tokenizer(base), checkpoint.load(base, dtype=torch.float32)
+    ids = [tokenizer.chat(user(prompt)) for prompt in ("one", "two", "What is 3?")]
+    how = {"max_new_tokens": 6, "temperature": 1.5, "seed": 3, "eos_ids": tokenizer.eos_ids}
+    want = generate(model, ids, group_size=3, **how)
+    assert len({tuple(answer.tokens) for answer in want}) > 6
+    config = SampleConfig(**{"model": str(base), "prompts": str(tmp_path / "q.txt"), "out": str(tmp_path / "a.jsonl")})
+    config = dataclasses.replace(config, max_new_tokens=6, temperature=1.5, seed=3, samples_per_prompt=3)
+    written, real = [], module.decode
+
+    def counted(*args, **kwargs):
+        written.append(len((tmp_path / "a.jsonl").read_text().splitlines()))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "MAX_ROWS", 4)
+    monkeypatch.setattr(module, "decode", counted)
+    module.run(config)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
+    assert written == [0, 3, 6]
+    assert [row["answer"] for row in rows] == [tokenizer.decode(answer.tokens) for answer in want]
+    assert [row["prompt"] for row in rows] == ["one"] * 3 + ["two"] * 3 + ["What is 3?"] * 3
+    assert [(row["prompt_index"], row["finished"], row["tokens"]) for row in rows] == [
+        (answer.prompt_index, answer.finished, len(answer.tokens)) for answer in want
+    ]
+    out = sample(*flags)
+    assert out == "".join(f"> {row['prompt']}\n{row['answer']}\n\n" for row in rows)
+    for more, words in ((["--out", tmp_path / "a.jsonl"], "which exists"), (["--chat"], "of --prompt, --prompts and")):
+        assert words in script("sample.py", *flags, *more).err
+    chat = script("sample.py", "--model", base, "--chat", "--samples-per-prompt", 2)
+    assert chat.code == 2 and "got --chat with --out or --samples-per-prompt" in chat.err
 
 
 def test_chat_keeps_the_conversation(base):

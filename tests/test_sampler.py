@@ -54,6 +54,14 @@ def test_a_rollout_is_what_its_problems_and_its_place_decide():
     assert rollout.facts["reward"] == pytest.approx(sum(rewards) / 12)
     assert rollout.facts["answer_len"] == sum(len(answer.tokens) for answer in answers) / 12
     assert rollout.facts["sampler_gap_max"] < 1e-5
+    assert 0 < rollout.facts["sampler_gap_mean"] <= rollout.facts["sampler_gap_token_max"] < 1e-4
+    assert rollout.facts["effective_groups"] == sum(any(advantages[i : i + 4]) for i in (0, 4, 8)) > 0
+    assert set(rollout.times) == {"sampling_tokens_per_s", "scoring_tokens_per_s", "reward_s"}
+    assert (
+        min(rollout.times["sampling_tokens_per_s"], rollout.times["scoring_tokens_per_s"])
+        > 0
+        <= rollout.times["reward_s"]
+    )
     assert sampler.rollout(first_problem=3, on_step=lambda done, length: True, **how) is None
 
 

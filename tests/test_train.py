@@ -46,11 +46,13 @@ from nanogspo.tokenizer import load_tokenizer
 from tests import oracles
 from train import Phase, phases_of, run
 
-TIMES = {"tokens_per_s", "step_s", "peak_mem_bytes"}  # all that two equal runs may differ in
+TIMES = {"tokens_per_s", "update_tokens_per_s", "step_s", "peak_mem_bytes"}  # all that two equal runs may differ in
+ROLLOUT_TIMES = {"sampling_tokens_per_s", "scoring_tokens_per_s", "reward_s"}  # in the row of a rollout's first update
 ROW_KEYS = TIMES | {"step", "algo", "loss", "entropy", "grad_norm", "lr"}
 RL_KEYS = ROW_KEYS | {
     "reward", "reward_std", "ratio_mean", "ratio_min", "ratio_max", "clip_low_frac", "clip_high_frac",
-    "zero_spread_frac", "truncated_frac", "answer_len",
+    "zero_spread_frac", "truncated_frac", "answer_len", "effective_groups", "ratio_std", "ratio_p01", "ratio_p99",
+    "ratio_hist", "sampler_gap_max", "sampler_gap_mean", "sampler_gap_token_max",
 }  # fmt: skip
 SAMPLE_KEYS = {"step", "prompt", "answer", "reward", "advantage", "truncated", "length"}
 # Sums: even a random model of 14 tokens gets some digits right, so groups have something to compare
@@ -142,7 +144,7 @@ def process(name, *argv, **options):
 def steps_of(folder):
     """The rows of updates, without what the clock decides."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "algo" in row]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES | ROLLOUT_TIMES} for row in rows]
 
 
 def weights_of(folder):
@@ -238,6 +240,9 @@ def test_a_whole_run_in_a_process_of_its_own(tmp_path):
     }  # as long as RL took, so how many is the clock's choice
     assert all(ROW_KEYS | {"token_accuracy"} <= set(row) for row in updates if row["algo"] == "sft")
     assert all(RL_KEYS <= set(row) for row in rl)
+    assert [ROLLOUT_TIMES <= set(row) for row in rl] == [True, False, False, False] * 2
+    assert all(row["update_tokens_per_s"] >= row["tokens_per_s"] > 0 for row in updates)
+    assert all(row["update_tokens_per_s"] > row["tokens_per_s"] for row in (rl[0], rl[4]))  # which also sampled
     assert all(value is not None for row in rows for value in row.values())  # null is what JSON has for NaN
     evals = [row for row in rows if "eval_exact" in row]
     assert [row["phase"] for row in evals] == ["start", "sft", "gspo", "control"]
@@ -350,7 +355,8 @@ def test_the_loop_is_what_its_docstring_says(tmp_path, algo):
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-2, abs=1e-5)
         assert row["ratio_max"] == pytest.approx(ratios.max().item(), rel=1e-3)
         assert row["ratio_min"] == pytest.approx(ratios.min().item(), rel=1e-3)
-        for p in (5, 50, 95):
+        assert sum(row["ratio_hist"]) == len(ratios)
+        for p in (1, 5, 50, 95, 99):
             want = ratios.sort().values[round(p / 100 * (len(ratios) - 1))].item()
             assert row[f"ratio_p{p:02}"] == pytest.approx(want, rel=1e-3)
 
@@ -513,7 +519,8 @@ def test_stopped_inside_an_evaluation_it_is_made_when_the_run_goes_on(tmp_path):
             done = train(folder, *flags)
         assert steps[-1] == (number, 1)
         assert f"stopped after update {updates}; continue with" in done.out
-        assert not any("eval_exact" in row for row in logged(folder)[updates + (number > 1) :])
+        measured = [row for row in logged(folder) if "doctor" not in row]
+        assert not any("eval_exact" in row for row in measured[updates + (number > 1) :])
         resume(folder)
         assert logged(folder) == logged(tmp_path / "whole")
         assert weights_of(folder) == weights_of(tmp_path / "whole")
@@ -595,7 +602,7 @@ def test_the_control_can_be_interrupted_and_the_run_resumed(tmp_path):
 def logged(folder):
     """All rows of metrics.jsonl, without what the clock decides."""
     rows = read_rows(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES | ROLLOUT_TIMES} for row in rows]
 
 
 def test_killed_between_any_two_writes_and_resumed_leaves_what_the_whole_run_leaves(tmp_path):
@@ -628,7 +635,7 @@ def test_killed_between_any_two_writes_and_resumed_leaves_what_the_whole_run_lea
         train(folder, *flags, "--lr", 1e-3)
     rows = logged(folder)
     evals = [(row["step"], row["phase"]) for row in rows if "eval_exact" in row]
-    assert evals == [(0, "start"), (2, "sft"), (4, "gspo"), (6, "gspo")] and len(rows) == 10
+    assert evals == [(0, "start"), (2, "sft"), (4, "gspo"), (6, "gspo")] and len(rows) == 12  # the doctor's two
     copy()  # and the finished run, which has nothing left to do
     resumable = [files for files in left.values() if Path("state", "state.safetensors") in files]
     assert len(resumable) >= 14
@@ -1097,7 +1104,7 @@ def test_a_system_without_memory_figures_runs_and_says_so(tmp_path, monkeypatch,
     with patch("nanogspo.run.process.available_memory", lambda device: math.inf):
         done = train(tmp_path / "run", *TINY, "--steps", 2)
     assert "gradient checkpointing" not in done.out and "inf" not in done.out
-    assert [row["peak_mem_bytes"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [None, None]
+    assert [row["peak_mem_bytes"] for row in steps_of(tmp_path / "run")] == [None, None]
 
 
 @pytest.mark.isa

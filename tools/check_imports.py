@@ -35,9 +35,10 @@ ORDER = """
     nanogspo.storage nanogspo.checkpoint
     nanogspo.objectives nanogspo.reference nanogspo.experience nanogspo.episodes nanogspo.sampler nanogspo.optimizer
     nanogspo.storage.state nanogspo.tasks
-    nanogspo.run.program nanogspo.run.process nanogspo.run.log nanogspo.run.curves nanogspo.run.planner
-    nanogspo.run.worker nanogspo.run.rewards nanogspo.run.environments
-    nanogspo.evaluation nanogspo.data nanogspo.policy
+    nanogspo.run.program nanogspo.run.process nanogspo.run.log nanogspo.run.phases nanogspo.run.trackers
+    nanogspo.run.curves nanogspo.run.planner nanogspo.run.worker nanogspo.run.rewards nanogspo.run.environments
+    nanogspo.evaluation nanogspo.data nanogspo.policy nanogspo.run.doctor nanogspo.run.report
+    nanogspo.run.hub
     sample train
 """.split()
 OUTSIDE = ("benchmarks", "conftest", "lessons", "tests", "tools", "train", "sample")

@@ -34,8 +34,8 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
         (functools.partial(_draw_ratio, clip_range=clip_range), policy),
         (functools.partial(_draw_sft, title="SFT loss, nats per token", key="loss", most=math.inf), sft + held_out),
         (functools.partial(_draw_sft, title="SFT token accuracy", key="token_accuracy"), held_out and sft + held_out),
-        (_draw_entropy, policy),
-        (_draw_length, policy),
+        (functools.partial(_draw_plain, title="entropy, nats per token", key="entropy"), policy),
+        (functools.partial(_draw_plain, title="answer length, tokens", key="answer_len"), _one_per_rollout(policy)),
     ]
     panels = [(draw, data) for draw, data in panels if data]
     if not panels:
@@ -186,11 +186,6 @@ def _draw_ratio(axes, rows: list[dict], clip_range: tuple[float, float] | None) 
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own would put 1e-3 over the title
 
 
-def _draw_entropy(axes, rows: list[dict]) -> None:
-    _titled(axes, "entropy, nats per token", rows, "entropy")
-    _smooth(axes, *_series(rows, "entropy"), GREY)
-
-
-def _draw_length(axes, rows: list[dict]) -> None:
-    _titled(axes, "answer length, tokens", rows, "answer_len")
-    _smooth(axes, *_series(_one_per_rollout(rows), "answer_len"), GREY)
+def _draw_plain(axes, rows: list[dict], title: str, key: str) -> None:
+    _titled(axes, title, rows, key)
+    _smooth(axes, *_series(rows, key), GREY)

@@ -25,11 +25,6 @@ from nanogspo.config import TrainConfig
 from nanogspo.storage.files import atomic_write
 
 BAR_EVERY, LINE_EVERY = 1.0, 30.0  # seconds between two words about a rollout: on a terminal, and in a log
-NO_REWARD = (
-    "three rollouts without any reward: there is nothing to compare, so nothing is learned; in a new run try "
-    "--warm-steps 20 (SFT on the task's own answers first), an easier --task-size, or, if trunc is near 1, more "
-    "--max-new-tokens"
-)
 Z95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 
 
@@ -57,21 +52,25 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 class RunLog(contextlib.AbstractContextManager):
     """Owns metrics.jsonl and samples.jsonl of one run folder, and the lines on the console."""
 
-    def __init__(self, folder: str | Path, *, steps: int, resume_step: int | None = None, quiet: bool = False):
+    def __init__(
+        self, folder: str | Path, *, steps: int, resume_step: int | None = None, quiet: bool = False, tracker=None
+    ):
         """folder       made if missing
         steps        steps of the whole run, for the progress bar and the width of the step column
         resume_step  None starts new files; k keeps what is there up to step k and goes on after it
         quiet        files only, nothing on the console
+        tracker      called with every row of metrics.jsonl (trackers.py)
         """
         self.folder, self.steps, self.quiet = Path(folder), steps, quiet
+        self._tracker = tracker or (lambda row: None)
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         kept = [] if resume_step is None else [_drop_rows_after(path, resume_step) for path in paths][0]
         self._notes = [row for row in kept if "algo" not in row]  # evaluations and the like, not updates
+        self._kept = [row for row in kept if "algo" in row]
         mode = "w" if resume_step is None else "a"
         # backslashreplace: half a surrogate pair, which a model may write into a tool call, as JSON spells it
         self._metrics, self._samples = (path.open(mode, -1, "utf-8", "backslashreplace", "\n") for path in paths)
-        self._unrewarded = 0  # rollouts so far; infinite once there has been a reward
         self._bar = None
         if not quiet and sys.stdout.isatty() and sys.stderr.isatty():  # in a file a bar would be a thousand lines
             from tqdm import tqdm
@@ -80,7 +79,7 @@ class RunLog(contextlib.AbstractContextManager):
 
     def step(self, row: dict) -> None:
         """One optimiser update: `row` goes to metrics.jsonl as it is, and to the console as one line."""
-        _write(self._metrics, row)
+        self._row(row)
         if self._bar is not None:
             self._bar.update(1)  # before the line: writing it redraws the bar, which then counts this step
         self.say(step_line(row, width=len(str(self.steps))))
@@ -120,6 +119,16 @@ class RunLog(contextlib.AbstractContextManager):
             self._note({"step": step, "accepted_changes": what})
         self.say(f"goes on with what has changed: {', '.join(what)}")
 
+    def says(self, step: int, what: str, sentence: str, **more: float) -> None:
+        """A sentence of the doctor (doctor.py), once in a run."""
+        if not self.has(doctor=what):
+            self._note({"step": step, "doctor": what, "says": sentence, **more})
+            self.say(sentence)
+
+    def updates(self, algo: str) -> list[dict]:
+        """The rows of an earlier part of this run that has been resumed."""
+        return [row for row in self._kept if row["algo"] == algo]
+
     def has(self, **values: object) -> bool:
         """Is there a row already, other than an update's, with these values? A run killed at a phase's end wrote it."""
         return any(all(row.get(key) == value for key, value in values.items()) for row in self._notes)
@@ -136,18 +145,17 @@ class RunLog(contextlib.AbstractContextManager):
         self.say(f"eval {row['step']:>{max(4, len(str(self.steps)))}} | {row['phase']:<7} | {text}")
 
     def _note(self, row: dict) -> None:
-        _write(self._metrics, row)
+        self._row(row)
         self._notes.append(row)
+
+    def _row(self, row: dict) -> None:
+        _write(self._metrics, row)
+        self._tracker(row)
 
     def samples(self, rows: Iterable[dict]) -> None:
         """One rollout's rows of {"step", "prompt", "answer", "reward", ...} for samples.jsonl."""
-        rewarded = False
         for row in rows:
             _write(self._samples, row)
-            rewarded |= bool(row.get("reward"))
-        self._unrewarded = math.inf if rewarded else self._unrewarded + 1
-        if self._unrewarded == 3:
-            self.say(NO_REWARD)
 
     def sampling(self, answers: int, stop: object = False) -> Callable[[int, int], bool]:
         """An on_step for rollout.generate that says how far it is, in the progress bar or else as a line now and then,
@@ -236,7 +244,10 @@ def summary(config: TrainConfig, folder: Path, picture, example: str | None, sec
         lines.append(f"  {names[phase]:<10} {row['eval_loss']:7.4f}   {row['eval_token_accuracy']:.3f}")
     adapter = config.lora_r and config.model != "tiny"  # whose base is saved nowhere
     weights = folder / ("adapter" if adapter else "model")
-    lines.append(f"{seconds:.0f} s; curves {picture}, samples {folder / 'samples.jsonl'}, weights {weights}")
+    samples = folder / "samples.jsonl"
+    lines.append(
+        f"{seconds:.0f} s; report {folder / 'report.html'}, curves {picture}, samples {samples}, weights {weights}"
+    )
     if example:
         path = shlex.quote(str(weights))
         tail = f"--model {shlex.quote(config.model)} --adapter {path}" if adapter else f"--model {path}"

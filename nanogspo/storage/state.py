@@ -44,6 +44,7 @@ class Progress:
     update: int = 0  # minibatches of the rollout at hand that are done
     sft_cursor: int = 0  # SFT examples drawn so far
     rl_cursor: int = 0  # problems drawn for rollouts so far
+    clip: float = 0.0  # clip_low as --clip auto has measured it; 0: not measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,6 +280,7 @@ def resume(
         want = "want them as they were, or --accept-changes, which goes on with these and notes it in metrics.jsonl"
         raise ValueError(f"{got}; {want}")
     saved, rollout = load_state(path, model, optimizer)
+    saved = {"clip": 0.0} | saved  # states of versions without --clip auto
     kinds = {field.name: field.type for field in dataclasses.fields(Progress)}
     _refuse(path, sorted(f"progress.{name}" for name in saved.keys() ^ kinds.keys()))
     _refuse(path, [f"progress.{n}" for n, value in saved.items() if type(value) is not kinds[n] or value < 0])

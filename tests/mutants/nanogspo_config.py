@@ -10,7 +10,7 @@ MUTANTS = {
             "if False:",
             "--epochs and the default of --steps are both taken",
         ),
-        ('"accept_changes", "plan_only"', '"plan_only"', "what was accepted once is accepted for ever"),
+        ('"accept_changes", "check"', '"check"', "what was accepted once is accepted for ever"),
         ("{**base, **given}", "{**given, **base}", "the file wins over the flags"),
         (
             "if updates == 1 and",

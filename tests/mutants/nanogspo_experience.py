@@ -4,6 +4,12 @@
 FILE = "nanogspo/experience.py"
 MUTANTS = {
     "tests/test_experience.py": [
+        ("gap, mean = torch.cat(gaps).abs()", "gap, mean = torch.cat(gaps)", "gaps of both signs that cancel"),
+        (
+            "gaps[-1], batch.cu_scored) / batch.lengths)",
+            "gaps[-1], batch.cu_scored))",
+            "a sum where the ratio has a mean",
+        ),
         (
             "if abs(A[i]) > 0 or (with_zeros and A[i] == 0)]",
             "if A[i] == A[i]]",

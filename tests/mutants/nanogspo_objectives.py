@@ -4,7 +4,10 @@
 FILE = "nanogspo/objectives.py"
 MUTANTS = {
     "tests/test_objectives.py": [
-        ("torch.cat(log_ratios)", "log_ratios[-1]", "quantiles of one micro-batch"),
+        ("for e in reversed(EDGES)]", "for e in EDGES]", "edges out of order"),
+        (".bincount(minlength=len(edges) + 1)", ".bincount()", "a histogram that ends with its last ratio"),
+        ("(1, 5, 50, 95, 99)", "(5, 50, 95)", "no tails"),
+        ("torch.cat(log_ratios).exp()", "log_ratios[-1].exp()", "quantiles of one micro-batch"),
         (
             "rewards.mean(dim=1, keepdim=True)",
             "rewards.mean(dim=0, keepdim=True)",

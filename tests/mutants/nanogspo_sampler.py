@@ -5,6 +5,11 @@ FILE = "nanogspo/sampler.py"
 MUTANTS = {
     "tests/test_sampler.py": [
         (
+            '"effective_groups": sum(group.teaches for group in groups)',
+            '"effective_groups": len(groups)',
+            "groups without a spread count as effective",
+        ),
+        (
             "answer.logp, chat.text(answer.tokens), not answer.finished",
             "answer.logp, chat.text(answer.tokens), answer.finished",
             "truncated says its opposite",

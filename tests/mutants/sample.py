@@ -4,6 +4,9 @@
 FILE = "sample.py"
 MUTANTS = {
     "tests/test_sample.py": [
+        ("yield from made", "yield from made[:1]", "an answer of each batch"),
+        ('"first_prompt": first, ', "", "every batch draws the same numbers"),
+        ("flush=True)\n            else", "flush=False)\n            else", "a killed run has written nothing"),
         (r're.split(r"\r\n?|\n", text)', 'text.split("\\n")', "prompts of a Windows file end in a carriage return"),
         (
             "    if config.adapter:  # named wrongly",

@@ -76,9 +76,6 @@ MUTANTS = {
             "score(self.model, batch)",
             "new and old log-probs at different temperatures",
         ),
-        ('if config.algo == "sft" or not config.warm_steps:', "if not config.warm_steps:", "SFT is warmed up by SFT"),
-        ("if config.control else [warm_up, main]", "if True else [warm_up, main]", "a control that nobody asked for"),
-        ("config.warm_lr, until=config.warm_until)", "config.warm_lr)", "a warm-up that ends only with its steps"),
         (
             'facts["ratio_min"] == facts["ratio_max"] == 1.0',
             '0.5 < facts["ratio_min"] <= facts["ratio_max"] < 2',
