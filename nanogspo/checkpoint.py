@@ -12,11 +12,12 @@ Lesson: lessons/03_checkpoints.md       Tests: tests/test_checkpoint.py
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,21 @@ from nanogspo.families import ModelConfig, export_config, model_config, text_par
 from nanogspo.inputs import named, read_json, some, tell
 from nanogspo.lora import lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import KINDS, NF4Linear, linear_layers, packed_layers, put, quantize_linear
+from nanogspo.quant import (
+    KINDS,
+    STACKED,
+    NF4Linear,
+    PackedExperts,
+    dense_weight,
+    linear_layers,
+    packable,
+    packed_layers,
+    put,
+    quantize_linear,
+)  # fmt: skip
+from nanogspo.storage import experts
 from nanogspo.storage.bitsandbytes import COMPANION, QUANT_STATE, bitsandbytes_config, nf4_from_file, nf4_tensors
+from nanogspo.storage.experts import Writable
 from nanogspo.storage.files import ADAPTER, INDEX, PROCESSOR_FILES, SINGLE, atomic_write, resolve, weight_files
 from nanogspo.storage.files import read_config as read_config
 from nanogspo.storage.names import EMBEDDING, HEAD, PREFIXES, SKIP, our_name, refuse_foreign_names
@@ -71,7 +85,7 @@ def load(
     _fill(model, found, device, dtype, quant)
     if packed_layers(model):
         model.requires_grad_(False)  # packed weights cannot be trained; an adapter over them can
-    model.folder = folder
+    model.folder, model.expert_layout = folder, found.layout
     return model.eval()
 
 
@@ -83,11 +97,12 @@ class Found:
     companions: dict[str, dict[str, Stored]]  # of packed weights: name -> part -> tensor
     skipped: list[str]
     unexpected: list[str]  # a second tensor for the same place counts too
+    layout: str = "each"  # of experts: storage/experts.py
 
 
 def _wanted(model: Transformer) -> dict[str, tuple]:
-    """Name -> shape of every tensor that a file may hold for this model."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    """Name -> shape of every tensor that a file may hold for this model; of experts each by itself."""
+    wanted = {n: shape for name, p in model.named_parameters() for n, shape in experts.each(name, p.shape).items()}
     if model.config.tied:  # a file may hold the head all the same
         wanted[HEAD] = wanted[EMBEDDING]
     return wanted
@@ -99,8 +114,14 @@ def _match(folder: pathlib.Path, model: Transformer) -> Found:
     found = Found({}, collections.defaultdict(dict), [], [])
     companions = found.companions
     for file in weight_files(folder):
-        for name, stored in read_header(file)[0].items():
-            ours = our_name(name)
+        stored_parts = (
+            (name, ours, part)
+            for name, whole in read_header(file)[0].items()
+            for ours, part in experts.parts(our_name(name), whole, wanted).items()
+        )
+        for name, ours, stored in stored_parts:
+            if isinstance(stored, experts.ExpertPart):
+                found.layout = "turned" if stored.turned else "fused"
             if SKIP.search(name):
                 found.skipped.append(name)
             elif (match := COMPANION.fullmatch(ours)) and match[1] in linear and match[2] not in companions[match[1]]:
@@ -117,6 +138,9 @@ def _match(folder: pathlib.Path, model: Transformer) -> Found:
 def _check(folder: pathlib.Path, model: Transformer, found: Found, quant: str | None) -> None:
     """Raises ValueError for whatever does not fit, with all problems in one line."""
     wanted, tied = _wanted(model), model.config.tied
+    if packed := [name for name in found.unexpected if (m := COMPANION.fullmatch(our_name(name))) and m[1] in wanted]:
+        want = "want experts in 16 bits: --quant nf4 packs them as they are read"
+        raise ValueError(f"{folder}: got packed experts ({some(packed, 1)}), {want}")
     problems = [f"missing {name}" for name in wanted if name not in found.weights and not (name == HEAD and tied)]
     problems += [f"unexpected {name}" for name in found.unexpected]
     refuse_foreign_names(folder, found.unexpected, wanted)
@@ -174,8 +198,12 @@ def _same_values(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
 
 def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: str | None) -> None:
     """Read each tensor, in file order, and put it in place. What needs no change is read where it stays."""
-    packs = linear_layers(model) if quant and not found.companions else ()
+    packs = packable(model) if quant and not found.companions else ()
     for name, stored in found.weights.items():
+        if match := experts.EXPERT.fullmatch(name):
+            with named(f"{stored.path}: {name}"):
+                _put_expert(model, f"{match[1]}.{match[3]}", int(match[2]), stored.read().to(dtype).to(device), quant)
+            continue
         parent, leaf = name.rsplit(".", 1)
         module = model.get_submodule(parent)
         if name in found.companions:
@@ -187,6 +215,20 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
                 put(model, parent, quantize_linear(stored.read().to(dtype).to(device), module.bias, quant))
         else:
             module.register_parameter(leaf, nn.Parameter(stored.read().to(dtype).to(device)))
+
+
+def _put_expert(model: Transformer, name: str, e: int, weight: Tensor, quant: str | None) -> None:
+    """Expert e's matrix into its stacked layer, which is allocated, or packed, when its first expert comes."""
+    layer = model.get_submodule(name)
+    if layer.weight.is_meta and not quant:
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=weight.dtype, device=weight.device))
+    if not quant:
+        layer.weight.data[e] = weight
+        return
+    if not isinstance(layer, PackedExperts):
+        layer = PackedExperts(layer.weight, quant)  # still on the meta device
+        put(model, name, layer)
+    layer[e] = quantize_linear(weight, None, quant)
 
 
 def _say_what_else_is_there(folder: pathlib.Path, config: ModelConfig, skipped: list[str]) -> None:
@@ -262,9 +304,6 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
     atomic_write(path / "config.json", json.dumps(config, indent=2))
 
 
-Writable = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> bytes, and a function that makes or returns the tensor
-
-
 def _write_shards(path: pathlib.Path, tensors: Writable) -> None:
     """Weights in files of at most SHARD_BYTES. Tensors of a shard are made when its turn comes, so merged copies of one
     shard exist at a time. The index comes last; before, config.json goes: a folder with one is complete."""
@@ -296,9 +335,10 @@ def _write_shards(path: pathlib.Path, tensors: Writable) -> None:
 def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
     """What a folder of this model holds, under our names."""
     layers, dtype, tensors = lora_layers(model), model.norm.weight.dtype, {}
+    stacks = {name.removesuffix(".base"): m for name, m in linear_layers(model).items() if isinstance(m, STACKED)}
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if owner.endswith((".lora_A", ".lora_B")):
+        if owner.endswith((".lora_A", ".lora_B")) or owner.removesuffix(".base") in stacks:
             continue
         get = lambda p=p: p  # noqa: E731
         if owner.endswith(".base"):
@@ -308,7 +348,14 @@ def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
                 base = layer.original if layer.merged else p  # without its adapter, also while that is merged in
                 get = layer.merged_weight if merge_lora else lambda base=base: base
         tensors[f"{owner}.{leaf}"] = (p.nbytes, get)
+    for name, layer in stacks.items():
+        if ".lora_" not in name:
+            tensors |= _expert_tensors(name, layer, layers.get(name), merge_lora, dtype)
+    if getattr(model, "expert_layout", "each") != "each":
+        tensors = experts.fused(tensors, model.expert_layout == "turned")
     for name, layer in packed_layers(model).items():
+        if name.rpartition(".")[0].removesuffix(".base") in stacks:
+            continue
         if as_nf4:
             for part, t in nf4_tensors(layer).items():
                 tensors[f"{name}.{part}"] = (t.nbytes, lambda t=t: t)
@@ -317,6 +364,19 @@ def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
         get = lambda layer=layer, merged=merged: merged(dtype) if merged else layer.unpack(dtype)  # noqa: E731
         tensors[f"{name}.weight"] = (layer.out_features * layer.in_features * dtype.itemsize, get)
     return tensors
+
+
+def _expert_tensors(name: str, layer: nn.Module, adapted, merge_lora: bool, dtype: torch.dtype) -> Writable:
+    """The matrices of a stacked layer, one by one. Packed ones are unpacked: no common format has them otherwise."""
+    if merge_lora and adapted:
+        get = functools.partial(adapted.merged_weight, dtype)
+    elif adapted and adapted.merged:
+        get = adapted.original.__getitem__
+    else:
+        get = functools.partial(dense_weight, layer, dtype)
+    E, size = len(layer.stack), layer.out_features * layer.in_features * dtype.itemsize
+    stack, _, projection = name.rpartition(".")
+    return {f"{stack}.{e}.{projection}.weight": (size, functools.partial(get, e)) for e in range(E)}
 
 
 def _with_towers(folder: pathlib.Path, ours: Writable, as_nf4: bool) -> Writable:
