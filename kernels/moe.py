@@ -14,8 +14,8 @@ ms at 3.35 TB/s, when a step of decoding hits every expert. 32,768 tokens are 2.
 The file reads top to bottom:
 
     1. reference    a torch.mm for each expert that has rows: also fast on a CPU.
-    2. kernels      Triton: a program is a tile of rows of one expert. Which expert, it looks up: the host never learns
-                    how many rows an expert has, so nothing waits for the GPU. gate and up are one launch and read x once
+    2. kernels      Triton: a program is a tile of rows of one expert; a table on the device says of which, so the host
+                    never learns how many rows an expert has and nothing waits. gate and up are one launch, x read once.
     3. autograd     (3) saves rows and weights; (2) and (4) each other.
     4. entry        sort_by_expert, spread, grouped_linear, combine: the names other files import.
 
@@ -29,6 +29,7 @@ Lesson: lessons/16_experts.md       Tests: tests/test_moe_kernel.py
 Shapes: T tokens, k experts each, N = T k rows, E experts; in and out of a weight.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,12 +52,9 @@ class Groups:
     """(1): pairs (t, j) are counted t k + j; sorted by expert, ties by that number."""
 
     order: Tensor  # (N,) int64, pair of each row
+    token: Tensor  # (N,) int64, token of each row
     place: Tensor  # (T, k) int64, row of each pair
     start: Tensor  # (E + 1,) int64, where each expert's rows begin
-
-    @property
-    def token(self) -> Tensor:
-        return self.order // self.place.shape[1]  # (N,)
 
     @cached_property
     def slices(self) -> list[tuple[int, slice]]:
@@ -64,38 +62,39 @@ class Groups:
         bounds = self.start.tolist()
         return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if a < b]
 
+    @cached_property
+    def tiles(self) -> tuple[int, Tensor, Tensor]:
+        """(BLOCK_M, expert, first row) of the tiles of rows: (N / BLOCK_M + E,) int64, because each expert may have one
+        that is not full. Those that are not needed begin behind the last row of expert E - 1."""
+        N, E = len(self.order), len(self.start) - 1
+        size = BLOCK_M if N > FEW_M * E else FEW_M
+        t = torch.arange(triton.cdiv(N, size) + E, device=self.start.device)  # (tiles,)
+        count = (self.start.diff() + size - 1) // size  # (E,) tiles of each expert
+        end = count.cumsum(0)  # (E,)
+        expert = torch.searchsorted(end, t, right=True).clamp(max=E - 1)  # (tiles,)
+        return size, expert, self.start[expert] + (t - (end - count)[expert]) * size
+
 
 def sort_by_expert(index: Tensor, experts: int) -> Groups:
     """index (T, k) int64, the experts of each token, in 0 .. experts - 1. Nothing waits for a GPU."""
     expert, order = index.flatten().sort(stable=True)  # (N,), (N,)
-    place = torch.empty_like(order)  # (N,)
-    place[order] = torch.arange(len(order), device=order.device)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # (N,)
     start = torch.searchsorted(expert, torch.arange(experts + 1, device=order.device))  # (E + 1,)
-    return Groups(order, place.view(index.shape), start)
+    return Groups(order, order // index.shape[1], place.view(index.shape), start)
 
 
 # ----------------------------------------------------------------------------
 # 1. reference
 
 
-def _dense(weight: Weights, e: int, x: Tensor) -> Tensor:
-    """Expert e's (out, in), unpacked into x's dtype if it is packed."""
-    return weight[e].detach() if isinstance(weight, Tensor) else weight[e].dequantize(x.dtype)
-
-
-def _forward_reference(x: Tensor, weights: tuple[Weights, ...], groups: Groups) -> list[Tensor]:
-    out = [x.new_empty(len(x), _shape(w)[1]) for w in weights]  # (N, out) each
-    for e, rows in groups.slices:
-        for y, weight in zip(out, weights, strict=True):
-            torch.mm(x[rows], _dense(weight, e, x).T, out=y[rows])
+def _rows_reference(x: Tensor, weights: Sequence[Weights], groups: Groups, turned: bool = False) -> list[Tensor]:
+    """x W^T for each of the weights, or turned: x W."""
+    out = [x.new_empty(len(x), weight[0].shape[turned]) for weight in weights]  # (N, out or in) each
+    for y, weight in zip(out, weights, strict=True):
+        for e, rows in groups.slices:
+            w = weight[e] if isinstance(weight, Tensor) else weight[e].dequantize(x.dtype)  # (out, in)
+            torch.mm(x[rows], w if turned else w.T, out=y[rows])
     return out
-
-
-def _dx_reference(dy: Tensor, weight: Weights, groups: Groups) -> Tensor:
-    dx = dy.new_empty(len(dy), _shape(weight)[2])  # (N, in)
-    for e, rows in groups.slices:
-        torch.mm(dy[rows], _dense(weight, e, dy), out=dx[rows])
-    return dx
 
 
 def _dw_reference(dy: Tensor, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -105,44 +104,24 @@ def _dw_reference(dy: Tensor, x: Tensor, weight: Tensor, groups: Groups) -> Tens
     return dw
 
 
-def _shape(weight: Weights) -> tuple[int, int, int]:
-    return tuple(weight.shape) if isinstance(weight, Tensor) else (len(weight), *weight[0].shape)
-
-
 # ----------------------------------------------------------------------------
 # 2. kernels
 
 
 @triton.jit
-def _tile(start_ptr, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(expert, first row, end of its rows) of the tile of rows that this program is to make: tiles are counted over
-    experts, each of which begins a new one. Programs beyond the last tile get an empty one of expert E - 1."""
-    e = tl.arange(0, BLOCK_E)  # (BLOCK_E,)
-    first = tl.load(start_ptr + e, mask=e < E, other=0)  # (BLOCK_E,)
-    end = tl.load(start_ptr + e + 1, mask=e < E, other=0)  # (BLOCK_E,)
-    tiles = (end - first + BLOCK_M - 1) // BLOCK_M  # (BLOCK_E,)
-    before = tl.cumsum(tiles, 0)  # (BLOCK_E,) tiles up to and with this expert
-    t = tl.program_id(0)
-    expert = tl.minimum(tl.sum((before <= t).to(tl.int32), 0), E - 1)
-    mine = e == expert
-    begun = tl.sum(tl.where(mine, before - tiles, 0), 0)
-    stop = tl.sum(tl.where(mine, end, 0), 0)
-    return expert, tl.sum(tl.where(mine, first, 0), 0) + (t - begun) * BLOCK_M, stop
-
-
-@triton.jit
 def _rows_kernel(
-    x_ptr, w_ptr, v_ptr, y_ptr, z_ptr, start_ptr, E, F, K, stride_x, w_e, w_f, w_k, v_e, v_f, v_k,
-    PAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    x_ptr, w_ptr, v_ptr, y_ptr, z_ptr, expert_ptr, row_ptr, start_ptr,
+    F, K, stride_x, w_e, w_f, w_k, v_e, v_f, v_k,
+    PAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[n, f] = sum_k x[n, k] w[e, f, k] for a tile of rows n of expert e; with PAIR also z from v, x read once.
 
     Strides make w its own transpose: the same kernel is dx = dy W.
     """
-    e, row, stop = _tile(start_ptr, E, BLOCK_M, BLOCK_E)
-    n = row.to(tl.int64) + tl.arange(0, BLOCK_M)  # (BLOCK_M,) int64: N K may pass 2^31
+    e, row = tl.load(expert_ptr + tl.program_id(0)), tl.load(row_ptr + tl.program_id(0))  # int64: N K may pass 2^31
+    stop = tl.load(start_ptr + e + 1)
+    n = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     f = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    e = e.to(tl.int64)
     if row < stop:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         other = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -175,7 +154,7 @@ def _weights_kernel(
     stop = tl.load(start_ptr + e + 1)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for row in range(tl.load(start_ptr + e), stop, BLOCK_M):
-        n = row + tl.arange(0, BLOCK_M).to(tl.int64)  # (BLOCK_M,)
+        n = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
         inside = (n < stop)[None, :] & (f < F)[:, None]  # (BLOCK_N, BLOCK_M)
         dy = tl.load(dy_ptr + n[None, :] * stride_dy + f[:, None], mask=inside, other=0.0)
         inside = (n < stop)[:, None] & (k < K)[None, :]  # (BLOCK_M, BLOCK_K)
@@ -185,29 +164,26 @@ def _weights_kernel(
     tl.store(dw_ptr + (e * F + f[:, None]) * K + k[None, :], acc.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
-def _rows(x: Tensor, weights: tuple[Tensor, ...], groups: Groups) -> list[Tensor]:
-    """Launch _rows_kernel for one weight (E, F, K) or two of one shape, of any strides."""
-    (N, K), (E, F, _) = x.shape, weights[0].shape
-    x, out = inner(x), [x.new_empty(N, F) for _ in weights]  # (N, F) each
-    block_m = BLOCK_M if N > FEW_M * E else FEW_M
+def _rows(x: Tensor, weights: Sequence[Tensor], groups: Groups, turned: bool = False) -> list[Tensor]:
+    """What _rows_reference does, for one weight, or two of one shape in one launch."""
+    weights = [w.mT if turned else w for w in weights]  # (E, F, K) each
+    (N, K), F, x = x.shape, weights[0].shape[1], inner(x)
+    out, (size, expert, row) = [x.new_empty(N, F) for _ in weights], groups.tiles  # (N, F) each
     if N:  # a grid of 0 programs is an error
         w, v, y, z = weights[0], weights[-1], out[0], out[-1]
-        # every expert may have a tile that is not full
-        _rows_kernel[(triton.cdiv(N, block_m) + E, triton.cdiv(F, BLOCK_N))](
-            x, w, v, y, z, groups.start, E, F, K, x.stride(0), *w.stride(), *v.stride(),
-            PAIR=len(weights) > 1, BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-            BLOCK_E=triton.next_power_of_2(E), num_warps=4, num_stages=3, enable_fp_fusion=False,
+        _rows_kernel[(len(row), triton.cdiv(F, BLOCK_N))](
+            x, w, v, y, z, expert, row, groups.start, F, K, x.stride(0), *w.stride(), *v.stride(), PAIR=len(out) > 1,
+            BLOCK_M=size, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
 def _dw(dy: Tensor, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Launch _weights_kernel: (E, F, K), contiguous."""
-    E, F, K = weight.shape
-    dy, x, dw = inner(dy), inner(x), weight.new_empty(weight.shape)
-    _weights_kernel[(triton.cdiv(F, BLOCK_N), triton.cdiv(K, 64), E)](
+    """What _dw_reference does."""
+    (E, F, K), dy, x, dw = weight.shape, inner(dy), inner(x), weight.new_empty(weight.shape)
+    _weights_kernel[(triton.cdiv(F, 64), triton.cdiv(K, 64), E)](
         dy, x, dw, groups.start, F, K, dy.stride(0), x.stride(0),
-        BLOCK_M=32, BLOCK_N=BLOCK_N, BLOCK_K=64, num_warps=4, num_stages=3, enable_fp_fusion=False,
+        BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     return dw
 
@@ -221,26 +197,21 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, groups, backend, packed, *weights):
-        weights = packed or weights
-        ctx.groups, ctx.triton, ctx.packed, ctx.pair = groups, backend == "triton", packed, len(weights)
-        ctx.save_for_backward(x, *(() if packed else weights))
-        return tuple((_rows if ctx.triton else _forward_reference)(x, weights, groups))
+        ctx.groups, ctx.packed = groups, packed
+        ctx.rows, ctx.dw = (_rows, _dw) if backend == "triton" else (_rows_reference, _dw_reference)
+        ctx.save_for_backward(x, *weights)
+        return tuple(ctx.rows(x, packed or weights, groups))  # (N, out) each
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        (x, *weights), groups, dx = ctx.saved_tensors, ctx.groups, None
-        if ctx.needs_input_grad[0]:
-            for dy, weight in zip(dys, ctx.packed or weights, strict=True):
-                part = (  # (N, in)
-                    _rows(dy, (weight.transpose(1, 2),), groups)[0] if ctx.triton else _dx_reference(dy, weight, groups)
-                )
-                dx = part if dx is None else dx + part
-        dws = [
-            (_dw if ctx.triton else _dw_reference)(dy, x, weight, groups) if needed else None
-            for dy, weight, needed in zip(dys, weights, ctx.needs_input_grad[4:], strict=False)
-        ]
-        return dx, None, None, None, *dws
+        (x, *weights), groups, wanted = ctx.saved_tensors, ctx.groups, ctx.needs_input_grad
+        dx = None
+        if wanted[0]:
+            parts = zip(dys, ctx.packed or weights, strict=True)
+            dx = functools.reduce(torch.add, (ctx.rows(dy, [w], groups, True)[0] for dy, w in parts))  # (N, in)
+        pairs = zip(dys, weights, wanted[4:], strict=False)  # (E, out, in) each
+        return dx, None, None, None, *(ctx.dw(dy, x, w, groups) if needed else None for dy, w, needed in pairs)
 
 
 class _Spread(torch.autograd.Function):
@@ -270,9 +241,9 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         (y, w), groups = ctx.saved_tensors, ctx.groups
-        spread = dout[groups.token]  # (N, C)
-        dw = (spread.float() * y.float()).sum(-1)[groups.place].to(w.dtype)  # (T, k)
-        return spread * w.flatten()[groups.order, None], dw, None
+        rows = dout[groups.token]  # (N, C)
+        dw = (rows.float() * y.float()).sum(-1)[groups.place].to(w.dtype)  # (T, k)
+        return rows * w.flatten()[groups.order, None], dw, None
 
 
 def _sum(y: Tensor, w: Tensor | None, groups: Groups) -> Tensor:
@@ -319,15 +290,12 @@ def grouped_linear(
     Source: MegaBlocks, arXiv 2211.15841; ScatterMoE, arXiv 2403.08245.
     Elsewhere: torch._grouped_mm; transformers integrations/moe.py; vLLM fused_moe; Liger fused_moe.
     """
-    shapes = {_shape(w) for w in weights}
-    wanted = (len(groups.start) - 1, x.shape[-1])
-    if len(shapes) != 1 or len(weights) > 2 or any((E, K) != wanted for E, _, K in shapes):
-        got = f"got weights {sorted(shapes)} for rows {tuple(x.shape)}"
-        raise ValueError(f"{got}, want one or two of one shape ({wanted[0]}, out, {wanted[1]})")
-    if x.ndim != 2 or len(x) != len(groups.order):
-        raise ValueError(f"got rows {tuple(x.shape)}, want ({len(groups.order)}, in): spread(x, groups)")
-    if not all(isinstance(w, Tensor) for w in weights):
-        return _Grouped.apply(x, groups, "torch", tuple(weights))
+    (N, E), shapes = (len(groups.order), len(groups.start) - 1), [(len(w), *w[0].shape) for w in weights]
+    if len(set(shapes)) != 1 or len(shapes) > 2 or shapes[0][::2] != (E, x.shape[-1]) or x.shape[:-1] != (N,):
+        want = f"({N}, in) and one or two weights of one shape ({E}, out, in)"
+        raise ValueError(f"got rows {tuple(x.shape)} and weights {shapes}, want {want}; spread(x, groups) makes rows")
+    if packed := () if isinstance(weights[0], Tensor) else tuple(weights):
+        return _Grouped.apply(x, groups, "torch", packed)  # (N, out) each
     if any(w.dtype != x.dtype for w in weights):
         raise ValueError(f"got rows of {x.dtype} and weights of {weights[0].dtype}, want one dtype; cast with .to()")
     same_device(x=x, weight=weights[0], groups=groups.start)

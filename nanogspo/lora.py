@@ -38,11 +38,10 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear | PackedLinear, r: int, scale: float, dropout: float = 0.0):
         super().__init__()
         self.base, self.r, self.scale, self.dropout = base, r, scale, dropout
-        make = functools.partial(ExpertLinear, len(base.stack)) if isinstance(base, STACKED) else nn.Linear
         options = {"device": base.weight.device, "dtype": torch.float32}
-        options |= {} if isinstance(base, STACKED) else {"bias": False}
-        self.lora_A = make(base.in_features, r, **options)
-        self.lora_B = make(r, base.out_features, **options)
+        make = functools.partial(ExpertLinear, len(base.stack), **options) if isinstance(base, STACKED) else None
+        make = make or functools.partial(nn.Linear, bias=False, **options)
+        self.lora_A, self.lora_B = make(base.in_features, r), make(r, base.out_features)
         nn.init.zeros_(self.lora_B.weight)
         self.merged = False
 
@@ -144,9 +143,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     Raises ValueError for packed weights, whose sum with an adapter is not packed: save(merge_lora=True) writes it.
     """
     layers = lora_layers(model)
-    packed = next(
-        (name for name, layer in layers.items() if isinstance(layer.base, PackedLinear | PackedExperts)), None
-    )
+    packed = next((name for name, m in layers.items() if isinstance(m.base, PackedLinear | PackedExperts)), None)
     if packed:
         advice = "checkpoint.save(model, path, merge_lora=True) writes them unpacked and merged"
         raise ValueError(f"got {packed} with packed weights, want plain ones to merge in place; {advice}")
