@@ -138,7 +138,8 @@ def _match(folder: pathlib.Path, model: Transformer) -> Found:
 def _check(folder: pathlib.Path, model: Transformer, found: Found, quant: str | None) -> None:
     """Raises ValueError for whatever does not fit, with all problems in one line."""
     wanted, tied = _wanted(model), model.config.tied
-    if packed := [name for name in found.unexpected if (m := COMPANION.fullmatch(our_name(name))) and m[1] in wanted]:
+    companions = ((name, COMPANION.fullmatch(our_name(name))) for name in found.unexpected)
+    if packed := [name for name, match in companions if match and experts.EXPERT.fullmatch(match[1])]:
         want = "want experts in 16 bits: --quant nf4 packs them as they are read"
         raise ValueError(f"{folder}: got packed experts ({some(packed, 1)}), {want}")
     problems = [f"missing {name}" for name in wanted if name not in found.weights and not (name == HEAD and tied)]
