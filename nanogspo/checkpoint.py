@@ -12,7 +12,6 @@ Lesson: lessons/03_checkpoints.md       Tests: tests/test_checkpoint.py
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -26,18 +25,7 @@ from nanogspo.families import ModelConfig, export_config, model_config, text_par
 from nanogspo.inputs import named, read_json, some, tell
 from nanogspo.lora import lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import (
-    KINDS,
-    STACKED,
-    NF4Linear,
-    PackedExperts,
-    dense_weight,
-    linear_layers,
-    packable,
-    packed_layers,
-    put,
-    quantize_linear,
-)  # fmt: skip
+from nanogspo.quant import KINDS, NF4Linear, linear_layers, packable, packed_layers, put, quantize_linear
 from nanogspo.storage import experts
 from nanogspo.storage.bitsandbytes import COMPANION, QUANT_STATE, bitsandbytes_config, nf4_from_file, nf4_tensors
 from nanogspo.storage.experts import Writable
@@ -203,7 +191,7 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
     for name, stored in found.weights.items():
         if match := experts.EXPERT.fullmatch(name):
             with named(f"{stored.path}: {name}"):
-                _put_expert(model, f"{match[1]}.{match[3]}", int(match[2]), stored.read().to(dtype).to(device), quant)
+                experts.put_expert(model, match, stored.read().to(dtype).to(device), quant)
             continue
         parent, leaf = name.rsplit(".", 1)
         module = model.get_submodule(parent)
@@ -216,20 +204,6 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
                 put(model, parent, quantize_linear(stored.read().to(dtype).to(device), module.bias, quant))
         else:
             module.register_parameter(leaf, nn.Parameter(stored.read().to(dtype).to(device)))
-
-
-def _put_expert(model: Transformer, name: str, e: int, weight: Tensor, quant: str | None) -> None:
-    """Expert e's matrix into its stacked layer, which is allocated, or packed, when its first expert comes."""
-    layer = model.get_submodule(name)
-    if layer.weight.is_meta and not quant:
-        layer.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=weight.dtype, device=weight.device))
-    if not quant:
-        layer.weight.data[e] = weight
-        return
-    if not isinstance(layer, PackedExperts):
-        layer = PackedExperts(layer.weight, quant)  # still on the meta device
-        put(model, name, layer)
-    layer[e] = quantize_linear(weight, None, quant)
 
 
 def _say_what_else_is_there(folder: pathlib.Path, config: ModelConfig, skipped: list[str]) -> None:
@@ -336,7 +310,7 @@ def _write_shards(path: pathlib.Path, tensors: Writable) -> None:
 def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
     """What a folder of this model holds, under our names."""
     layers, dtype, tensors = lora_layers(model), model.norm.weight.dtype, {}
-    stacks = {name.removesuffix(".base"): m for name, m in linear_layers(model).items() if isinstance(m, STACKED)}
+    stacks = experts.stacks(model)
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner.endswith((".lora_A", ".lora_B")) or owner.removesuffix(".base") in stacks:
@@ -350,8 +324,7 @@ def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
                 get = layer.merged_weight if merge_lora else lambda base=base: base
         tensors[f"{owner}.{leaf}"] = (p.nbytes, get)
     for name, layer in stacks.items():
-        if ".lora_" not in name:
-            tensors |= _expert_tensors(name, layer, layers.get(name), merge_lora, dtype)
+        tensors |= experts.matrices(name, layer, layers.get(name), merge_lora, dtype)
     if getattr(model, "expert_layout", "each") != "each":
         tensors = experts.fused(tensors, model.expert_layout == "turned")
     for name, layer in packed_layers(model).items():
@@ -365,19 +338,6 @@ def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
         get = lambda layer=layer, merged=merged: merged(dtype) if merged else layer.unpack(dtype)  # noqa: E731
         tensors[f"{name}.weight"] = (layer.out_features * layer.in_features * dtype.itemsize, get)
     return tensors
-
-
-def _expert_tensors(name: str, layer: nn.Module, adapted, merge_lora: bool, dtype: torch.dtype) -> Writable:
-    """The matrices of a stacked layer, one by one. Packed ones are unpacked: no common format has them otherwise."""
-    if merge_lora and adapted:
-        get = functools.partial(adapted.merged_weight, dtype)
-    elif adapted and adapted.merged:
-        get = adapted.original.__getitem__
-    else:
-        get = functools.partial(dense_weight, layer, dtype)
-    E, size = len(layer.stack), layer.out_features * layer.in_features * dtype.itemsize
-    stack, _, projection = name.rpartition(".")
-    return {f"{stack}.{e}.{projection}.weight": (size, functools.partial(get, e)) for e in range(E)}
 
 
 def _with_towers(folder: pathlib.Path, ours: Writable, as_nf4: bool) -> Writable:

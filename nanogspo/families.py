@@ -264,8 +264,7 @@ def _experts(row: Family, text: dict, L: int, where: str) -> dict:
     def size(key: str, low: int = 1, high: int = 2**24, **options) -> int:
         return need(text, key, int, low=low, high=high, where=where, **options)
 
-    E = size("num_experts", high=2**16, default=None) if text.get("num_local_experts") is None else None
-    E = size("num_local_experts", high=2**16) if E is None else E
+    E = size("num_local_experts" if "num_local_experts" in text else "num_experts", high=2**16)
     step, dense = size("decoder_sparse_step", default=1), need(text, "mlp_only_layers", list, default=[], where=where)
     norm_topk = need(text, "norm_topk_prob", bool, default=False, where=where)
     return {

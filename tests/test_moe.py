@@ -227,7 +227,10 @@ def test_metrics_of_routers_that_are_known():
         for moe in (even, stuck):
             routers(moe, ("gate",), torch.eye(4)[None])
         loss = routers.balance().item()
+        assert routers.balance() == 0.0  # asked for once
     facts = routers.metrics()
+    routers(even, ("gate",), torch.eye(4)[None])
+    assert routers.balance(0.0) == 0.0 and routers.metrics()["experts_unused"] == 0  # of the pass since then
     p = torch.tensor([0.0, 0, 3, 0]).softmax(0)
     entropy = -(p * p.log()).sum()
     assert facts["experts_unused"] == 3 / 8 and facts["experts_max_load"] == 2.5

@@ -26,6 +26,7 @@ Letters: T tokens, N = T k rows, E experts, k experts per token, C width, F widt
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.glu import glu
@@ -109,51 +110,50 @@ class MoE(nn.Module):
 
 
 class Routers:
-    """What routers do with the tokens of one update: pass it as `linear`, and call `balance` after each forward pass.
-
-    Gradient checkpointing runs a block a second time; it finds the same logits, and nobody asks for them then.
-    """
+    """What routers do with the tokens of one update: pass it as `linear`, call `balance` after each forward pass and
+    `metrics` after the update."""
 
     def __init__(self):
         self.logits: dict[nn.Module, Tensor] = {}  # of the last forward pass: MoE -> (B, T, E)
-        self.load, self.entropy, self.passes = 0, 0.0, 0  # load (L, E) counts; sums over passes
+        self.load, self.entropy, self.tokens = 0, 0.0, 0  # (L, E) pairs, (L,) sum over tokens, their number
 
     def __call__(self, module: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
         out = [getattr(module, name)(x) for name in names]
-        if isinstance(module, MoE):
+        # within a backward pass gradient checkpointing runs blocks again: what is kept then would keep their graphs
+        if isinstance(module, MoE) and torch._C._current_graph_task_id() < 0:
             self.logits[module] = out[0]
         return out
 
-    def balance(self) -> Tensor | float:
-        """The load-balancing loss of the last forward pass, and its share of `metrics`; 0.0 without experts.
+    def balance(self, weight: float = 1.0) -> Tensor | float:
+        """The load-balancing loss of the last forward pass times a weight; counts for `metrics` with any weight.
 
             E * sum over e of f_e P_e       f_e  pairs sent to expert e, a token;  P_e  mean probability       (6)
 
-        f and P are means over the tokens of all layers; k if both are even, up to E if all take the same expert.
+        f and P are means over the tokens of all layers; k if both are even, up to E if all take the same expert. 0.0
+        without experts, and with a weight of 0, of which there are no gradients either.
 
         Source: Switch, equations 4 to 6, as transformers' load_balancing_loss_func has it. Here in fp32.
         """
         if not self.logits:
             return 0.0
-        k = next(iter(self.logits)).k
-        logits = torch.stack([z.flatten(0, -2) for z in self.logits.values()]).float()  # (L, T, E)
-        p = logits.softmax(-1)  # (L, T, E)
+        (moe, *_), logits = self.logits, [z if weight else z.detach() for z in self.logits.values()]
+        self.logits, k = {}, moe.k
+        p = torch.stack([z.flatten(0, -2) for z in logits]).softmax(-1, dtype=torch.float32)  # (L, T, E)
         index = p.detach().topk(k).indices.flatten(1)  # (L, T k)
-        load = torch.zeros_like(logits[:, 0]).scatter_add_(
-            1, index, torch.ones_like(index, dtype=logits.dtype)
-        )  # (L, E)
-        self.load, self.passes = self.load + load, self.passes + p.shape[1]
+        load = F.one_hot(index, p.shape[2]).sum(1).float()  # (L, E)
+        self.load, self.tokens = self.load + load, self.tokens + p.shape[1]
         self.entropy = self.entropy - torch.special.xlogy(p, p).detach().sum((1, 2))  # (L,)
-        return (load.mean(0) / p.shape[1] * p.mean((0, 1))).sum() * p.shape[2]
+        return weight * (load.mean(0) / p.shape[1] * p.mean((0, 1))).sum() * p.shape[2] if weight else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Averages over layers, of all tokens since the start; {} without experts. unused: the share of experts that no
-        token met; largest load: the pairs of the busiest expert, 1 if all are even; entropy of p, at most ln E."""
-        if not self.passes:
+        """Averages over layers, of all tokens since the last call; {} without experts. unused: the share of experts
+        that no token met; max_load: the pairs of the busiest expert, 1 if all are even; entropy of p, at most ln E."""
+        if not self.tokens:
             return {}
-        share = self.load / self.load.mean(1, keepdim=True)  # (L, E)
-        return {
+        facts = {
             "experts_unused": (self.load == 0).float().mean().item(),
-            "experts_max_load": share.amax(1).mean().item(),
-            "router_entropy": (self.entropy / self.passes).mean().item(),
+            "experts_max_load": (self.load.amax(1) / self.load.mean(1)).mean().item(),
+            "router_entropy": (self.entropy / self.tokens).mean().item(),
         }
+        self.__init__()
+        return facts

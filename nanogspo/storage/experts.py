@@ -17,8 +17,11 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nanogspo.lora import LoRAExperts
+from nanogspo.model import Transformer
+from nanogspo.quant import STACKED, PackedExperts, dense_weight, linear_layers, put, quantize_linear
 from nanogspo.storage.safetensors import Stored
 
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.((?:gate|up|down)_proj)(?:\.weight)?")  # stack, number, projection
@@ -63,6 +66,42 @@ def parts(name: str, stored: Stored, wanted: dict[str, tuple]) -> dict[str, Stor
             part = ExpertPart(**facts, expert=e, rows=slice(i * size, (i + 1) * size), turned=turned)
             found[f"{match[1]}.{e}.{projection}.weight"] = part
     return found
+
+
+def put_expert(model: Transformer, match: re.Match, weight: Tensor, quant: str | None) -> None:
+    """One matrix, whose name EXPERT matched, into its stacked layer, which is allocated, or packed, when its first
+    matrix comes."""
+    name, e = f"{match[1]}.{match[3]}", int(match[2])
+    layer = model.get_submodule(name)
+    if quant:
+        if not isinstance(layer, PackedExperts):
+            layer = PackedExperts(layer.weight, quant)  # still on the meta device
+            put(model, name, layer)
+        layer[e] = quantize_linear(weight, None, quant)
+        return
+    if layer.weight.is_meta:
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=weight.dtype, device=weight.device))
+    layer.weight.data[e] = weight
+
+
+def stacks(model: Transformer) -> dict[str, STACKED]:
+    """Name -> stacked layer, adapters aside; a layer inside an adapter goes by the adapter's name."""
+    found = {name: layer for name, layer in linear_layers(model).items() if isinstance(layer, STACKED)}
+    return {name.removesuffix(".base"): layer for name, layer in found.items() if ".lora_" not in name}
+
+
+def matrices(name: str, layer: STACKED, adapter: LoRAExperts | None, merge: bool, dtype: torch.dtype) -> Writable:
+    """The matrices of a stacked layer, one by one. Packed ones are unpacked: no common format has them otherwise."""
+    if merge and adapter:
+        get = functools.partial(adapter.merged_weight, dtype)
+    else:
+        get = (
+            adapter.original.__getitem__
+            if adapter and adapter.merged
+            else functools.partial(dense_weight, layer, dtype)
+        )
+    size, (stack, projection) = layer.out_features * layer.in_features * dtype.itemsize, name.rsplit(".", 1)
+    return {f"{stack}.{e}.{projection}.weight": (size, functools.partial(get, e)) for e in range(len(layer.stack))}
 
 
 def fused(tensors: Writable, turned: bool) -> Writable:
