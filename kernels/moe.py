@@ -43,7 +43,9 @@ from kernels.packed import Packed
 
 # 64 x 64 tiles of two fp32 sums are 64 registers for each of 128 threads. Where an expert has few rows (decoding), 16
 # of them, the least tl.dot takes: reading weights is then all the time there is. The choice sees N and E, never counts.
-BLOCK_M, FEW_M, BLOCK_N, BLOCK_K = 64, 16, 64, 32
+# fp32 has half as many columns: it has no tensor cores to feed, and all operands of a step lie in registers.
+BLOCK_M, FEW_M, BLOCK_K = 64, 16, 32
+BLOCK_N = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 Weights = Tensor | Sequence[Packed]  # (E, out, in), or that in packed pieces (out, in)
 
 
@@ -171,9 +173,9 @@ def _rows(x: Tensor, weights: Sequence[Tensor], groups: Groups, turned: bool = F
     out, (size, expert, row) = [x.new_empty(N, F) for _ in weights], groups.tiles  # (N, F) each
     if N:  # a grid of 0 programs is an error
         w, v, y, z = weights[0], weights[-1], out[0], out[-1]
-        _rows_kernel[(len(row), triton.cdiv(F, BLOCK_N))](
+        _rows_kernel[(len(row), triton.cdiv(F, BLOCK_N[x.dtype]))](
             x, w, v, y, z, expert, row, groups.start, F, K, x.stride(0), *w.stride(), *v.stride(), PAIR=len(out) > 1,
-            BLOCK_M=size, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4, num_stages=3, enable_fp_fusion=False,
+            BLOCK_M=size, BLOCK_N=BLOCK_N[x.dtype], BLOCK_K=BLOCK_K, num_warps=4, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -181,9 +183,9 @@ def _rows(x: Tensor, weights: Sequence[Tensor], groups: Groups, turned: bool = F
 def _dw(dy: Tensor, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """What _dw_reference does."""
     (E, F, K), dy, x, dw = weight.shape, inner(dy), inner(x), weight.new_empty(weight.shape)
-    _weights_kernel[(triton.cdiv(F, 64), triton.cdiv(K, 64), E)](
+    _weights_kernel[(triton.cdiv(F, BLOCK_N[x.dtype]), triton.cdiv(K, 64), E)](
         dy, x, dw, groups.start, F, K, dy.stride(0), x.stride(0),
-        BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3, enable_fp_fusion=False,
+        BLOCK_M=32, BLOCK_N=BLOCK_N[x.dtype], BLOCK_K=64, num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     return dw
 
