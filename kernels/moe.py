@@ -100,7 +100,8 @@ def _rows_reference(x: Tensor, weights: Sequence[Weights], groups: Groups, turne
 
 
 def _dw_reference(dy: Tensor, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    dw = torch.zeros_like(weight)  # (E, out, in): 0 for experts without rows
+    dw = torch.empty_like(weight)  # (E, out, in)
+    dw[groups.start.diff() == 0] = 0  # experts without rows
     for e, rows in groups.slices:
         torch.mm(dy[rows].T, x[rows], out=dw[e])
     return dw

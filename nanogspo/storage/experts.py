@@ -92,14 +92,9 @@ def stacks(model: Transformer) -> dict[str, STACKED]:
 
 def matrices(name: str, layer: STACKED, adapter: LoRAExperts | None, merge: bool, dtype: torch.dtype) -> Writable:
     """The matrices of a stacked layer, one by one. Packed ones are unpacked: no common format has them otherwise."""
-    if merge and adapter:
-        get = functools.partial(adapter.merged_weight, dtype)
-    else:
-        get = (
-            adapter.original.__getitem__
-            if adapter and adapter.merged
-            else functools.partial(dense_weight, layer, dtype)
-        )
+    get = functools.partial(dense_weight, layer, dtype)
+    if adapter and (merge or adapter.merged):
+        get = functools.partial(adapter.merged_weight, dtype) if merge else adapter.original.__getitem__
     size, (stack, projection) = layer.out_features * layer.in_features * dtype.itemsize, name.rsplit(".", 1)
     return {f"{stack}.{e}.{projection}.weight": (size, functools.partial(get, e)) for e in range(len(layer.stack))}
 
