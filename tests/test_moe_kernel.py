@@ -92,16 +92,16 @@ def test_bf16_rounds_each_result_once(backend):
     """Rows, weights and results in bf16, sums in fp32: a number of y is within half an ulp, 2^-9, of the float64 sum of
     the same bf16 numbers, and 40 eps of the sum of absolute products."""
     x, W = numbers(40, 48, seed=1, dtype=torch.bfloat16), numbers(3, 20, 48, seed=2, dtype=torch.bfloat16)
-    index = routed(40, 1, 3, 5)
+    index = routed(40, 2, 3, 5)
     groups = sort_by_expert(index, 3)
     [y] = grouped_linear(spread(x, groups), [W], groups, backend=backend)
-    products = W.double()[index[:, 0]] * x.double()[:, None]
+    products = W.double()[index] * x.double()[:, None, None]  # (T, k, F, K)
     want, size = products.sum(-1), products.abs().sum(-1)
-    got = y[groups.place[:, 0]]
+    got = y[groups.place]  # (T, k, F)
     assert y.dtype == torch.bfloat16 and ((got - want).abs() <= 2.0**-8 * want.abs() + 40 * EPS * size).all()
-    w = numbers(40, 1, seed=3, dtype=torch.bfloat16)
+    w = numbers(40, 2, seed=3, dtype=torch.bfloat16)
     out = combine(y, w, groups)
-    assert torch.equal(out, (got.float() * w).bfloat16())  # fp32 until the last step
+    assert torch.equal(out, (got.float() * w[..., None]).sum(1).bfloat16())  # fp32 until the last step
 
 
 def test_rows_are_sorted_by_expert_then_by_pair():
