@@ -104,8 +104,8 @@ def test_the_config_is_that_of_the_default_run_with_experts():
 
 
 def test_the_plan_counts_what_rows_of_experts_keep():
-    """Two experts of width 128 instead of an MLP of 256: besides gate, act, up and product a token has two rows of x and
-    two results, 2 * 2 * 128 numbers of fp32."""
+    """Two experts of width 128 instead of an MLP of 256: besides gate, act, up and product a token has two rows of x
+    and two results, 2 * 2 * 128 numbers of fp32."""
     config, sizes = TrainConfig(device="cpu", dtype="fp32", lora_r=0), []
     for architecture in ("qwen3", "qwen3_moe"):
         _, raw = tiny.describe("ab>", architecture)
