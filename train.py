@@ -47,6 +47,7 @@ from nanogspo.data import Data, Given, choose_judges, choose_task, read_data  # 
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
+from nanogspo.layers.moe import Routers  # noqa: E402
 from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_histogram, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
@@ -161,6 +162,7 @@ class Trainer:
     watch: doctor.Watch
     started: float
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    routers: Routers = dataclasses.field(default_factory=Routers)  # of experts: watched, and kept even
     proved: bool = False  # True once separately scored old log-probs have given ratios of exactly 1; not saved
 
     def loop(self) -> None:
@@ -213,7 +215,7 @@ class Trainer:
         progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
         now, tokens = time.perf_counter(), sum(len(batch.tokens) for batch in batches)
         row = {"step": progress.step, "algo": phase.algo, "phase": phase.name}
-        row |= facts | row  # whatever name a reward function logs under
+        row |= facts | self.routers.metrics() | row  # whatever name a reward function logs under
         row |= {"grad_norm": norm.item(), "lr": lr, "step_s": now - began, "peak_mem_bytes": peak_memory(config.device)}
         row |= {"tokens_per_s": tokens / (now - began), "update_tokens_per_s": tokens / (now - updating)}
         self.log.step(row)
@@ -231,12 +233,11 @@ class Trainer:
         examples = [self.data.sft_example(n) for n in range(cursor, cursor + config.batch_size)]
         batches = pack(examples, max_tokens=config.micro_batch_tokens)
         total, metrics = sum(len(batch.targets) for batch in batches), []
-        for batch in batches:
-            batch = batch.to(config.device)
-            logp, entropy, right = score(self.model, batch)  # (M,), (M,), (M,)
+        for batch in (batch.to(config.device) for batch in batches):
+            logp, entropy, right = score(self.model, batch, linear=self.routers)  # (M,), (M,), (M,)
             loss, facts = sft_loss(logp)
             weight = len(logp) / total  # the weights of an update sum to 1
-            (loss * weight).backward()
+            ((loss + self.routers.balance(config.router_aux_loss)) * weight).backward()
             self.optimizer.accumulate()
             facts |= {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()}
             metrics.append((weight, facts))
@@ -276,7 +277,7 @@ class Trainer:
         for batch, old_logp, ref_logp in zip(batches, rollout.old_logp[update], rollout.ref_logp[update], strict=True):
             A, w = (x[batch.index].to(config.device, non_blocking=True) for x in (advantages, weights))  # (N,), (N,)
             batch = batch.to(config.device)
-            logp, entropy, _ = score(self.model, batch, temperature=config.temperature)  # (M,), (M,), (M,)
+            logp, entropy, _ = score(self.model, batch, temperature=config.temperature, linear=self.routers)  # (M,) all
             # None: no weight has moved yet, so this forward pass is also the old one
             old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (M,)
             (low, high), terms = self.watch.clip, {}
@@ -285,7 +286,7 @@ class Trainer:
                 terms["kl"] = kl_to_reference(logp, ref_logp.to(config.device), batch.cu_scored, w)
                 loss = loss + config.beta * terms["kl"]
             weight, loss = len(batch.index) / trained, loss * trained_fraction  # the average over all answers
-            (loss * weight).backward()
+            ((loss + self.routers.balance(config.router_aux_loss)) * weight).backward()
             self.optimizer.accumulate()
             entropy = (sequence_sums(entropy, batch.cu_scored) / batch.lengths).mean()  # over answers, too
             metrics.append((weight, {"loss": loss, "entropy": entropy, **terms}))

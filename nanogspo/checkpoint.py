@@ -16,7 +16,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from nanogspo.families import ModelConfig, export_config, model_config, text_par
 from nanogspo.inputs import named, read_json, some, tell
 from nanogspo.lora import lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import KINDS, NF4Linear, linear_layers, packed_layers, put, quantize_linear
+from nanogspo.quant import KINDS, NF4Linear, linear_layers, packable, packed_layers, put, quantize_linear
+from nanogspo.storage import experts
 from nanogspo.storage.bitsandbytes import COMPANION, QUANT_STATE, bitsandbytes_config, nf4_from_file, nf4_tensors
+from nanogspo.storage.experts import Writable
 from nanogspo.storage.files import ADAPTER, INDEX, PROCESSOR_FILES, SINGLE, atomic_write, resolve, weight_files
 from nanogspo.storage.files import read_config as read_config
 from nanogspo.storage.names import EMBEDDING, HEAD, PREFIXES, SKIP, our_name, refuse_foreign_names
@@ -71,7 +73,7 @@ def load(
     _fill(model, found, device, dtype, quant)
     if packed_layers(model):
         model.requires_grad_(False)  # packed weights cannot be trained; an adapter over them can
-    model.folder = folder
+    model.folder, model.expert_layout = folder, found.layout
     return model.eval()
 
 
@@ -83,11 +85,12 @@ class Found:
     companions: dict[str, dict[str, Stored]]  # of packed weights: name -> part -> tensor
     skipped: list[str]
     unexpected: list[str]  # a second tensor for the same place counts too
+    layout: str = "each"  # of experts: storage/experts.py
 
 
 def _wanted(model: Transformer) -> dict[str, tuple]:
-    """Name -> shape of every tensor that a file may hold for this model."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    """Name -> shape of every tensor that a file may hold for this model; of experts each by itself."""
+    wanted = {n: shape for name, p in model.named_parameters() for n, shape in experts.each(name, p.shape).items()}
     if model.config.tied:  # a file may hold the head all the same
         wanted[HEAD] = wanted[EMBEDDING]
     return wanted
@@ -99,8 +102,14 @@ def _match(folder: pathlib.Path, model: Transformer) -> Found:
     found = Found({}, collections.defaultdict(dict), [], [])
     companions = found.companions
     for file in weight_files(folder):
-        for name, stored in read_header(file)[0].items():
-            ours = our_name(name)
+        stored_parts = (
+            (name, ours, part)
+            for name, whole in read_header(file)[0].items()
+            for ours, part in experts.parts(our_name(name), whole, wanted).items()
+        )
+        for name, ours, stored in stored_parts:
+            if isinstance(stored, experts.ExpertPart):
+                found.layout = "turned" if stored.turned else "fused"
             if SKIP.search(name):
                 found.skipped.append(name)
             elif (match := COMPANION.fullmatch(ours)) and match[1] in linear and match[2] not in companions[match[1]]:
@@ -117,6 +126,10 @@ def _match(folder: pathlib.Path, model: Transformer) -> Found:
 def _check(folder: pathlib.Path, model: Transformer, found: Found, quant: str | None) -> None:
     """Raises ValueError for whatever does not fit, with all problems in one line."""
     wanted, tied = _wanted(model), model.config.tied
+    companions = ((name, COMPANION.fullmatch(our_name(name))) for name in found.unexpected)
+    if packed := [name for name, match in companions if match and experts.EXPERT.fullmatch(match[1])]:
+        want = "want experts in 16 bits: --quant nf4 packs them as they are read"
+        raise ValueError(f"{folder}: got packed experts ({some(packed, 1)}), {want}")
     problems = [f"missing {name}" for name in wanted if name not in found.weights and not (name == HEAD and tied)]
     problems += [f"unexpected {name}" for name in found.unexpected]
     refuse_foreign_names(folder, found.unexpected, wanted)
@@ -174,8 +187,12 @@ def _same_values(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
 
 def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: str | None) -> None:
     """Read each tensor, in file order, and put it in place. What needs no change is read where it stays."""
-    packs = linear_layers(model) if quant and not found.companions else ()
+    packs = packable(model) if quant and not found.companions else ()
     for name, stored in found.weights.items():
+        if match := experts.EXPERT.fullmatch(name):
+            with named(f"{stored.path}: {name}"):
+                experts.put_expert(model, match, stored.read().to(dtype).to(device), quant)
+            continue
         parent, leaf = name.rsplit(".", 1)
         module = model.get_submodule(parent)
         if name in found.companions:
@@ -262,9 +279,6 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
     atomic_write(path / "config.json", json.dumps(config, indent=2))
 
 
-Writable = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> bytes, and a function that makes or returns the tensor
-
-
 def _write_shards(path: pathlib.Path, tensors: Writable) -> None:
     """Weights in files of at most SHARD_BYTES. Tensors of a shard are made when its turn comes, so merged copies of one
     shard exist at a time. The index comes last; before, config.json goes: a folder with one is complete."""
@@ -296,9 +310,10 @@ def _write_shards(path: pathlib.Path, tensors: Writable) -> None:
 def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
     """What a folder of this model holds, under our names."""
     layers, dtype, tensors = lora_layers(model), model.norm.weight.dtype, {}
+    stacks = experts.stacks(model)
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if owner.endswith((".lora_A", ".lora_B")):
+        if owner.endswith((".lora_A", ".lora_B")) or owner.removesuffix(".base") in stacks:
             continue
         get = lambda p=p: p  # noqa: E731
         if owner.endswith(".base"):
@@ -308,7 +323,13 @@ def _parameters(model: Transformer, merge_lora: bool, as_nf4: bool) -> Writable:
                 base = layer.original if layer.merged else p  # without its adapter, also while that is merged in
                 get = layer.merged_weight if merge_lora else lambda base=base: base
         tensors[f"{owner}.{leaf}"] = (p.nbytes, get)
+    for name, layer in stacks.items():
+        tensors |= experts.matrices(name, layer, layers.get(name), merge_lora, dtype)
+    if getattr(model, "expert_layout", "each") != "each":
+        tensors = experts.fused(tensors, model.expert_layout == "turned")
     for name, layer in packed_layers(model).items():
+        if name.rpartition(".")[0].removesuffix(".base") in stacks:
+            continue
         if as_nf4:
             for part, t in nf4_tensors(layer).items():
                 tensors[f"{name}.{part}"] = (t.nbytes, lambda t=t: t)

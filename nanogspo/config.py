@@ -23,6 +23,7 @@ from nanogspo.inputs import read_text
 from nanogspo.words import explain, explain_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("qwen3", "qwen3_moe")  # nanogspo/tiny.py
 AUTO, DTYPES, QUANTS = ("auto", "on", "off"), ("auto", "bf16", "fp32"), ("none", "nf4", "int8")
 TRACKERS = ("none", "wandb", "trackio", "tensorboard")
 MIXES, AVERAGES = ("sum_then_normalize", "normalize_then_sum"), ("sequence", "token", "constant")
@@ -46,6 +47,7 @@ class TrainConfig:
     model: str = flag(
         "tiny", "folder, hub id owner/name, or tiny: 0.4 M parameters, made here", group="what", path=True
     )
+    architecture: str = flag("qwen3", "of the tiny model; qwen3_moe: 8 experts", ARCHITECTURES)
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft", "gspo_token", "reinforce"))
     task: Texts = flag(
         ("reverse",), "reverse, addition, FILE.py[:Class]; several, as NAME=SHARE, are mixed; jsonl: --data", path=True
@@ -111,6 +113,9 @@ class TrainConfig:
     )
     mask_truncated: bool = flag(False, "do not train on answers that were cut off (DAPO); they count in their group")
     dynamic_sampling: int = flag(0, "extra rounds to replace groups with equal rewards, at most (DAPO)", high=10**4)
+    router_aux_loss: float = flag(
+        0.0, "weight of the load-balancing loss of experts; it is not in the logged loss", high=1
+    )
     beta: float = flag(0.0, "weight of the KL divergence (k3) from the policy at the start of RL", high=1000)
     lr: float = flag(0.0, "AdamW learning rate; 0: by algorithm, adapter and model size", high=1, group="optimiser")
     warmup_updates: int = flag(5, "updates over which the learning rate rises from 0")
@@ -418,6 +423,8 @@ def check(config: TrainConfig, judged: bool = False) -> None:
     """
     check_fields(config)
     rl, tiny = config.algo != "sft", config.model == "tiny"
+    if config.architecture != TrainConfig.architecture and not tiny:
+        raise ValueError(f"got --architecture {config.architecture} with --model {config.model}, which states its own")
     if config.lora_r and config.lora_alpha <= 0:
         raise ValueError(f"got --lora-alpha {config.lora_alpha}: the adapter would stay without effect; want above 0")
     if config.accept_changes and not config.resume:

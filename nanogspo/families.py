@@ -9,13 +9,14 @@ all tables of this file. The columns are named for the mechanism, not for the ve
     qkv_bias        biases on q, k, v; o_bias the same for o
     scale_embedding the embedding is multiplied by sqrt(hidden_size), rounded to the weight dtype
     layer_pattern   which layers see only a sliding window
+    moe             the MLP of most layers is a mixture of experts (layers/moe.py)
 
 Reading order: families.yaml, Family, ModelConfig, model_config, the small readers under it, export_config.
 Two generations of files are read: what the hub holds (rope_theta, rope_scaling, sliding_window_pattern at the top)
 and what transformers 5 writes (rope_parameters, layer_types). Both must give the same model.
 A key of the file is read, or known to have no effect on what a text model computes (NO_EFFECT), or known to change it
 (CHANGES: refused when set). Any other is named in `ModelConfig.unread`, which checkpoint.load prints.
-Left out here: MoE and gated DeltaNet families (their rows come with their layers).
+Left out here: gated DeltaNet families (their rows come with their layers).
 
 Lesson: lessons/01_one_transformer.md       Tests: tests/test_families.py
 """
@@ -45,11 +46,16 @@ class Family:
     activation: str = SILU
     activation_key: str = "hidden_act"
     scale_embedding: bool = False
-    layer_pattern: str = "full"  # "full" | "window_flag" (Qwen) | "alternate" (Gemma 2) | "every_nth_full" (Gemma 3)
+    # "full" | "alternate" (Gemma 2) | "every_nth_full" (Gemma 3); with use_sliding_window: "window_flag" (Qwen: from
+    # max_window_layers on), "even_below" (Qwen 2 MoE: the even ones below it), "all_or_none" (Qwen 3 MoE)
+    layer_pattern: str = "full"
     softcaps: list[str] = field(default_factory=list)  # which of SOFTCAPS act
     attn_scalar: bool = False  # whether query_pre_attn_scalar replaces head_dim in the attention scale
     head_dim: int | None = None  # class default when the file is silent; None: hidden_size / heads
     tied: bool = False  # class default of tie_word_embeddings
+    moe: bool = False
+    shared_expert: bool = False  # one more expert, which sees every token
+    norm_topk: bool | None = None  # None: the file's norm_topk_prob decides
     defaults: dict = field(default_factory=dict)  # class defaults a sparse hub file leans on
 
 
@@ -60,7 +66,8 @@ FAMILIES = {name: Family(**row) for name, row in TABLES["families"].items()}
 MODEL_TYPES = {model_type: name for name, types in TABLES["model_types"].items() for model_type in types}
 WRAPPERS, DEFAULT_THETA = TABLES["wrappers"], TABLES["default_theta"]
 # what export_config writes: the text-only type that transformers opens without its wrapper
-TEXT_TYPES = {"gemma3": "gemma3_text"}
+PREFIXES = {"qwen3_omni_moe": "thinker.model."}  # of wrappers; all others: model.language_model.
+TEXT_TYPES = {"gemma3": "gemma3_text", "qwen3_vl_moe": "qwen3_moe", "qwen3_omni_moe": "qwen3_moe"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,12 @@ class ModelConfig:
     scale_embedding: bool = False
     attn_softcap: float = 0.0  # 0: none
     final_softcap: float = 0.0
+    moe_layers: tuple[bool, ...] = ()  # one per layer: experts instead of one MLP; () means none
+    num_experts: int = 0  # E
+    experts_per_token: int = 0  # k
+    expert_size: int = 0  # F of an expert
+    shared_expert_size: int = 0  # 0: no shared expert
+    norm_topk: bool = False  # the weights of a token's experts sum to 1
     max_positions: int = 32768
     eos_ids: tuple[int, ...] = ()
     module_prefix: str = field(default="model.", compare=False)  # where transformers' class keeps the text layers
@@ -141,7 +154,7 @@ def model_config(config: dict) -> ModelConfig:
     rotary_dim = int(D * next(iter(rope.values())).get("partial_rotary_factor", 1.0))
     if rotary_dim % 2 or not rotary_dim:
         raise ValueError(f"config.json: got {rotary_dim} channels of a head of {D} to rotate, want an even number")
-    attention_bias = flag("attention_bias")
+    attention_bias = flag("attention_bias") or (row.moe and flag("qkv_bias"))
     caps = [need(text, key, float, low=1e-3, high=1e6, default=0.0, where=where) for key in SOFTCAPS]
     caps = [cap if key in row.softcaps else 0.0 for key, cap in zip(SOFTCAPS, caps, strict=True)]
     outer = need(config, "model_type", str, default="", where=where)
@@ -185,9 +198,10 @@ def model_config(config: dict) -> ModelConfig:
         scale_embedding=row.scale_embedding,
         attn_softcap=float(caps[0]),
         final_softcap=float(caps[1]),
+        **(_experts(row, text, L, where) if row.moe else {}),
         max_positions=size("max_position_embeddings", LONGEST_CONTEXT, 32768),
         eos_ids=eos_ids(config, text),
-        module_prefix="model.language_model." if wrapped else "model.",
+        module_prefix=PREFIXES.get(outer, "model.language_model.") if wrapped else "model.",
         unread=_unread(row, config, stated, rope),
         source={**stated, "model_type": model_type},
     )
@@ -244,6 +258,25 @@ def eos_ids(*configs: dict) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def _experts(row: Family, text: dict, L: int, where: str) -> dict:
+    """The fields of ModelConfig about experts. transformers 5 writes num_local_experts for num_experts."""
+
+    def size(key: str, low: int = 1, high: int = 2**24, **options) -> int:
+        return need(text, key, int, low=low, high=high, where=where, **options)
+
+    E = size("num_local_experts" if "num_local_experts" in text else "num_experts", high=2**16)
+    step, dense = size("decoder_sparse_step", default=1), need(text, "mlp_only_layers", list, default=[], where=where)
+    norm_topk = need(text, "norm_topk_prob", bool, default=False, where=where)
+    return {
+        "moe_layers": tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(L)),
+        "num_experts": E,
+        "experts_per_token": size("num_experts_per_tok", high=E),
+        "expert_size": size("moe_intermediate_size"),
+        "shared_expert_size": size("shared_expert_intermediate_size") if row.shared_expert else 0,
+        "norm_topk": norm_topk if row.norm_topk is None else row.norm_topk,
+    }
+
+
 def _activation(row: Family, text: dict, where: str) -> str:
     """Gemma 1 files say "gelu" and mean the tanh approximation; everyone else says what they mean."""
     tanh = row.activation == GELU_TANH
@@ -262,7 +295,7 @@ def _layer_types(row: Family, text: dict, L: int, where: str) -> tuple[str, ...]
     """One "full" or "sliding" per layer, from layer_types if the file has it, else from the family's older keys."""
     stated = need(text, "layer_types", list, default=[], where=where)
     window = need(text, "sliding_window", int, low=0, high=LONGEST_CONTEXT, default=0, where=where)
-    if stated:
+    if stated and row.layer_pattern != "all_or_none":
         names = {"full_attention": "full", "sliding_attention": "sliding"}
         if row.layer_pattern == "full":  # transformers does not look at layer_types here
             del names["sliding_attention"]
@@ -278,10 +311,10 @@ def _layer_types(row: Family, text: dict, L: int, where: str) -> tuple[str, ...]
     elif row.layer_pattern == "every_nth_full":
         n = need(text, "sliding_window_pattern", int, low=1, high=LONGEST_CONTEXT, where=where)
         types = tuple("sliding" if (layer + 1) % n else "full" for layer in range(L))
-    elif row.layer_pattern == "window_flag" and need(text, "use_sliding_window", bool, default=False, where=where):
-        # layers below the first stay full
+    elif row.layer_pattern in WINDOWED and need(text, "use_sliding_window", bool, default=False, where=where):
         first = need(text, "max_window_layers", int, low=0, high=LONGEST_CONTEXT, default=28, where=where)
-        types = tuple("sliding" if layer >= first else "full" for layer in range(L))
+        slides = WINDOWED[row.layer_pattern]
+        types = tuple("sliding" if slides(layer, first) else "full" for layer in range(L))
     else:
         types = ("full",) * L
     if "sliding" in types and not window:
@@ -289,6 +322,12 @@ def _layer_types(row: Family, text: dict, L: int, where: str) -> tuple[str, ...]
     return types
 
 
+# (layer, max_window_layers) -> whether the layer sees only a window, where use_sliding_window says that some do
+WINDOWED = {
+    "window_flag": lambda layer, first: layer >= first,
+    "even_below": lambda layer, first: layer < first and layer % 2 == 0,
+    "all_or_none": lambda layer, first: True,
+}
 ROPE_KEYS, ROPE_RANGES = TABLES["rope_keys"], TABLES["rope_ranges"]
 
 
@@ -355,6 +394,9 @@ def export_config(config: ModelConfig, *, dtype: str) -> dict:
     out["tie_word_embeddings"] = config.tied
     out["dtype"] = dtype
     out["vocab_size"] = config.vocab_size
+    if config.num_experts:  # what the class of a wrapper's text part would have filled in
+        out |= {"num_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
+        out |= {"moe_intermediate_size": config.expert_size, "norm_topk_prob": config.norm_topk}
     if config.eos_ids:  # a wrapper states them outside its text part
         out["eos_token_id"] = list(config.eos_ids)
     if config.source["model_type"] not in (out["model_type"], config.family) or "mrope_section" in str(

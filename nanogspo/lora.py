@@ -13,6 +13,7 @@ Lesson: lessons/11_lora_and_sft.md       Tests: tests/test_lora.py
 Source: LoRA, arXiv 2106.09685, equation 3. Names and initialisation as in PEFT, so that adapters can be exchanged.
 """
 
+import functools
 import math
 
 import torch
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.lora import frozen_linear
+from kernels.moe import Groups, grouped_linear
 from nanogspo.inputs import some
-from nanogspo.quant import PackedLinear, dense_weight, linear_layers, put, weight_count
+from nanogspo.layers.moe import ExpertLinear
+from nanogspo.quant import STACKED, PackedExperts, PackedLinear, dense_weight, linear_layers, put, weight_count
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -34,10 +37,11 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear | PackedLinear, r: int, scale: float, dropout: float = 0.0):
         super().__init__()
-        device = base.weight.device
         self.base, self.r, self.scale, self.dropout = base, r, scale, dropout
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
+        options = {"device": base.weight.device, "dtype": torch.float32}
+        make = functools.partial(ExpertLinear, len(base.stack), **options) if isinstance(base, STACKED) else None
+        make = make or functools.partial(nn.Linear, bias=False, **options)
+        self.lora_A, self.lora_B = make(base.in_features, r), make(r, base.out_features)
         nn.init.zeros_(self.lora_B.weight)
         self.merged = False
 
@@ -51,16 +55,33 @@ class LoRALinear(nn.Module):
         weight = self.base.q if isinstance(self.base, PackedLinear) else self.base.weight
         return frozen_linear(x, weight, self.base.bias, self.lora_A.weight, self.lora_B.weight, scale=self.scale)
 
-    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+    def merged_weight(self, dtype: torch.dtype | None = None, expert: int | None = None) -> Tensor:
         """W + scale * B A, computed in fp32, rounded once to W's dtype. (out, in)
 
-        dtype  into which a packed W is unpacked, the model's: it is then the W that products see
+        dtype   into which a packed W is unpacked, the model's: it is then the W that products see
+        expert  of a stacked layer, whose W of all experts is (E, out, in)
         """
+        weight = dense_weight(self.base, dtype, expert)  # (out, in)
         if self.merged:
-            return self.base.weight.detach()
-        weight = dense_weight(self.base, dtype)  # (out, in)
-        update = self.lora_B.weight.detach() @ self.lora_A.weight.detach()  # (out, in) fp32
+            return weight
+        B, A = (m.weight.detach() if expert is None else m.weight.detach()[expert] for m in (self.lora_B, self.lora_A))
+        update = B @ A  # (out, in) fp32
         return (weight.float() + update * self.scale).to(weight.dtype)
+
+
+class LoRAExperts(LoRALinear):
+    """The same for a stacked layer of a mixture of experts: A (E, r, in) and B (E, out, r), a pair for every expert."""
+
+    @property
+    def stack(self):
+        return self.base.stack
+
+    def with_update(self, y: Tensor, x: Tensor, groups: Groups) -> Tensor:
+        if self.merged:
+            return y
+        [h] = grouped_linear(F.dropout(x, self.dropout, self.training).float(), [self.lora_A.weight], groups)  # (N, r)
+        [update] = grouped_linear(h, [self.lora_B.weight], groups)  # (N, out) fp32
+        return (y + update * self.scale).to(y.dtype)  # (N, out)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -104,7 +125,8 @@ def add_lora(
     generator = torch.Generator().manual_seed(seed)
     touched = {name: base for name, base in linear.items() if any(name in names for names in found.values())}
     for name, base in touched.items():
-        layer = LoRALinear(base, r, alpha / r if scale is None else scale, dropout)
+        kind = LoRAExperts if isinstance(base, STACKED) else LoRALinear
+        layer = kind(base, r, alpha / r if scale is None else scale, dropout)
         bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a = sqrt 5), PEFT's choice
         if not base.weight.is_meta:
             draw = torch.rand(layer.lora_A.weight.shape, generator=generator) * (2 * bound) - bound  # (r, in)
@@ -121,7 +143,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     Raises ValueError for packed weights, whose sum with an adapter is not packed: save(merge_lora=True) writes it.
     """
     layers = lora_layers(model)
-    packed = next((name for name, layer in layers.items() if isinstance(layer.base, PackedLinear)), None)
+    packed = next((name for name, m in layers.items() if isinstance(m.base, PackedLinear | PackedExperts)), None)
     if packed:
         advice = "checkpoint.save(model, path, merge_lora=True) writes them unpacked and merged"
         raise ValueError(f"got {packed} with packed weights, want plain ones to merge in place; {advice}")

@@ -18,13 +18,15 @@ Modules carry the checkpoint's names (self_attn.q_proj, mlp.gate_proj, input_lay
 `forward` stops at the hidden state. Training never asks for logits of a whole batch: at V = 151,936 they are 608 KB a
 token in fp32. kernels/seq_logprob.py takes the hidden state and the head instead.
 
-Left out: dropout, mixture of experts and gated DeltaNet (Block chooses its mixer and its MLP in one line each, where
-they will go), encoder parts.
+Mixture of experts: layers/moe.py, chosen by Block in the place of an MLP.
+
+Left out: dropout, gated DeltaNet (Block chooses its mixer in one line, where it will go), encoder parts.
 
 Lessons: lessons/01_one_transformer.md, 02_gqa_rope_softcap.md       Tests: tests/test_model.py
 Letters: B rows, T positions, C width, H query heads, K key/value heads, D head width, F MLP width, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -40,6 +42,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from nanogspo.cache import KVCache
 from nanogspo.families import ModelConfig
+from nanogspo.layers.moe import MoE
 from nanogspo.layers.rope import cos_sin
 from nanogspo.layouts import choose
 
@@ -110,9 +113,9 @@ class MLP(nn.Module):
 
     INPUTS, OUTPUT = ("gate_proj", "up_proj"), ("down_proj",)
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width: int):
         super().__init__()
-        C, F_, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        C, F_, bias = config.hidden_size, width, config.mlp_bias
         self.gate_proj = nn.Linear(C, F_, bias=bias)
         self.up_proj = nn.Linear(C, F_, bias=bias)
         self.down_proj = nn.Linear(F_, C, bias=bias)
@@ -135,7 +138,8 @@ class Block(nn.Module):
         norm = lambda: RMSNorm(config.hidden_size, config.norm_eps, config.norm_plus_one)  # noqa: E731
         self.post_norms = config.post_norms
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        mlp = functools.partial(MLP, config)
+        self.mlp = MoE(config, mlp) if any(config.moe_layers[layer : layer + 1]) else mlp(config.intermediate_size)
         self.input_layernorm = norm()
         # the same name, two places: before the MLP in Llama and Qwen, after the attention in Gemma 2 and 3
         self.post_attention_layernorm = norm()
@@ -186,7 +190,7 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         residual = std / math.sqrt(2 * self.config.num_layers)
         for name, p in self.named_parameters():
-            if p.ndim == 2:
+            if p.ndim >= 2:
                 p.data.normal_(
                     0.0, residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator
                 )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels.attention import Segments
 from kernels.seq_logprob import token_logprob
-from nanogspo.model import Transformer
+from nanogspo.model import Linear, Transformer, separate
 
 # Prompts shorter than this are repeated: a piece of attention more a prompt and layer costs a CPU about 0.1 ms, as much
 # as some 10 tokens of a small model
@@ -150,12 +150,15 @@ def _micro_batch(examples: list[Example], families: list[list[int]]) -> MicroBat
     return MicroBatch(torch.tensor(tokens), Segments.build(lengths, parents), *columns, cu_scored, index)
 
 
-def score(model: Transformer, batch: MicroBatch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def score(
+    model: Transformer, batch: MicroBatch, *, temperature: float = 1.0, linear: Linear = separate
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob and entropy of every scored token under the model: the one scorer behind old and new log-probs.
 
+    linear   as in Transformer.forward: `separate`, or Routers, which multiplies the same and watches
     returns  (M,) fp32 logp, (M,) fp32 entropy, both differentiable in the model's parameters; (M,) bool, True where the
              token is the model's own first choice
     """
-    hidden = model(batch.tokens[None], segments=batch.segments)[0, batch.scored]  # (M, C)
+    hidden = model(batch.tokens[None], segments=batch.segments, linear=linear)[0, batch.scored]  # (M, C)
     cap = model.config.final_softcap or None
     return token_logprob(hidden, model.head_weight, batch.targets, temperature=temperature, softcap=cap, with_top=True)

@@ -30,7 +30,7 @@ def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Token
         if not (characters := getattr(task, "characters", "")):
             got = "a task without `characters`" if task else "--data"
             raise ValueError(f"got --model tiny with {got}: its vocabulary is one task's alphabet; want a real --model")
-        tokenizer, raw = tiny.describe(characters)
+        tokenizer, raw = tiny.describe(characters, config.architecture)
     else:
         files = checkpoint.resolve(config.model, want="config")
         tokenizer, raw = load_tokenizer(files), checkpoint.read_config(files)
@@ -51,7 +51,7 @@ def build(config: TrainConfig, task: Task | None) -> Transformer:
     """The model with its adapter, in training mode."""
     device, dtype, quant = config.device, DTYPES[config.dtype], quantization(config)
     if config.model == "tiny":
-        _, model = tiny.build(task.characters, seed=config.seed)
+        _, model = tiny.build(task.characters, seed=config.seed, architecture=config.architecture)
         model.to(device, dtype)
         if quant:
             quantize_model(model, quant)

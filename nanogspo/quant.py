@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from kernels.int8 import Int8Tensor, quantize_int8
 from kernels.lora import frozen_linear
 from kernels.nf4 import NESTED, NF4Tensor, quantize_nf4
+from nanogspo.layers.moe import ROUTER, ExpertLinear
 
 
 class PackedLinear(nn.Module):
@@ -101,10 +102,40 @@ class Int8Linear(PackedLinear):
     BUFFERS = {"codes": "weight", "scale": "scale"}
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear | PackedLinear]:
-    """Name -> linear layer inside the blocks: what can be packed, and what LoRA can be put beside."""
+class PackedExperts(nn.ModuleList):
+    """A stacked layer of a mixture of experts (layers/moe.py), a packed layer for each expert: they are packed one at a
+    time, and unpacked one at a time when they are used."""
+
+    bias, with_update = None, ExpertLinear.with_update
+
+    def __init__(self, weight: Tensor, kind: str):
+        super().__init__(quantize_linear(w, None, kind) for w in weight)
+        self.out_features, self.in_features = weight.shape[1:]
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes of the first expert: where all are."""
+        return self[0].weight
+
+    @property
+    def stack(self) -> list[NF4Tensor | Int8Tensor]:
+        return [layer.q for layer in self]
+
+
+STACKED = ExpertLinear | PackedExperts
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | PackedLinear | STACKED]:
+    """Name -> linear layer inside the blocks: what LoRA can be put beside, and, routers aside, be packed. All experts'
+    gate_proj are one layer, and so are their up_proj and down_proj."""
     found = model.layers.named_modules(prefix="layers")
-    return {name: m for name, m in found if isinstance(m, nn.Linear | PackedLinear)}
+    layers = {name: m for name, m in found if isinstance(m, nn.Linear | PackedLinear | STACKED)}
+    return {name: m for name, m in layers.items() if not isinstance(layers.get(name.rpartition(".")[0]), PackedExperts)}
+
+
+def packable(model: nn.Module) -> dict[str, nn.Linear | PackedLinear | STACKED]:
+    """linear_layers without routers."""
+    return {name: layer for name, layer in linear_layers(model).items() if not name.endswith(ROUTER)}
 
 
 KINDS = ("nf4", "int8")
@@ -149,8 +180,10 @@ def quantize_model(model: nn.Module, kind: str) -> None:
     modules = dict(model.layers.named_modules(prefix="layers"))
     if any(isinstance(m, PackedLinear) or hasattr(m, "lora_A") for m in modules.values()):
         raise ValueError("got a model with packed layers or a LoRA adapter, want a plain one; pack before add_lora")
-    for name, linear in modules.items():
-        if isinstance(linear, nn.Linear):
+    for name, linear in packable(model).items():
+        if isinstance(linear, ExpertLinear):
+            put(model, name, PackedExperts(linear.weight, kind))
+        else:
             put(model, name, quantize_linear(linear.weight, linear.bias, kind))
     model.requires_grad_(False)
 
@@ -163,7 +196,7 @@ def quantize_as_stored(model: nn.Module, stored: dict | None) -> bool:
     skip = stored.get("llm_int8_skip_modules")
     skip = [f".{name}." for name in skip] if isinstance(skip, list) else []
     double_quant = bool(stored.get("bnb_4bit_use_double_quant"))
-    for name, linear in dict(model.layers.named_modules(prefix="layers")).items():
+    for name, linear in packable(model).items():
         if isinstance(linear, nn.Linear) and not any(part in f".model.{name}." for part in skip):
             put(model, name, _pack_shape(linear.weight, linear.bias, "nf4", double_quant=double_quant))
     model.requires_grad_(False)
@@ -187,6 +220,9 @@ def weight_count(model: nn.Module) -> int:
     return packed + sum(p.numel() for p in model.parameters())
 
 
-def dense_weight(layer: nn.Linear | PackedLinear, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight a layer multiplies with, (out, in): unpacked into dtype, or the parameter as it is."""
-    return layer.unpack(dtype) if isinstance(layer, PackedLinear) else layer.weight.detach()
+def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None, expert: int | None = None) -> Tensor:
+    """The weight a linear layer, or this expert of a stacked one, multiplies with, (out, in): unpacked into dtype, or
+    the parameter as it is. All experts of a plain stacked one: (E, out, in)."""
+    layer = layer[expert] if isinstance(layer, PackedExperts) else layer
+    weight = layer.unpack(dtype) if isinstance(layer, PackedLinear) else layer.weight.detach()
+    return weight[expert] if expert is not None and isinstance(layer, ExpertLinear) else weight

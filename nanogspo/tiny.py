@@ -1,7 +1,8 @@
-"""The tiny model of the default run: Qwen3's architecture at 1/1300 of its size, random weights, a token per character.
+"""The tiny models: Qwen3's architecture at 1/1300 of its size for the default run, and others by --architecture.
 
-Small enough to train from nothing in a minute on a laptop, and the same code path as a real checkpoint: GQA (4 query
-heads on 2 key/value heads), qk-norm, RoPE, SwiGLU, tied embeddings. It saves and loads like any other checkpoint.
+Random weights, a token per character. Small enough to train from nothing in a minute or two on a laptop, and the same
+code path as a real checkpoint: GQA (4 query heads on 2 key/value heads), qk-norm, RoPE, SwiGLU, tied embeddings. It
+saves and loads like any other checkpoint.
 """
 
 from nanogspo.families import model_config
@@ -21,15 +22,19 @@ CONFIG = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
+# model_type -> config.json without what depends on the task
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+CONFIGS = {"qwen3": CONFIG, "qwen3_moe": CONFIG | {"model_type": "qwen3_moe"} | EXPERTS}  # two experts: the MLP's width
 
 
-def describe(characters: str) -> tuple[Tokenizer, dict]:
+def describe(characters: str, architecture: str = "qwen3") -> tuple[Tokenizer, dict]:
     """A character tokenizer for this alphabet, and the config.json of the model for it."""
     tokenizer = character_tokenizer(characters)
-    return tokenizer, {**CONFIG, "vocab_size": tokenizer.vocab_size, "eos_token_id": list(tokenizer.eos_ids)}
+    own = {"vocab_size": tokenizer.vocab_size, "eos_token_id": list(tokenizer.eos_ids)}
+    return tokenizer, CONFIGS[architecture] | own
 
 
-def build(characters: str, *, seed: int) -> tuple[Tokenizer, Transformer]:
+def build(characters: str, *, seed: int, architecture: str = "qwen3") -> tuple[Tokenizer, Transformer]:
     """The tokenizer, and a fresh fp32 model; equal seeds give equal weights."""
-    tokenizer, config = describe(characters)
+    tokenizer, config = describe(characters, architecture)
     return tokenizer, Transformer(model_config(config)).init_weights(seed)

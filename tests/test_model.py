@@ -331,6 +331,8 @@ NOT_ARITHMETIC = {
     "source",
 }  # names, limits and what to stop at
 IN_OTHER_TESTS = {"sliding_window"}  # test_a_sliding_layer_reaches_window_minus_one_back
+# tests/test_moe.py
+IN_OTHER_TESTS |= {"moe_layers", "num_experts", "experts_per_token", "expert_size", "shared_expert_size", "norm_topk"}
 
 
 def test_every_field_is_a_shape_a_flag_or_no_arithmetic():

@@ -181,6 +181,24 @@ def glu() -> None:
         backward(glu(randn(4, 3071, grad=True), randn(4, 3071, grad=True), activation="silu", backend="triton"))
 
 
+def moe() -> None:
+    """Experts of Qwen3-30B-A3B's widths, with few rows each and with many; those of their adapters; an odd width."""
+    from kernels.moe import grouped_linear, sort_by_expert
+
+    def both(dtype: torch.dtype, T: int, C: int, F: int) -> None:
+        groups = sort_by_expert(torch.arange(2 * T).view(T, 2) % 8, 8)
+        gate, up, down = (randn(8, *shape, dtype=dtype, grad=True) for shape in ((F, C), (F, C), (C, F)))
+        rows, inside = randn(2 * T, C, dtype=dtype, grad=True), randn(2 * T, F, dtype=dtype, grad=True)
+        backward(*grouped_linear(rows, [gate, up], groups, backend="triton"))
+        backward(*grouped_linear(inside, [down], groups, backend="triton"))
+
+    for dtype, T in itertools.product(FLOATS, (16, 200)):
+        both(dtype, T, 2048, 768)
+    both(torch.float32, 200, 2048, 16)
+    with odd_widths():
+        both(torch.bfloat16, 200, 63, 33)
+
+
 def seq_logprob() -> None:
     """Both GPU paths; with and without soft-cap; head frozen, trained, and with a gradient through the entropy."""
     import kernels.seq_logprob as file
@@ -341,6 +359,7 @@ CASES: dict[str, Callable[[], None]] = {
     "kernels/rms_norm.py": rms_norm,
     "kernels/rope.py": rope,
     "kernels/glu.py": glu,
+    "kernels/moe.py": moe,
     "kernels/sample.py": sample,
     "decode": decode,
     "lessons/kernels/token_logp": token_logp,

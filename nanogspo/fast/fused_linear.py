@@ -31,6 +31,7 @@ from kernels.prepacked import (
     concatenated_adapters,
     concatenated_bias,
 )
+from nanogspo.layers.moe import MoE
 from nanogspo.lora import LoRALinear
 from nanogspo.model import MLP, Attention, Transformer, separate
 from nanogspo.quant import PackedLinear
@@ -67,6 +68,8 @@ def groups(model: Transformer) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
         if isinstance(module, Attention | MLP):
             yield module, module.INPUTS
             yield module, module.OUTPUT
+        elif isinstance(module, MoE):
+            yield module, module.INPUTS
 
 
 def prepacked_groups(model: Transformer) -> Iterator[list[Layer]]:

@@ -211,20 +211,23 @@ def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
 def layer_bytes(config: TrainConfig, c: ModelConfig, element: int) -> int:
     """Bytes a token that one layer keeps for its backward pass. 45 kB for Qwen3-0.6B under LoRA on a GPU in bf16."""
     C, queries, keys, norms = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, 2 + 2 * c.post_norms
+    # an expert also keeps its row of x and its result: 2 C, where the projections keep 4 F
+    experts = c.experts_per_token * (c.expert_size + C // 2) + c.shared_expert_size
+    width = max(experts, 0 if experts and all(c.moe_layers) else c.intermediate_size)
     attended = 2 * queries + 2 * keys  # q k v, out
     heads = (queries + keys) * c.qk_norm
     total = 4 * c.num_heads  # log-sum-exp of the scores, which are made again
     if config.device == "cuda":  # each kernel keeps its inputs; the norms after attention and MLP feed only a sum
-        total += element * ((norms + 2) * C + heads + attended + 3 * c.intermediate_size)  # gate, up, product
+        total += element * ((norms + 2) * C + heads + attended + 3 * width)  # gate, up, product
         total += 4 * norms  # 1 / rms of each row
     else:
         # an RMSNorm keeps its input in fp32 and its result; if its weight is trained, also what the weight multiplies
         norm = 4 + (0 if config.lora_r else 4 if c.norm_plus_one else element)
         total += norms * C * (norm + element) + heads * norm
-        total += element * (attended + 4 * c.intermediate_size)  # gate, act, up, product
+        total += element * (attended + 4 * width)  # gate, act, up, product
     # an adapter keeps its layer's input, which is one of these; with dropout an fp32 copy of its own, and a mask
     if config.lora_r and config.lora_dropout:
-        inputs = {"o_proj": queries, "down_proj": c.intermediate_size}
+        inputs = {"o_proj": queries, "down_proj": width}
         total += sum(5 * inputs.get(t.rsplit(".", 1)[-1], C) for t in config.lora_targets.split(","))
     return total
 

@@ -14,10 +14,13 @@ import os
 import pathlib
 import re
 
+from torch import Tensor
+
 from nanogspo.inputs import need, read_json, shown, some, tell
 from nanogspo.lora import add_lora, lora_layers
 from nanogspo.model import Transformer
-from nanogspo.quant import linear_layers
+from nanogspo.quant import STACKED, linear_layers
+from nanogspo.storage.experts import each
 from nanogspo.storage.files import ADAPTER, ADAPTER_WEIGHTS, atomic_write, resolve
 from nanogspo.storage.names import PREFIXES, SKIP, our_name
 from nanogspo.storage.safetensors import Stored, read_header, write_safetensors
@@ -36,9 +39,10 @@ def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "")
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{PEFT_PREFIX}{model.config.module_prefix}{name}.{part}.weight": getattr(layer, part).weight
+        f"{PEFT_PREFIX}{model.config.module_prefix}{own.removesuffix('.weight')}.{part}.weight": weight
         for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
+        for own, weight in _matrices(name, getattr(layer, part).weight).items()
     }
     write_safetensors(path / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     first = next(iter(layers.values()))
@@ -58,6 +62,19 @@ def save_adapter(model: Transformer, path: str | os.PathLike, *, base: str = "")
         "inference_mode": True,
     }
     atomic_write(path / ADAPTER, json.dumps(config, indent=2))
+
+
+def _owners(model: Transformer) -> dict[str, str]:
+    """Layer as files name it -> layer of the model: a stacked one goes by E names."""
+    linear = linear_layers(model).items()
+    shapes = {name: (len(m.stack), 0, 0) if isinstance(m, STACKED) else () for name, m in linear}
+    return {own.removesuffix(".weight"): name for name, shape in shapes.items() for own in each(name, shape)}
+
+
+def _matrices(layer: str, weight: Tensor) -> dict[str, Tensor]:
+    """Name in a file -> A or B of it. Experts are a layer each, mlp.experts.7.gate_proj, as PEFT wrote them over
+    transformers 4 and as vLLM reads them; over transformers 5 PEFT converts them to its own when it reads them."""
+    return dict(zip(each(layer, weight.shape), weight, strict=True)) if weight.ndim == 3 else {layer: weight}
 
 
 def _short_targets(model: Transformer, names: list[str]) -> list[str] | str:
@@ -110,17 +127,20 @@ def load_adapter(model: Transformer, path_or_repo: str | os.PathLike, *, dropout
         tell(f"{folder}: this adapter was trained over {some([base])}, the model here is {model.folder}")
     pairs = _adapter_pairs(file, model, r)
     prefixes = ["model."] if model.config.module_prefix == "model." else PREFIXES  # a wrapper's has changed
-    given = [
-        name for name in linear_layers(model) if name in pairs
-    ]  # add_lora names those that are none of the model's
+    owners = _owners(model)
+    given = [name for name in owners if name in pairs]  # add_lora names those that are none of the model's
     if aside := [name for name in given if not any(_peft_wraps(config, f"{p}{name}", where) for p in prefixes)]:
         got = f"{file}: got {some(aside, 4)}, which {ADAPTER} does not name"
         raise ValueError(f"{got}: PEFT leaves them aside; mend it")
-    touched = add_lora(model, r=r, alpha=alpha, targets=list(pairs), dropout=dropout, scale=scale)
+    targets = list(dict.fromkeys(owners.get(name, name) for name in pairs))
+    if missing := [name for name, owner in owners.items() if owner in targets and name not in pairs]:
+        raise ValueError(f"{file}: got no {some(missing, 1)}, want all experts of a layer or none of them")
+    touched = add_lora(model, r=r, alpha=alpha, targets=targets, dropout=dropout, scale=scale)
     for name, layer in lora_layers(model).items():
-        for part, stored in pairs[name].items():
-            if not getattr(layer, part).weight.is_meta:  # an outline, of which the plan is made
-                getattr(layer, part).weight.data.copy_(stored.read())
+        for part in ("lora_A", "lora_B"):
+            for own, weight in _matrices(name, getattr(layer, part).weight.data).items():
+                if not weight.is_meta:  # an outline, of which the plan is made
+                    weight.copy_(pairs[own.removesuffix(".weight")][part].read())
     return touched
 
 
@@ -141,11 +161,11 @@ def _adapter_pairs(file: pathlib.Path, model: Transformer, r: int) -> dict[str, 
             raise ValueError(f"{file}: got {some([name])} beside another tensor for the same layer, want one")
     if towers and not model.norm.weight.is_meta:  # said when the model is loaded, not of its outline
         tell(f"{file}: left aside {len(towers)} tensors, of no use for text: {some(towers)}")
-    linear = linear_layers(model)
+    linear, owners = linear_layers(model), _owners(model)
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
             raise ValueError(f"{file}: layer {some([name])} has only {', '.join(pair)}, want lora_A and lora_B")
-        if layer := linear.get(name):  # add_lora names those that are none of the model's
+        if layer := linear.get(owners.get(name)):  # add_lora names those that are none of the model's
             for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
                 if pair[part].shape != shape:
                     got = f"{file}: {name}.{part} has shape {shown(list(pair[part].shape))}"
