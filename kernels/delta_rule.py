@@ -268,18 +268,19 @@ class _DeltaRule(torch.autograd.Function):
         final, cu = torch.empty_like(initial), segments.cu_seqlens
         sizes, DK, DV = (V, V // q.shape[1], dk, dv), _power(dk), _power(dv)
         tiles = segments.tiles(C)
-        launch = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 1}
+        launch = {"enable_fp_fusion": False, "num_warps": 8 if DK > 64 else 4, "num_stages": 1}
         if len(tiles):
             _chunk_kernel[(len(tiles), V)](
                 q, k, v, g, beta, tiles, u, w, attend, *sizes, C=C, DK=DK, DV=DV, **launch
             )  # fmt: skip
-        block = min(DV, BLOCK_V)
-        for sequences, before, start in _levels(segments, initial, final):
-            grid = (len(sequences), V, triton.cdiv(dv, block))
-            _scan_kernel[grid](
-                q, k, g, u, w, attend, start, final, out, sequences, before, cu, *sizes,
-                C=C, DK=DK, BLOCK_V=block, **launch,
-            )  # fmt: skip
+        for answers, start in ((False, initial), (True, final)):  # an answer starts from what its prompt has left
+            rows = [(i, p if answers else i) for i, p in enumerate(segments.parents) if (p >= 0) == answers]
+            if rows:
+                which = torch.tensor(rows, device=q.device).T.contiguous()  # (2, sequences)
+                _scan_kernel[(len(rows), V, triton.cdiv(dv, BLOCK_V))](
+                    q, k, g, u, w, attend, start, final, out, *which, cu, *sizes,
+                    C=C, DK=DK, BLOCK_V=BLOCK_V, **launch,
+                )  # fmt: skip
         return out, final
 
     @staticmethod
@@ -289,17 +290,6 @@ class _DeltaRule(torch.autograd.Function):
         with torch.enable_grad():
             outputs = delta_rule_reference(*leaves[:5], ctx.segments, leaves[5])
         return *torch.autograd.grad(outputs, leaves, (dout, dfinal), materialize_grads=True), None
-
-
-def _levels(segments: Segments, initial: Tensor, final: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(sequences, where each starts, in which tensor): those without a prompt; then answers, from what those left."""
-    places = [(i, i if p < 0 else p, p >= 0) for i, p in enumerate(segments.parents)]
-    levels = []
-    for answers, states in ((False, initial), (True, final)):
-        rows = torch.tensor([place[:2] for place in places if place[2] == answers], dtype=torch.int64).view(-1, 2)
-        if len(rows):
-            levels.append((*rows.T.contiguous().to(initial.device), states))
-    return levels
 
 
 def _power(width: int) -> int:
@@ -382,10 +372,10 @@ def delta_rule_step(
     inputs, (n, V, dv), dk = [x.float().contiguous() for x in (q, k, v, g, beta)], v.shape, q.shape[2]
     if _choose(backend, inputs[0], v) == "torch":
         return step_reference(*inputs, state)
-    out, block = torch.empty_like(inputs[2]), min(_power(dv), BLOCK_V)
+    out = torch.empty_like(inputs[2])  # (n, V, dv)
     if n:  # a grid of 0 programs is an error
-        _step_kernel[(n * V, triton.cdiv(dv, block))](
-            *inputs, state, out, V, V // q.shape[1], dk, dv, DK=_power(dk), BLOCK_V=block, enable_fp_fusion=False
+        _step_kernel[(n * V, triton.cdiv(dv, BLOCK_V))](
+            *inputs, state, out, V, V // q.shape[1], dk, dv, DK=_power(dk), BLOCK_V=BLOCK_V, enable_fp_fusion=False
         )  # fmt: skip
     return out
 
