@@ -1,6 +1,6 @@
 """The KV cache: keys and values of every token so far, so that a new token costs one row of work, not all.
 
-    layers   a KeysValues for each layer of the model
+    layers   a KeysValues for each attention layer of the model, a Recurrent for each gated DeltaNet layer
         prefix_k, prefix_v   (K, P, Sp, D)   the prompts, each once, however many answers are sampled to it
         k, v                 (K, N, Ss, D)   what each row (each answer) has added
 
@@ -63,6 +63,22 @@ class KeysValues:
         self.v = kept(self.v)
 
 
+class Recurrent:
+    """What one gated DeltaNet layer remembers of each row, whatever its length. Prefill puts it there, a copy of its
+    prompt's for each row; steps change it in place.
+
+    tail   (N, channels, W - 1)   what the convolution has seen last, model dtype
+    state  (N, V, dk, dv) fp32    the memory of kernels/delta_rule.py
+    """
+
+    tail: Tensor
+    state: Tensor
+
+    def compact(self, rows: Tensor, used: int) -> None:
+        """Keep these rows (n,)."""
+        self.tail, self.state = self.tail[rows], self.state[rows]
+
+
 class KVCache:
     """Keys and values of P prompts and of group_size rows to each, prompt-major.
 
@@ -88,10 +104,10 @@ class KVCache:
         self.capturable = False  # the rollout asks the cache that is made (fast/cuda_graph.py)
         segment = torch.arange(P, device=device).repeat_interleave(self.prefix_lengths)  # (S,)
         self._prefill_at = (segment, prompts.positions)  # where each token of the packed row belongs
-        shape, longest = (config.num_kv_heads, config.head_dim), max(prompts.lengths)
+        shape, longest, room = (config.num_kv_heads, config.head_dim), max(prompts.lengths), (P * group_size, capacity)
         self.layers = [
-            KeysValues(shape, P, longest, P * group_size, capacity, device=device, dtype=dtype)
-            for _ in range(config.num_layers)
+            Recurrent() if kind == "linear" else KeysValues(shape, P, longest, *room, device=device, dtype=dtype)
+            for kind in config.layer_types
         ]
         self._plans: dict[int, DecodePlan] = {}
 

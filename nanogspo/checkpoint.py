@@ -26,7 +26,7 @@ from nanogspo.inputs import named, read_json, some, tell
 from nanogspo.lora import lora_layers
 from nanogspo.model import Transformer
 from nanogspo.quant import KINDS, NF4Linear, linear_layers, packable, packed_layers, put, quantize_linear
-from nanogspo.storage import experts
+from nanogspo.storage import experts, interleaved
 from nanogspo.storage.bitsandbytes import COMPANION, QUANT_STATE, bitsandbytes_config, nf4_from_file, nf4_tensors
 from nanogspo.storage.experts import Writable
 from nanogspo.storage.files import ADAPTER, INDEX, PROCESSOR_FILES, SINGLE, atomic_write, resolve, weight_files
@@ -105,7 +105,8 @@ def _match(folder: pathlib.Path, model: Transformer) -> Found:
         stored_parts = (
             (name, ours, part)
             for name, whole in read_header(file)[0].items()
-            for ours, part in experts.parts(our_name(name), whole, wanted).items()
+            for half, stored in interleaved.split(our_name(name), whole, model.config).items()
+            for ours, part in experts.parts(half, stored, wanted).items()
         )
         for name, ours, stored in stored_parts:
             if isinstance(stored, experts.ExpertPart):
@@ -250,8 +251,8 @@ def save(model: Transformer, path: str | os.PathLike, *, merge_lora: bool = True
     layers, packed, dtype = lora_layers(model), packed_layers(model), model.norm.weight.dtype
     whole = read_json(source / "config.json") if source and model.config.module_prefix != "model." else None
     as_nf4 = not (merge_lora and layers) and any(isinstance(layer, NF4Linear) for layer in packed.values())
-    as_nf4 = as_nf4 and (whole is None or "quantization_config" in whole)
-    tensors = _parameters(model, merge_lora, as_nf4)
+    as_nf4 = as_nf4 and (whole is None or "quantization_config" in whole) and not interleaved.orders(model.config)
+    tensors = interleaved.joined(_parameters(model, merge_lora, as_nf4), model.config)
     if whole is None:
         tensors = {name if name == HEAD else f"model.{name}": t for name, t in tensors.items()}
     else:

@@ -23,7 +23,7 @@ from nanogspo.inputs import read_text
 from nanogspo.words import explain, explain_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("qwen3", "qwen3_moe")  # nanogspo/tiny.py
+ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen3_5")  # nanogspo/tiny.py
 AUTO, DTYPES, QUANTS = ("auto", "on", "off"), ("auto", "bf16", "fp32"), ("none", "nf4", "int8")
 TRACKERS = ("none", "wandb", "trackio", "tensorboard")
 MIXES, AVERAGES = ("sum_then_normalize", "normalize_then_sum"), ("sequence", "token", "constant")
@@ -47,7 +47,7 @@ class TrainConfig:
     model: str = flag(
         "tiny", "folder, hub id owner/name, or tiny: 0.4 M parameters, made here", group="what", path=True
     )
-    architecture: str = flag("qwen3", "of the tiny model; qwen3_moe: 8 experts", ARCHITECTURES)
+    architecture: str = flag("qwen3", "of the tiny model; qwen3_moe: 8 experts; qwen3_5: gated DeltaNet", ARCHITECTURES)
     algo: str = flag("gspo", "what to optimise", ("gspo", "grpo", "sft", "gspo_token", "reinforce"))
     task: Texts = flag(
         ("reverse",), "reverse, addition, FILE.py[:Class]; several, as NAME=SHARE, are mixed; jsonl: --data", path=True

@@ -9,6 +9,7 @@ all tables of this file. The columns are named for the mechanism, not for the ve
     qkv_bias        biases on q, k, v; o_bias the same for o
     scale_embedding the embedding is multiplied by sqrt(hidden_size), rounded to the weight dtype
     layer_pattern   which layers see only a sliding window
+    gated_attention, layer_pattern "linear"    gated DeltaNet in most layers (layers/delta_net.py), the others gated
     moe             the MLP of most layers is a mixture of experts (layers/moe.py)
 
 Reading order: families.yaml, Family, ModelConfig, model_config, the small readers under it, export_config.
@@ -16,7 +17,6 @@ Two generations of files are read: what the hub holds (rope_theta, rope_scaling,
 and what transformers 5 writes (rope_parameters, layer_types). Both must give the same model.
 A key of the file is read, or known to have no effect on what a text model computes (NO_EFFECT), or known to change it
 (CHANGES: refused when set). Any other is named in `ModelConfig.unread`, which checkpoint.load prints.
-Left out here: gated DeltaNet families (their rows come with their layers).
 
 Lesson: lessons/01_one_transformer.md       Tests: tests/test_families.py
 """
@@ -46,13 +46,15 @@ class Family:
     activation: str = SILU
     activation_key: str = "hidden_act"
     scale_embedding: bool = False
-    # "full" | "alternate" (Gemma 2) | "every_nth_full" (Gemma 3); with use_sliding_window: "window_flag" (Qwen: from
-    # max_window_layers on), "even_below" (Qwen 2 MoE: the even ones below it), "all_or_none" (Qwen 3 MoE)
+    # "full" | "alternate" (Gemma 2) | "every_nth_full" (Gemma 3) | "linear" (Qwen 3.5: and every nth full); with
+    # use_sliding_window: "window_flag" (Qwen: from max_window_layers on), "even_below" (Qwen 2 MoE: the even ones below
+    # it), "all_or_none" (Qwen 3 MoE)
     layer_pattern: str = "full"
     softcaps: list[str] = field(default_factory=list)  # which of SOFTCAPS act
     attn_scalar: bool = False  # whether query_pre_attn_scalar replaces head_dim in the attention scale
     head_dim: int | None = None  # class default when the file is silent; None: hidden_size / heads
     tied: bool = False  # class default of tie_word_embeddings
+    gated_attention: bool = False  # a gate a head, from the query's projection, multiplies what attention gives
     moe: bool = False
     shared_expert: bool = False  # one more expert, which sees every token
     norm_topk: bool | None = None  # None: the file's norm_topk_prob decides
@@ -67,7 +69,8 @@ MODEL_TYPES = {model_type: name for name, types in TABLES["model_types"].items()
 WRAPPERS, DEFAULT_THETA = TABLES["wrappers"], TABLES["default_theta"]
 # what export_config writes: the text-only type that transformers opens without its wrapper
 PREFIXES = {"qwen3_omni_moe": "thinker.model."}  # of wrappers; all others: model.language_model.
-TEXT_TYPES = {"gemma3": "gemma3_text", "qwen3_vl_moe": "qwen3_moe", "qwen3_omni_moe": "qwen3_moe"}
+TEXT_TYPES = {"gemma3": "gemma3_text", "qwen3_vl_moe": "qwen3_moe", "qwen3_omni_moe": "qwen3_moe",
+              "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class ModelConfig:
     num_heads: int  # H
     num_kv_heads: int  # K
     head_dim: int  # D
-    layer_types: tuple[str, ...]  # "full" | "sliding", one per layer
+    layer_types: tuple[str, ...]  # "full" | "sliding" | "linear" (gated DeltaNet), one per layer
     rope: dict[str, dict]  # layer type -> {"rope_type", "rope_theta", ...}
     rotary_dim: int  # channels of a head that RoPE turns; head_dim unless partial_rotary_factor < 1
     attn_scale: float  # scores are q.k * attn_scale
@@ -97,6 +100,12 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     scale_embedding: bool = False
+    gated_attention: bool = False
+    conv_width: int = 0  # tokens that the convolution of a "linear" layer sees; its heads, and their widths:
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0
+    linear_value_dim: int = 0
     attn_softcap: float = 0.0  # 0: none
     final_softcap: float = 0.0
     moe_layers: tuple[bool, ...] = ()  # one per layer: experts instead of one MLP; () means none
@@ -196,6 +205,8 @@ def model_config(config: dict) -> ModelConfig:
         o_bias=attention_bias if row.o_bias is None else row.o_bias,
         mlp_bias=flag("mlp_bias"),
         scale_embedding=row.scale_embedding,
+        gated_attention=row.gated_attention,
+        **(_delta_net(text, where) if row.layer_pattern == "linear" else {}),
         attn_softcap=float(caps[0]),
         final_softcap=float(caps[1]),
         **(_experts(row, text, L, where) if row.moe else {}),
@@ -258,6 +269,18 @@ def eos_ids(*configs: dict) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def _delta_net(text: dict, where: str) -> dict:
+    """The fields of ModelConfig about gated DeltaNet layers."""
+    names = {"conv_width": "conv_kernel_dim", "linear_key_heads": "num_key_heads", "linear_key_dim": "key_head_dim",
+             "linear_value_heads": "num_value_heads", "linear_value_dim": "value_head_dim"}  # fmt: skip
+    sizes = {ours: need(text, f"linear_{key}", int, low=1, high=2**16, where=where) for ours, key in names.items()}
+    H, V = sizes["linear_key_heads"], sizes["linear_value_heads"]
+    if V % H or sizes["conv_width"] < 2:
+        got = f"linear_num_value_heads {V} for linear_num_key_heads {H}, linear_conv_kernel_dim {sizes['conv_width']}"
+        raise ValueError(f"config.json: got {got}; want a multiple, and at least 2")
+    return sizes
+
+
 def _experts(row: Family, text: dict, L: int, where: str) -> dict:
     """The fields of ModelConfig about experts. transformers 5 writes num_local_experts for num_experts."""
 
@@ -299,6 +322,8 @@ def _layer_types(row: Family, text: dict, L: int, where: str) -> tuple[str, ...]
         names = {"full_attention": "full", "sliding_attention": "sliding"}
         if row.layer_pattern == "full":  # transformers does not look at layer_types here
             del names["sliding_attention"]
+        if row.layer_pattern == "linear":
+            names = {"full_attention": "full", "linear_attention": "linear"}
         unknown = sorted({str(name) for name in stated if not isinstance(name, str) or name not in names})
         if unknown or len(stated) != L:
             raise ValueError(
@@ -315,6 +340,9 @@ def _layer_types(row: Family, text: dict, L: int, where: str) -> tuple[str, ...]
         first = need(text, "max_window_layers", int, low=0, high=LONGEST_CONTEXT, default=28, where=where)
         slides = WINDOWED[row.layer_pattern]
         types = tuple("sliding" if slides(layer, first) else "full" for layer in range(L))
+    elif row.layer_pattern == "linear":
+        n = need(text, "full_attention_interval", int, low=1, high=LONGEST_CONTEXT, where=where)
+        types = tuple("linear" if (layer + 1) % n else "full" for layer in range(L))
     else:
         types = ("full",) * L
     if "sliding" in types and not window:
@@ -348,7 +376,8 @@ def _rope(text: dict, layer_types: tuple[str, ...], where: str) -> dict[str, dic
         rope = {"full": base | scaling, "sliding": base | {"rope_theta": local}}
     else:
         rope = {"full": base | scaling, "sliding": base | scaling}
-    return {kind: _checked_rope(p, text, where) for kind, p in rope.items() if kind in layer_types}
+    kinds = rope.keys() & set(layer_types) or {"full"}  # linear layers turn nothing; a file has its parameters anyway
+    return {kind: _checked_rope(p, text, where) for kind, p in rope.items() if kind in kinds}
 
 
 def _stated(values: dict) -> dict:

@@ -12,21 +12,53 @@ Each has `positions` (B or 1, T), the RoPE position of every token, and
         q        (B, T, H, D);  k, v (B, T, K, D), all turned by RoPE already
         softcap  None for none;  window  keys a query sees, itself included; 0 for all
 
+and for gated DeltaNet layers (layers/delta_net.py), which pass a token's predecessors by in a convolution and a memory,
+
+    convolve(layer, x, weight) -> (B, T, channels)        x of the same shape; weight (channels, 1, W)
+    recur(layer, q, k, v, g, beta) -> (B, T, V, dv) fp32  kernels/delta_rule.py, with B, T for its S
+
 Lessons: lessons/02_gqa_rope_softcap.md, 13_packing.md       Tests: tests/test_layouts.py
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import Segments, attention
+from kernels.delta_rule import delta_rule, delta_rule_step
 from nanogspo.cache import KVCache
+from nanogspo.layers.delta_net import causal_conv, causal_conv_step, last_inputs
 
 
-class Dense:
+class _Rows:
+    """Layouts that have the tokens of all sequences at once, as segments."""
+
+    segments: Segments
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        return causal_conv(x.flatten(0, 1), weight, self.segments).view_as(x)  # (B, T, channels)
+
+    def recur(self, layer: int, *inputs: Tensor) -> Tensor:
+        out, state = delta_rule(*(x.flatten(0, 1) for x in inputs), self.segments)  # (B * T, V, dv), (n, V, dk, dv)
+        self._keep(layer, state)
+        return out.unflatten(0, inputs[0].shape[:2])  # (B, T, V, dv)
+
+    def _keep(self, layer: int, state: Tensor) -> None:
+        """Nothing reads a memory after the last token, unless a cache does."""
+
+
+class Dense(_Rows):
     def __init__(self, tokens: Tensor):
+        self._shape = tokens.shape
         self.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         self._masks: dict[int, Tensor | None] = {}  # by window: layers share them
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        B, T = self._shape
+        return Segments.build([T] * B, device=self.positions.device)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int
@@ -44,7 +76,7 @@ class Dense:
         return ((key <= query) & (key > query - window))[:, None]
 
 
-class Packed:
+class Packed(_Rows):
     def __init__(self, segments: Segments):
         self.segments, self.positions = segments, segments.positions[None]  # (1, T)
 
@@ -62,6 +94,14 @@ class Prefill(Packed):
         self.cache.prefill(layer, k[0], v[0])
         return super().attend(layer, q, k, v, **settings)  # (1, T, H, D)
 
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        tail = last_inputs(x[0], weight.shape[2] - 1, self.segments)  # (P, channels, W - 1)
+        self.cache.layers[layer].tail = tail[self.cache.prompt]  # (N, channels, W - 1)
+        return super().convolve(layer, x, weight)
+
+    def _keep(self, layer: int, state: Tensor) -> None:
+        self.cache.layers[layer].state = state[self.cache.prompt]  # (N, V, dk, dv)
+
 
 class Decode:
     def __init__(self, cache: KVCache):
@@ -69,6 +109,12 @@ class Decode:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
         return self.cache.attend(layer, q[0], k[0], v[0], **settings)[None]  # (1, N, H, D)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        return causal_conv_step(x[0], weight, self.cache.layers[layer].tail)[None]  # (1, N, channels)
+
+    def recur(self, layer: int, *inputs: Tensor) -> Tensor:
+        return delta_rule_step(*(x[0] for x in inputs), self.cache.layers[layer].state)[None]  # (1, N, V, dv)
 
 
 def choose(tokens: Tensor, segments: Segments | None, cache: KVCache | None) -> Dense | Packed | Prefill | Decode:

@@ -18,9 +18,10 @@ Modules carry the checkpoint's names (self_attn.q_proj, mlp.gate_proj, input_lay
 `forward` stops at the hidden state. Training never asks for logits of a whole batch: at V = 151,936 they are 608 KB a
 token in fp32. kernels/seq_logprob.py takes the hidden state and the head instead.
 
-Mixture of experts: layers/moe.py, chosen by Block in the place of an MLP.
+Instead of attention a layer may have gated DeltaNet (layers/delta_net.py), instead of an MLP a mixture of experts
+(layers/moe.py).
 
-Left out: dropout, gated DeltaNet (Block chooses its mixer in one line, where it will go), encoder parts.
+Left out: dropout, encoder parts.
 
 Lessons: lessons/01_one_transformer.md, 02_gqa_rope_softcap.md       Tests: tests/test_model.py
 Letters: B rows, T positions, C width, H query heads, K key/value heads, D head width, F MLP width, V vocabulary.
@@ -42,6 +43,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from nanogspo.cache import KVCache
 from nanogspo.families import ModelConfig
+from nanogspo.layers.delta_net import DeltaNet
 from nanogspo.layers.moe import MoE
 from nanogspo.layers.rope import cos_sin
 from nanogspo.layouts import choose
@@ -84,7 +86,8 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, D
         window = config.sliding_window if config.layer_types[layer] == "sliding" else 0
         self.settings = {"scale": config.attn_scale, "softcap": config.attn_softcap or None, "window": window}
-        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.gated = config.gated_attention  # q_proj makes two vectors a head: the query, and a gate for the output
+        self.q_proj = nn.Linear(C, H * D * (2 if self.gated else 1), bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
@@ -95,8 +98,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout, linear: Linear) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in linear(self, self.INPUTS, x))  # (B, T, H or K, D)
+        if self.gated:
+            q, gate = q[:, :, 0::2], q[:, :, 1::2]  # (B, T, H, D) each
         q, k = rope(q, k, cos, sin, **self._head_norms())  # (B, T, H, D), (B, T, K, D)
         out = layout.attend(self.layer, q, k, v, **self.settings)  # (B, T, H, D)
+        if self.gated:
+            out = out * gate.sigmoid()
         [out] = linear(self, self.OUTPUT, out.flatten(2))
         return out  # (B, T, C)
 
@@ -127,6 +134,13 @@ class MLP(nn.Module):
         return out  # (B, T, C)
 
 
+MIXERS = {
+    "full": ("self_attn", Attention),
+    "sliding": ("self_attn", Attention),
+    "linear": ("linear_attn", DeltaNet),  # layers/delta_net.py
+}
+
+
 class Block(nn.Module):
     """One layer: each half reads norm(x) and adds to x.
 
@@ -137,7 +151,8 @@ class Block(nn.Module):
         super().__init__()
         norm = lambda: RMSNorm(config.hidden_size, config.norm_eps, config.norm_plus_one)  # noqa: E731
         self.post_norms = config.post_norms
-        self.self_attn = Attention(config, layer)
+        self.mixer, mixer = MIXERS[config.layer_types[layer]]  # under the name that the checkpoint has for it
+        setattr(self, self.mixer, mixer(config, layer))
         mlp = functools.partial(MLP, config)
         self.mlp = MoE(config, mlp) if any(config.moe_layers[layer : layer + 1]) else mlp(config.intermediate_size)
         self.input_layernorm = norm()
@@ -148,7 +163,7 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = norm()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout, linear: Linear) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, layout, linear)  # (B, T, C)
+        mixed = getattr(self, self.mixer)(self.input_layernorm(x), cos, sin, layout, linear)  # (B, T, C)
         if not self.post_norms:
             h, x = self.post_attention_layernorm.add(x, mixed)  # (B, T, C) twice
             return x + self.mlp(h, linear)
@@ -184,16 +199,16 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int, std: float = 0.02) -> "Transformer":
         """Random weights for a model that is trained from nothing: matrices N(0, std^2), biases 0, norms left as built.
 
-        The two matrices that write into the residual stream are scaled by 1/sqrt(2 L), so that its variance does not
+        The matrices that write into the residual stream are scaled by 1/sqrt(2 L), so that its variance does not
         grow with depth (GPT-2's rule).
         """
         generator = torch.Generator().manual_seed(seed)
         residual = std / math.sqrt(2 * self.config.num_layers)
         for name, p in self.named_parameters():
-            if p.ndim >= 2:
-                p.data.normal_(
-                    0.0, residual if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator
-                )
+            if name.endswith("conv1d.weight"):  # (channels, 1, W), torch's own start
+                p.data.uniform_(-(p.shape[2] ** -0.5), p.shape[2] ** -0.5, generator=generator)
+            elif p.ndim >= 2:
+                p.data.normal_(0.0, residual if name.endswith(RESIDUAL) else std, generator=generator)
             elif name.endswith(".bias"):
                 p.data.zero_()
         return self
@@ -227,7 +242,7 @@ class Transformer(nn.Module):
             x = x * x.new_full((), config.hidden_size**0.5)
         turns = {kind: cos_sin(config.rope[kind], config.rotary_dim, positions, x.dtype) for kind in config.rope}
         for kind, block in zip(config.layer_types, self.layers, strict=True):
-            arguments = (x, *turns[kind], layout, linear)
+            arguments = (x, *turns.get(kind, (None, None)), layout, linear)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -258,5 +273,6 @@ class Transformer(nn.Module):
         return cap * torch.tanh(z / cap) if cap else z
 
 
+RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj.weight")  # what writes into the residual stream
 # Rows of the head widened to fp32 at a time: 4096 x 1024 x 4 bytes = 16 MB, small beside the model, large beside a call
 HEAD_ROWS = 4096

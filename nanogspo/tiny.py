@@ -1,8 +1,8 @@
 """The tiny models: Qwen3's architecture at 1/1300 of its size for the default run, and others by --architecture.
 
 Random weights, a token per character. Small enough to train from nothing in a minute or two on a laptop, and the same
-code path as a real checkpoint: GQA (4 query heads on 2 key/value heads), qk-norm, RoPE, SwiGLU, tied embeddings. It
-saves and loads like any other checkpoint.
+code path as a real checkpoint: GQA (4 query heads on 2 key/value heads), qk-norm, RoPE, SwiGLU, tied embeddings. They
+save and load like any other checkpoint.
 """
 
 from nanogspo.families import model_config
@@ -24,7 +24,15 @@ CONFIG = {
 }
 # model_type -> config.json without what depends on the task
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-CONFIGS = {"qwen3": CONFIG, "qwen3_moe": CONFIG | {"model_type": "qwen3_moe"} | EXPERTS}  # two experts: the MLP's width
+DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+             "linear_value_head_dim": 32}  # fmt: skip
+CONFIGS = {
+    "qwen3": CONFIG,
+    "qwen3_moe": CONFIG | {"model_type": "qwen3_moe"} | EXPERTS,  # two experts: the MLP's width
+    "qwen3_5": CONFIG
+    | {"model_type": "qwen3_5_text", "full_attention_interval": 3}
+    | DELTA_NET,  # attention comes last
+}
 
 
 def describe(characters: str, architecture: str = "qwen3") -> tuple[Tokenizer, dict]:

@@ -315,7 +315,7 @@ def test_the_outer_tie_flag_wins():
 @pytest.mark.parametrize("model_type", sorted(WRAPPERS.keys() - {"qwen3_omni_moe"}))  # its class wants a whole thinker
 def test_a_wrapper_keeps_its_text_layers_where_we_say(model_type):
     """transformers' class for each, two layers of it: names, and the RoPE base of a file that states none."""
-    text = {**references.SIZES, "num_hidden_layers": 2}
+    text = {**references.SIZES, "num_hidden_layers": 2, "full_attention_interval": 1}  # of those that would have none
     with torch.device("meta"):
         theirs = getattr(transformers, WRAPPERS[model_type])._from_config(
             AutoConfig.for_model(model_type, text_config=text, vision_config={"depth": 1, "num_hidden_layers": 1})
@@ -407,7 +407,7 @@ def test_model_types_and_rows_belong_together():
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_silent_file_has_its_class_context(name):
-    kind = f"{name}_text" if name in ("gemma3", "qwen3_vl_moe", "qwen3_omni_moe") else name
+    kind = f"{name}_text" if name in ("gemma3", "qwen3_vl_moe", "qwen3_omni_moe", "qwen3_5", "qwen3_5_moe") else name
     config = {"model_type": kind, "hidden_size": 64, "intermediate_size": 96}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "query_pre_attn_scalar": 16}
     theirs = AutoConfig.for_model(**config)

@@ -318,6 +318,7 @@ FLIPS = {
     "o_bias": True,
     "mlp_bias": True,
     "scale_embedding": True,
+    "gated_attention": True,
     "attn_softcap": 0.5,
     "final_softcap": 1.0,
 }
@@ -333,6 +334,8 @@ NOT_ARITHMETIC = {
 IN_OTHER_TESTS = {"sliding_window"}  # test_a_sliding_layer_reaches_window_minus_one_back
 # tests/test_moe.py
 IN_OTHER_TESTS |= {"moe_layers", "num_experts", "experts_per_token", "expert_size", "shared_expert_size", "norm_topk"}
+# tests/test_delta_net.py
+IN_OTHER_TESTS |= {"conv_width", "linear_key_heads", "linear_value_heads", "linear_key_dim", "linear_value_dim"}
 
 
 def test_every_field_is_a_shape_a_flag_or_no_arithmetic():

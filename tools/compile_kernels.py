@@ -171,6 +171,19 @@ def rope() -> None:
     both(torch.bfloat16, *gemma, True, True, False)
 
 
+def delta_rule() -> None:
+    """Qwen3-Next's heads, and narrow ones; a prompt with an answer, and a decode step."""
+    from kernels.attention import Segments
+    from kernels.delta_rule import delta_rule, delta_rule_step
+
+    for dk, dv, H, V in ((128, 128, 2, 4), (32, 32, 2, 4), (20, 24, 1, 1)):
+        inputs = [randn(32, heads, width, dtype=torch.float32) for heads, width in ((H, dk), (H, dk), (V, dv))]
+        inputs += [torch.zeros(32, V), torch.zeros(32, V)]
+        with odd_widths() if dk % 16 else contextlib.nullcontext():
+            delta_rule(*inputs, Segments.build([16, 16], [-1, 0]), backend="triton")
+            delta_rule_step(*inputs, torch.zeros(32, V, dk, dv), backend="triton")
+
+
 def glu() -> None:
     from kernels.glu import glu
 
@@ -358,6 +371,7 @@ CASES: dict[str, Callable[[], None]] = {
     "kernels/lora.py": lora,
     "kernels/rms_norm.py": rms_norm,
     "kernels/rope.py": rope,
+    "kernels/delta_rule.py": delta_rule,
     "kernels/glu.py": glu,
     "kernels/moe.py": moe,
     "kernels/sample.py": sample,

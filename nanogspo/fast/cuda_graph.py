@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from kernels.decode_attention import choose_backend
-from nanogspo.cache import KVCache
+from nanogspo.cache import KeysValues, KVCache
 
 CAPTURE_FROM = 8  # steps left. Capturing is a step's worth of Python and the driver's work on it: a guess, not measured
 
@@ -73,8 +73,8 @@ class CapturedStep:
 
 def can_capture(cache: KVCache) -> bool:
     """Whether a step is launches and nothing else: on a GPU, with the Triton kernel (the other one reads lengths)."""
-    k = cache.layers[0].k
-    return k.is_cuda and choose_backend(k, k) == "triton"
+    keys = [layer.k for layer in cache.layers if isinstance(layer, KeysValues)]
+    return cache.slot.is_cuda and all(choose_backend(k, k) == "triton" for k in keys)
 
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:

@@ -31,6 +31,7 @@ from kernels.prepacked import (
     concatenated_adapters,
     concatenated_bias,
 )
+from nanogspo.layers.delta_net import DeltaNet
 from nanogspo.layers.moe import MoE
 from nanogspo.lora import LoRALinear
 from nanogspo.model import MLP, Attention, Transformer, separate
@@ -65,7 +66,7 @@ class FusedLinears:
 def groups(model: Transformer) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
     """(module, names) of the linear layers that read the same x."""
     for module in model.layers.modules():
-        if isinstance(module, Attention | MLP):
+        if isinstance(module, Attention | DeltaNet | MLP):
             yield module, module.INPUTS
             yield module, module.OUTPUT
         elif isinstance(module, MoE):

@@ -56,9 +56,9 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     element = model.norm.weight.element_size()
     rl = config.algo != "sft"
     T = batch_tokens(config, longest_prompt)
-    layer = T * layer_bytes(config, c, element)
+    layers = [T * layer_bytes(config, c, element, kind) for kind in c.layer_types]
     kept = T * c.hidden_size * element  # what gradient checkpointing keeps of a layer: its input
-    activations = layer + c.num_layers * kept if config.gradient_checkpointing == "on" else c.num_layers * layer
+    activations = max(layers) + c.num_layers * kept if config.gradient_checkpointing == "on" else sum(layers)
     parts = {
         **weight_parts(model),
         "adapter": tensor_bytes(trained) if adapted else 0,
@@ -75,6 +75,7 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     parts[PREPACKED] = 0 if on_gpu or config.prepack == "off" else prepacked_bytes(model)
     if rl:
         parts[CACHE] = cache_slots(config, longest_prompt) * slot_bytes(c, element, on_gpu)
+        parts[CACHE] += rollout_rows(config) * row_bytes(c, element)
         copies = 2 if config.temperature == 1 else 3  # logits, those divided by the temperature, probabilities
         parts[SCORES] = copies * rollout_rows(config) * c.vocab_size * 4
         parts[GRAPH] = parts[SCORES] if on_gpu else 0  # the pool of all graphs keeps what a step makes, for good
@@ -182,7 +183,18 @@ def cache_slots(config: TrainConfig, longest_prompt: int) -> int:
 
 def slot_bytes(c: ModelConfig, element: int, on_gpu: bool) -> int:
     """Keys and values of a token; a CPU keeps them in fp32."""
-    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
+    layers = c.num_layers - c.layer_types.count("linear")
+    return 2 * layers * c.num_kv_heads * c.head_dim * (element if on_gpu else max(element, 4))
+
+
+def row_bytes(c: ModelConfig, element: int) -> int:
+    """What gated DeltaNet layers remember of a row, however long it is."""
+    memory = 4 * c.linear_value_heads * c.linear_key_dim * c.linear_value_dim
+    return c.layer_types.count("linear") * (memory + element * linear_channels(c) * (c.conv_width - 1))
+
+
+def linear_channels(c: ModelConfig) -> int:
+    return 2 * c.linear_key_heads * c.linear_key_dim + c.linear_value_heads * c.linear_value_dim
 
 
 def prepacked_bytes(model: Transformer) -> int:
@@ -208,7 +220,7 @@ def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
     return max(alone, min(config.micro_batch_tokens, whole))  # pack() gives a longer example a batch of its own
 
 
-def layer_bytes(config: TrainConfig, c: ModelConfig, element: int) -> int:
+def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, kind: str = "full") -> int:
     """Bytes a token that one layer keeps for its backward pass. 45 kB for Qwen3-0.6B under LoRA on a GPU in bf16."""
     C, queries, keys, norms = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, 2 + 2 * c.post_norms
     # an expert also keeps its row of x and its result: 2 C, where the projections keep 4 F
@@ -217,6 +229,11 @@ def layer_bytes(config: TrainConfig, c: ModelConfig, element: int) -> int:
     attended = 2 * queries + 2 * keys  # q k v, out
     heads = (queries + keys) * c.qk_norm
     total = 4 * c.num_heads  # log-sum-exp of the scores, which are made again
+    if kind == "linear":  # fp32, kernels/delta_rule.py: five tensors as wide as keys, four as values, six triangles and
+        # three memories a chunk of 64; then what convolution, norm and gate keep. Counted, within a tenth
+        attended, heads, dk, dv = 0, 0, c.linear_key_dim, c.linear_value_dim
+        total = 4 * c.linear_value_heads * (5 * dk + 4 * dv + 6 * 64 + 3 * dk * dv // 64)
+        total += element * (6 * linear_channels(c) + 4 * c.linear_value_heads * dv)
     if config.device == "cuda":  # each kernel keeps its inputs; the norms after attention and MLP feed only a sum
         total += element * ((norms + 2) * C + heads + attended + 3 * width)  # gate, up, product
         total += 4 * norms  # 1 / rms of each row

@@ -1,0 +1,208 @@
+"""kernels/delta_rule.py against the rule itself, a loop over tokens in float64, and against laws of the arithmetic.
+
+Run: python -m pytest tests/test_delta_rule.py       HYPOTHESIS_PROFILE=deep for more cases
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import SEEDS
+from torch import Tensor
+
+from kernels.attention import Segments
+from kernels.delta_rule import CHUNKS, delta_rule, delta_rule_step
+
+EPS = torch.finfo(torch.float32).eps
+NAMES = ("q", "k", "v", "g", "beta", "initial")
+# (lengths, parents): nothing at all, one token, whole chunks and one more; families; empty prompts, answers, sequences
+ROWS = [
+    ([1], [-1]),
+    ([0], [-1]),
+    ([64, 65, 127], [-1, -1, -1]),
+    ([70, 3, 0, 66], [-1, 0, 0, 0]),
+    ([0, 5, 2, 64, 1], [-1, 0, 0, -1, 3]),
+    ([2, 0, 129, 1, 130], [-1, -1, -1, 2, 2]),
+]
+
+
+def inputs(lengths: list[int], seed: int, *, H: int = 1, V: int = 2, dk: int = 5, dv: int = 3, fade: float = 0.5):
+    """q, k, v, g, beta, initial in float64, rounded to what fp32 holds; k has length 1, as the model's."""
+    gen, S = torch.Generator().manual_seed(seed), sum(lengths)
+    rand = lambda *shape: torch.randn(shape, generator=gen, dtype=torch.float64)  # noqa: E731
+    q, k = (torch.nn.functional.normalize(rand(S, H, dk), dim=-1) for _ in range(2))
+    g, beta = -rand(S, V).abs() * fade, rand(S, V).sigmoid()
+    return [x.float().double() for x in (q, k, rand(S, V, dv), g, beta, rand(len(lengths), V, dk, dv))]
+
+
+def oracle(q, k, v, g, beta, initial, lengths, parents) -> tuple[Tensor, Tensor]:
+    """Equation (1), a token at a time."""
+    repeat, outs, finals, t = v.shape[1] // q.shape[1], [], [], 0
+    for i, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
+        S = initial[i] if parent < 0 else finals[parent]  # (V, dk, dv)
+        for _ in range(length):
+            key, query = k[t].repeat_interleave(repeat, 0), q[t].repeat_interleave(repeat, 0)  # (V, dk)
+            S = g[t].exp()[:, None, None] * S
+            held = torch.einsum("hk,hkv->hv", key, S)
+            S = S + torch.einsum("hk,hv->hkv", key, beta[t, :, None] * (v[t] - held))
+            outs.append(torch.einsum("hk,hkv->hv", query, S))
+            t += 1
+        finals.append(S)
+    return torch.stack([v.new_zeros(v.shape[1:]), *outs])[1:], torch.stack(finals)
+
+
+def both(xs: list[Tensor], lengths: list[int], parents: list[int], dtype: torch.dtype, backend: str = "torch"):
+    """Values and gradients of the oracle and of ours, for one random direction."""
+    gen = torch.Generator().manual_seed(7)
+    results = []
+    for ours in (False, True):
+        leaves = [x.detach().to(dtype if ours else torch.float64, copy=True).requires_grad_() for x in xs]
+        if ours:
+            row = Segments.build(lengths, parents)
+            out, final = delta_rule(*leaves[:5], row, initial=leaves[5], backend=backend)
+        else:
+            out, final = oracle(*leaves, lengths, parents)
+        if not results:
+            directions = [torch.randn(y.shape, generator=gen, dtype=torch.float64) for y in (out, final)]
+        loss = sum((y.double() * d).sum() for y, d in zip((out, final), directions, strict=True))
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        results.append(
+            [out, final] + [torch.zeros_like(x) if d is None else d for d, x in zip(grads, leaves, strict=True)]
+        )
+    return results
+
+
+def close(got: list[Tensor], want: list[Tensor], eps: float) -> None:
+    for name, a, b in zip(("out", "final", *NAMES), got, want, strict=True):
+        assert a.shape == b.shape, name
+        if b.numel():
+            # sums of some hundred terms, solved and multiplied three times over: 300 roundings of the largest number
+            assert (a.double() - b).abs().max() <= 300 * eps * max(1.0, b.abs().max()), name
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_values_and_gradients_are_the_rule_s(row):
+    """fp32; and in fp64, where nothing but the formula can differ."""
+    xs = inputs(row[0], 0)
+    for dtype in (torch.float32, torch.float64):
+        want, got = both(xs, *row, dtype)
+        assert got[0].dtype == got[1].dtype == dtype
+        close(got, want, torch.finfo(dtype).eps)
+
+
+TRITON = [  # two chunks of 64, and an answer; small chunks of wide heads, that key heads share, in two blocks of values
+    (([65, 2, 0], [-1, 0, 0]), {"V": 1, "dk": 5, "dv": 3}),
+    (([0, 20, 3, 17], [-1, 0, -1, 2]), {"H": 2, "V": 4, "dk": 17, "dv": 70}),
+    (([16], [-1]), {"V": 1, "dk": 1, "dv": 1}),
+    (([0], [-1]), {"V": 1}),
+]
+
+
+@pytest.mark.parametrize("row, sizes", TRITON, ids=str)
+def test_triton_values_and_gradients_are_the_rule_s(row, sizes):
+    """Widths that are no powers of two, in the interpreter."""
+    want, got = both(inputs(row[0], 0, **sizes), *row, torch.float32, "triton")
+    close(got, want, EPS)
+
+
+@settings(max_examples=8)
+@given(
+    seed=SEEDS,
+    H=st.sampled_from([1, 2]),
+    repeat=st.sampled_from([1, 3]),
+    dk=st.integers(1, 6),
+    dv=st.integers(1, 6),
+    fade=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+    lengths=st.sampled_from([[n + extra, 2, 1] for n in CHUNKS for extra in (0, 1)]),
+)
+def test_every_shape_and_decay(seed, H, repeat, dk, dv, fade, lengths):
+    parents = [-1, 0, 0]
+    want, got = both(inputs(lengths, seed, H=H, V=H * repeat, dk=dk, dv=dv, fade=fade), lengths, parents, torch.float32)
+    close(got, want, EPS)
+
+
+def test_forgetting_all_at_once_loses_no_digit_of_what_follows():
+    """A token with g = -1e4 (or -inf) among small ones: sums from the chunk's start would cancel to 1e-3."""
+    xs = inputs([40], 3, fade=0.01)
+    for low in (-1e4, -3e38):
+        xs[3][10] = low
+        for backend in ("torch", "triton"):
+            want, got = both(xs, [40], [-1], torch.float32, backend)
+            close(got, want, EPS)
+
+
+def test_equal_keys_that_are_overwritten():
+    """beta 1 and one key: A is all ones, whose powers grow like binomials; the memory holds the newest value alone."""
+    q, k, v, g, beta, initial = inputs([130], 1, H=2)
+    k, q = k[:1].expand_as(k), k[:1].expand_as(k)
+    out, _ = delta_rule(*(x.float() for x in (q, k, v, g, beta.new_ones(130, 2))), Segments.build([130]))
+    assert (out - v).abs().max() <= 100 * EPS * v.abs().max()
+
+
+def test_beta_0_writes_nothing_and_g_0_keeps_all():
+    q, k, v, g, beta, initial = (x.float() for x in inputs([70], 2))
+    out, final = delta_rule(q, k, v, 0 * g, 0 * beta, Segments.build([70]), initial=initial)
+    assert torch.equal(final, initial)
+    want = torch.einsum("shk,hkv->shv", q.repeat_interleave(2, 1), initial[0])
+    assert (out - want).abs().max() <= 10 * EPS * want.abs().max()
+
+
+@pytest.mark.parametrize("cut", [1, 63, 64, 100])
+def test_a_sequence_may_be_cut_anywhere(cut):
+    """Two calls with the state carried, or a prompt and its answer in one row: the same as the whole."""
+    *xs, initial = (x.float() for x in inputs([150], 4))
+    whole, final = delta_rule(*xs, Segments.build([150]), initial=initial)
+    first, carried = delta_rule(*(x[:cut] for x in xs), Segments.build([cut]), initial=initial)
+    second, end = delta_rule(*(x[cut:] for x in xs), Segments.build([150 - cut]), initial=carried)
+    zeros = torch.zeros_like(initial)
+    family, states = delta_rule(*xs, Segments.build([cut, 150 - cut], [-1, 0]), initial=torch.cat((initial, zeros)))
+    for got, want in ((torch.cat((first, second)), whole), (end, final), (family, whole), (states[1:], final)):
+        assert (got - want).abs().max() <= 100 * EPS * want.abs().max()
+
+
+@pytest.mark.parametrize("backend, T", [("torch", 70), ("triton", 3)])
+def test_steps_are_the_chunks(backend, T):
+    q, k, v, g, beta, initial = (x.float() for x in inputs([T, T], 5, H=2, V=4, dk=17, dv=70))
+    want, final = delta_rule(q, k, v, g, beta, Segments.build([T, T]), initial=initial)
+    state = initial.clone()
+    rows = [x.unflatten(0, (2, T)).transpose(0, 1) for x in (q, k, v, g, beta)]  # (T, n, ...)
+    out = torch.stack(
+        [delta_rule_step(*parts, state, backend=backend) for parts in zip(*rows, strict=True)], 1
+    )  # (n, T, V, dv)
+    assert (out.flatten(0, 1) - want).abs().max() <= 100 * EPS * want.abs().max()
+    assert (state - final).abs().max() <= 100 * EPS * final.abs().max()
+
+
+def test_no_sequence_touches_another():
+    """Poison in one of them stays there, forward and backward; and neighbours change no bit."""
+    lengths = [70, 3, 66, 5]  # all of one size of chunks
+    xs = [x.float() for x in inputs(lengths, 6)[:5]]
+    alone, _ = delta_rule(*(x[73:139] for x in xs), Segments.build([66]))
+    xs[2][:70] = torch.nan
+    v = xs[2].requires_grad_()
+    out, final = delta_rule(xs[0], xs[1], v, *xs[3:], Segments.build(lengths))
+    assert torch.equal(out[73:139], alone)
+    assert out[:70].isnan().all() and not out[70:].isnan().any() and not final[1:].isnan().any()
+    [dv] = torch.autograd.grad(out[73:139].sum(), v)
+    assert not dv[73:139].isnan().any() and (dv[139:] == 0).all() and (dv[70:73] == 0).all()
+
+
+def test_says_what_is_wrong():
+    q, k, v, g, beta, initial = (x.float() for x in inputs([4], 0))
+    row = Segments.build([4])
+    with pytest.raises(ValueError, match="want q, k"):
+        delta_rule(q, k[:3], v, g, beta, row)
+    with pytest.raises(ValueError, match="want q, k"):
+        delta_rule(q, k, v, g[:, :1], beta, row)
+    with pytest.raises(ValueError, match="multiple"):
+        delta_rule(q.repeat(1, 3, 1), k.repeat(1, 3, 1), v, g, beta, row)
+    with pytest.raises(ValueError, match="got 4 tokens and segments of 5"):
+        delta_rule(q, k, v, g, beta, Segments.build([5]))
+    with pytest.raises(ValueError, match="initial states"):
+        delta_rule(q, k, v, g, beta, row, initial=initial[:, :1])
+    with pytest.raises(ValueError, match="for Triton"):
+        delta_rule(q.double(), k.double(), v.double(), g, beta, row, backend="triton")
+    with pytest.raises(ValueError, match="float32"):
+        delta_rule_step(q, k, v, g, beta, initial.expand(4, -1, -1, -1).double())
+    with pytest.raises(ValueError, match="want q, k"):
+        delta_rule_step(q, k, v[:, :, 0], g, beta, initial)
