@@ -25,7 +25,6 @@ Lessons: lessons/00_setup.md, lessons/12_gspo.md
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import shlex
 import time
@@ -42,10 +41,9 @@ if __name__ == "__main__":  # flags are read before torch is imported: --help an
 import torch  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
-from nanogspo import checkpoint, policy  # noqa: E402
+from nanogspo import checkpoint, distributed, policy  # noqa: E402
 from nanogspo.data import Data, Given, choose_judges, choose_task, read_data  # noqa: E402
 from nanogspo.device import choose_device, choose_dtype  # noqa: E402
-from nanogspo.evaluation import examine, held_out_loss, sample_answers  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
 from nanogspo.layers.moe import Routers  # noqa: E402
 from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_histogram, ratio_quantiles, sft_loss  # noqa: E402
@@ -53,6 +51,7 @@ from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
 from nanogspo.reference import freeze, reference  # noqa: E402
 from nanogspo.run import curves, doctor, hub, planner  # noqa: E402
+from nanogspo.run.evaluations import Evaluations  # noqa: E402
 from nanogspo.run.log import RunLog, read_rows, summary  # noqa: E402
 from nanogspo.run.phases import Phase, phases_of  # noqa: E402
 from nanogspo.run.process import StopRequest, available_memory, peak_memory, run_folder, signals_kept  # noqa: E402
@@ -81,7 +80,8 @@ def run(
     environment  a class, or an object that is copied for each episode, instead of --environment
     returns      (the run's folder, the last value of everything in metrics.jsonl); None with plan_only and check
     """
-    with signals_kept(), contextlib.ExitStack() as held:  # the run's folder and log are closed however the run ends
+    # the run's folder and log are closed however the run ends
+    with signals_kept(), distributed.started(), contextlib.ExitStack() as held:
         trainer = set_up(config, held, Given(task, rewards, weights, environment))
         if not trainer:
             return None
@@ -101,12 +101,13 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     config = resolve(dataclasses.replace(config, device=device, dtype=dtype))
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + distributed.rank())  # of dropout
     # tokenizer, the model's outline (shapes without numbers), data, memory
     task = given.task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
     config, data = read_data(config, task, tokenizer, outline.config)
-    config = planner.approve(config, outline, data.longest_prompt, available_memory(config.device))
+    memory = available_memory(config.device)
+    config = distributed.first(lambda: planner.approve(config, outline, data.longest_prompt, memory))
     if config.plan_only:
         return None
     judges = choose_judges(config, data, outline.config, given, held)
@@ -114,8 +115,9 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
         return doctor.check(config, data, Sampler(policy.build(config, task), data.chat, data.task, config, *judges))
     hub.check_login(config.push_to_hub)
     # folder, model, optimiser
-    folder = held.enter_context(run_folder(config))
-    tracker = open_tracker(config.tracker, config.tracker_project, folder, dataclasses.asdict(config), held)
+    folder = distributed.first(lambda: held.enter_context(run_folder(config)))
+    name = config.tracker if distributed.rank() == 0 else "none"
+    tracker = open_tracker(name, config.tracker_project, folder, dataclasses.asdict(config), held)
     model = policy.build(config, task)
     phases = phases_of(config)
     if config.control and config.algo != "sft" and not config.warm_steps:
@@ -133,10 +135,14 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     steps = sum(phase.steps for phase in phases if phase.name != "control")
     resume_step = progress.step if config.resume else None
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=resume_step, tracker=tracker))
-    checkpoint.atomic_write(folder / "config.yaml", dump(config))
+    distributed.check_same(model.named_parameters())
+    distributed.first(lambda: checkpoint.atomic_write(folder / "config.yaml", dump(config)))
     sampler, state = Sampler(model, data.chat, data.task, config, *judges), (progress, rollout, frozen, inputs)
     watch = doctor.Watch.of(config, model, data.chat.tokenizer, log, progress)
-    trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, folder, log, watch, started)
+    stop = StopRequest()
+    evaluations = Evaluations(data, sampler, log, folder, stop)
+    tools = folder, log, watch, evaluations, stop, started
+    trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, *tools)
     if changed:
         log.changed(progress.step, changed)
         trainer.save_state()  # from now on the run is made of these
@@ -160,41 +166,42 @@ class Trainer:
     folder: pathlib.Path
     log: RunLog
     watch: doctor.Watch
+    evaluations: Evaluations
+    stop: StopRequest
     started: float
-    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     routers: Routers = dataclasses.field(default_factory=Routers)  # of experts: watched, and kept even
     proved: bool = False  # True once separately scored old log-probs have given ratios of exactly 1; not saved
 
     def loop(self) -> None:
         """Phase after phase, from where the run stands; ends early when asked to stop."""
         if self.progress.step == 0:
-            self.evaluate("start")
-        while not self.stop:
+            self.evaluations.make(0, "start")
+        while not self.stop.agreed():
             phase, last = self.phases[self.progress.phase], self.progress.phase == len(self.phases) - 1
             self.run_phase(phase)
-            if self.stop:
+            if self.stop.agreed():
                 return
             if phase.name != "control":  # which a resumed run makes anew
                 self.save_state()  # first, because an evaluation may take longer than a cluster waits after SIGTERM
-            self.evaluate(phase.name, last)
-            if self.stop or last:
+            self.evaluations.make(self.progress.step, phase.name, last)
+            if self.stop.agreed() or last:
                 return
             self.next_phase()
 
     def run_phase(self, phase: Phase) -> None:
         """Updates until the phase is over: its steps are done, its time is up, or enough answers are right."""
         progress, config, started = self.progress, self.config, time.perf_counter()
-        while progress.phase_step < phase.steps and not progress.phase_done and not self.stop:
-            if time.perf_counter() - started >= phase.seconds:
+        while progress.phase_step < phase.steps and not progress.phase_done and not self.stop.agreed():
+            if distributed.agree(time.perf_counter() - started >= phase.seconds):
                 return
             done = progress.phase_step
             if phase.until <= 1 and done and done % PROBE_EVERY == 0:
                 probe = self.data.probe(config.warm_probe)
-                right, _ = self.examine(probe)
-                progress.phase_done = not self.stop and right >= phase.until * len(probe)  # groups are mixed enough
+                right, _ = self.evaluations.examine(probe, progress.step)
+                progress.phase_done = right >= phase.until * len(probe)  # groups are mixed enough
             if config.eval_every and done and done % config.eval_every == 0 and not progress.phase_done:
-                self.evaluate(phase.name)
-            if self.stop or progress.phase_done or self.no_better(phase.name):
+                self.evaluations.make(progress.step, phase.name)
+            if self.stop.agreed() or progress.phase_done or self.evaluations.no_better(phase.name):
                 return
             self.update(phase)
 
@@ -213,7 +220,7 @@ class Trainer:
             facts, batches = self.rl_update(phase.algo)
         norm = self.optimizer.step(lr, config.grad_clip)
         progress.step, progress.phase_step = progress.step + 1, progress.phase_step + 1
-        now, tokens = time.perf_counter(), sum(len(batch.tokens) for batch in batches)
+        now, tokens = time.perf_counter(), distributed.total(sum(len(batch.tokens) for batch in batches))
         row = {"step": progress.step, "algo": phase.algo, "phase": phase.name}
         row |= facts | self.routers.metrics() | row  # whatever name a reward function logs under
         row |= {"grad_norm": norm.item(), "lr": lr, "step_s": now - began, "peak_mem_bytes": peak_memory(config.device)}
@@ -225,14 +232,14 @@ class Trainer:
                 where = self.folder / "saves", self.data.chat.tokenizer
                 policy.keep_last(config.keep_saves, progress.step, self.model, config, *where)
             self.save_state()
-            write_report(self.folder)
+            distributed.first(lambda: write_report(self.folder))
 
     def sft_update(self) -> tuple[dict[str, float], list[MicroBatch]]:
         """The gradient of the mean loss over all scored tokens of a batch of examples."""
         config, cursor = self.config, self.progress.sft_cursor
-        examples = [self.data.sft_example(n) for n in range(cursor, cursor + config.batch_size)]
+        examples = [self.data.sft_example(cursor + n) for n in distributed.mine(config.batch_size)]
         batches = pack(examples, max_tokens=config.micro_batch_tokens)
-        total, metrics = sum(len(batch.targets) for batch in batches), []
+        total, metrics = distributed.total(sum(len(batch.targets) for batch in batches)), []
         for batch in (batch.to(config.device) for batch in batches):
             logp, entropy, right = score(self.model, batch, linear=self.routers)  # (M,), (M,), (M,)
             loss, facts = sft_loss(logp)
@@ -242,7 +249,7 @@ class Trainer:
             facts |= {"loss": loss, "entropy": entropy.mean(), "token_accuracy": right.float().mean()}
             metrics.append((weight, facts))
         self.progress.sft_cursor += config.batch_size
-        return combine(metrics), batches
+        return combine(*distributed.joined(metrics)), batches
 
     def new_rollout(self) -> bool:
         """Sample answers and score them: minibatches 2 to U always, the first only until its ratios are `proved`.
@@ -267,12 +274,12 @@ class Trainer:
         """The gradient of the objective over one minibatch of the rollout at hand."""
         config, rollout, update = self.config, self.rollout, self.progress.update
         batches = rollout.minibatches[update]
-        trained = sum(len(batch.index) for batch in batches)
+        trained = distributed.total(sum(len(batch.index) for batch in batches))
         # answers without an advantage are not scored: their gradient is 0, and they count in the average
         weights, trained_fraction = rollout.weights(update, config.loss_average, config.max_new_tokens)
         advantages = rollout.advantages.nan_to_num() * weights
         of_answers = algo in ("gspo", "reinforce")  # the ratios; else of tokens
-        ratios_total = trained if of_answers else sum(len(batch.targets) for batch in batches)
+        ratios_total = trained if of_answers else distributed.total(sum(len(batch.targets) for batch in batches))
         metrics, ratios, log_ratios = [], [], []
         for batch, old_logp, ref_logp in zip(batches, rollout.old_logp[update], rollout.ref_logp[update], strict=True):
             A, w = (x[batch.index].to(config.device, non_blocking=True) for x in (advantages, weights))  # (N,), (N,)
@@ -292,6 +299,7 @@ class Trainer:
             metrics.append((weight, {"loss": loss, "entropy": entropy, **terms}))
             ratios.append((len(log_ratio) / ratios_total, facts))
             log_ratios.append(log_ratio)
+        metrics, ratios, log_ratios = distributed.joined(metrics, ratios, log_ratios)
         facts = combine(metrics, ratios, [(1.0, ratio_quantiles(log_ratios))])
         facts |= {"ratio_hist": ratio_histogram(log_ratios), **(rollout.times if update == 0 else {})}
         if update == 0:
@@ -301,42 +309,6 @@ class Trainer:
             self.proved = True  # the two passes agree to the last bit: later rollouts need only one
         self.progress.update = (update + 1) % config.updates_per_rollout
         return rollout.facts | facts | {"trained_frac": trained_fraction}, batches
-
-    def examine(self, problems: list) -> tuple[int, dict[str, float]]:
-        on_step = self.log.sampling(len(problems), self.stop)
-        return examine(self.sampler, problems, on_step, self.progress.step)
-
-    def evaluate(self, name: str, last: bool = False) -> None:
-        """Held-out problems or rows. Stopped in the middle it logs nothing, and the resumed run makes it anew."""
-        config, data, log = self.config, self.data, self.log
-        where = {"step": self.progress.step, "phase": name}
-        if log.has(**where, eval_count=config.eval_size):  # already logged: the run was killed after this row
-            return
-        if data.held_out:
-            loss, accuracy = held_out_loss(self.model, data.held_out, config, self.stop)
-            on_step = log.sampling(3, self.stop)
-            answers = sample_answers(self.model, data.chat, data.held_out, config, on_step) if last else []
-            if not self.stop:
-                self.keep_best(name, -loss)
-                log.answers(self.progress.step, answers)
-                log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
-        if data.problems:
-            right, facts = self.examine(data.problems)
-            if not self.stop:
-                self.keep_best(name, facts.get("eval_reward", right / len(data.problems)))
-                log.evaluation(**where, successes=right, count=config.eval_size, **facts)
-
-    def keep_best(self, name: str, result: float) -> None:
-        """Keep the weights if this evaluation of the main phase is better than all before it."""
-        best = max(self.log.results(name), default=-math.inf)
-        if self.config.keep_best and name == self.config.algo and result > best:
-            policy.save(self.model, self.config, self.folder / "best", self.data.chat.tokenizer)
-
-    def no_better(self, name: str) -> bool:
-        """Whether --patience is at its end: metrics.jsonl says so, and says it to a resumed run too."""
-        n = self.config.patience
-        results = self.log.results(name) if n else []  # asked before every update
-        return name == self.config.algo and 0 < n < len(results) and max(results[-n:]) <= max(results[:-n])
 
     def next_phase(self) -> None:
         """A fresh optimiser; the control also goes back to the weights at the end of the warm-up."""
@@ -358,23 +330,24 @@ class Trainer:
         path = path or self.folder / "state" / "state.safetensors"
         rollout = self.rollout.state() if self.progress.update else None
         progress = dataclasses.asdict(self.progress)
-        runstate.save_state(path, self.model, self.optimizer, progress, rollout, self.inputs, self.frozen)
+        what = path, self.model, self.optimizer, progress, rollout, self.inputs, self.frozen
+        distributed.first(lambda: runstate.save_state(*what))
         program.state = path
 
     def finish(self) -> tuple[pathlib.Path, dict]:
         """Save, draw the curves, and say where things are. Returns what `run` does."""
         if self.phases[self.progress.phase].name != "control":
-            if self.stop:
+            if self.stop.agreed():
                 self.save_state()
             hub.save_weights(self.model, self.config, self.data, self.folder)
         self.log.close()
-        write_report(self.folder)
-        picture = curves.draw_curves(self.folder, clip_range=self.watch.clip)
-        if self.stop:
+        distributed.first(lambda: write_report(self.folder))
+        picture = distributed.first(lambda: curves.draw_curves(self.folder, clip_range=self.watch.clip))
+        if self.stop.agreed():
             again = f"python train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")
         else:
             seconds = time.perf_counter() - self.started
             print(summary(self.config, self.folder, picture, self.data.example_prompt(), seconds))
-            hub.push(self.config, self.folder)
+            distributed.first(lambda: hub.push(self.config, self.folder))
         return self.folder, {k: v for row in read_rows(self.folder / "metrics.jsonl") for k, v in row.items()}

@@ -105,18 +105,20 @@ def sample_episodes(
     config: TrainConfig,
     *,
     first_prompt: int,
+    every: int = 1,
     on_step: Callable[[int, int], bool] | None = None,
 ) -> list[Episode] | None:
     """config.group_size episodes for each row, prompt-major. None when on_step ended the sampling.
 
     environments          plays one turn of many episodes: run/environments.py
     first_prompt          number of the first row, as in rollout.generate; on_step also
+    every                 from one row to the next the number rises by so many: other processes have those between
     max_turns             of the model in an episode
     max_new_tokens        of a turn; one that is cut there ends its episode
     max_episode_tokens    prompt and messages included: another turn is sampled only if it has room in full
     """
     G, stopped = config.group_size, False
-    episodes = [Episode(first_prompt + n // G, n % G, rows[n // G], config.seed) for n in range(G * len(rows))]
+    episodes = [Episode(first_prompt + n // G * every, n % G, rows[n // G], config.seed) for n in range(G * len(rows))]
     room = turn_room(model.config, config)
     begin(episodes, chat, environments, first_prompt, room)
     running = episodes
@@ -137,7 +139,7 @@ def sample_episodes(
             eos_ids=chat.tokenizer.eos_ids,
             seed=config.seed,
             first_prompt=first_prompt,
-            streams=[(e.number, e.answer, turn) for e in running] if turn else (),
+            streams=[(e.number, e.answer if turn else 0, turn) for e in running[:: 1 if turn else G]],
             max_rows=config.rollout_rows,
             on_step=watch,
         )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from nanogspo import distributed
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.model import Transformer
@@ -104,14 +105,15 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # tokens, log-probs, right ones
-    for batch in pack(examples, max_tokens=config.micro_batch_tokens):
+    own = [examples[n] for n in distributed.mine(len(examples))]
+    for batch in pack(own, max_tokens=config.micro_batch_tokens):
         if stop:
             sums.fill_(math.nan)
             break
         logp, _, right = score(model, batch.to(config.device))  # (M,), (M,)
         sums += torch.tensor([len(logp), logp.double().sum().item(), right.sum().item()], dtype=torch.float64)
     model.train(was_training)
-    tokens, logp, right = sums.tolist()
+    tokens, logp, right = distributed.total(sums).tolist()
     return -logp / tokens, right / tokens
 
 

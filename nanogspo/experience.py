@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.seq_logprob import sequence_sums
+from nanogspo import distributed
 from nanogspo.model import Transformer
 from nanogspo.objectives import answer_weights
 from nanogspo.packing import Example, MicroBatch, pack, score
@@ -39,6 +40,7 @@ class Experience:
     times: dict = dataclasses.field(default_factory=dict)  # likewise, in the row of its first update; not saved
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
     ref_logp: list[list[Tensor | None]] = dataclasses.field(default_factory=list)  # likewise; None: no reference
+    group_size: int = 1
 
     def weights(self, update: int, average: str, max_new_tokens: int) -> tuple[Tensor, float]:
         """(answer_weights (N,) of all answers, 0 outside the update's; the fraction of its answers in the average that
@@ -48,7 +50,7 @@ class Experience:
         lengths = torch.tensor([sum(example.loss_mask) for example in self.examples[rows]])  # (size,)
         counts = ~self.advantages[rows].isnan()  # (size,)
         weights[rows] = answer_weights(lengths, counts, average, max_new_tokens)
-        trained = sum(len(batch.index) for batch in self.minibatches[update])
+        trained = distributed.total(sum(len(batch.index) for batch in self.minibatches[update]))
         return weights, trained / max(int(counts.sum()), 1)
 
     def state(self) -> dict:
@@ -56,8 +58,10 @@ class Experience:
         tensors = {"advantages": self.advantages}
         for name, logp in (("old_logp", self.old_logp), ("ref_logp", self.ref_logp)):
             later = [part.cpu() for batches in logp[1:] for part in batches if part is not None]  # the first is made
+            [later] = distributed.joined(later)
             tensors |= {name: torch.cat(later)} if later else {}  # (scored tokens of these,)
-        return {"examples": self.examples, "facts": self.facts, "tensors": tensors}
+        shape = {"group_size": self.group_size, "processes": distributed.world()}
+        return {"examples": self.examples, "facts": self.facts | shape, "tensors": tensors}
 
 
 def experience(
@@ -72,6 +76,7 @@ def experience(
     score_first: bool = True,
     score_old: bool = True,
     reference: AbstractContextManager | None = None,
+    group_size: int = 1,
 ) -> Experience:
     """Cut the rollout into micro-batches and score them before any update.
 
@@ -79,8 +84,10 @@ def experience(
     score_first=False trusts in that and skips the first update's micro-batches.
     score_old=False scores none: there are no ratios.
     reference  within it, `model` is another policy, by which all micro-batches are scored, too
+    group_size  of several processes each cuts and scores its own groups; examples and advantages are those of all
     """
-    minibatches = split_minibatches(examples, advantages, updates, max_tokens, with_zeros=reference is not None)
+    own = {"group_size": group_size, "rank": distributed.rank()}
+    minibatches = split_minibatches(examples, advantages, updates, max_tokens, reference is not None, **own)
 
     @torch.no_grad()
     def scored(batches: list[MicroBatch], wanted: bool) -> list[Tensor | None]:
@@ -89,36 +96,52 @@ def experience(
     old_logp = [scored(batches, score_old and (update or score_first)) for update, batches in enumerate(minibatches)]
     with reference or nullcontext():
         ref_logp = [scored(batches, reference is not None) for batches in minibatches]
-    return Experience(examples, advantages, minibatches, old_logp, ref_logp=ref_logp)
+    return Experience(examples, advantages, minibatches, old_logp, ref_logp=ref_logp, group_size=group_size)
 
 
 def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
     """The inverse of Experience.state(), but for the first update's log-probs. ValueError if it does not fit."""
-    examples, tensors = saved["examples"], saved["tensors"]
-    zeros = "ref_logp" in tensors
-    first, *later = minibatches = split_minibatches(examples, tensors["advantages"], updates, max_tokens, zeros)
-    sizes = [len(b.targets) for batches in later for b in batches]
+    examples, tensors, facts = saved["examples"], saved["tensors"], dict(saved["facts"])
+    G, world = facts.pop("group_size", 1), facts.pop("processes", 1)
+    if world != distributed.world():
+        got = f"{distributed.world()} processes with --resume in the middle of a rollout of {world}"
+        raise ValueError(f"got {got}, want {world}; between rollouts any number will do")
+    how = examples, tensors["advantages"], updates, max_tokens, "ref_logp" in tensors
+    by_rank = [split_minibatches(*how, group_size=G, rank=rank) for rank in range(world)]
+    minibatches = by_rank[distributed.rank()]
+    sizes = [[len(b.targets) for batches in part[1:] for b in batches] for part in by_rank]
 
     def cut(name: str) -> list[list[Tensor | None]]:
         if name not in tensors:
             return [[None] * len(batches) for batches in minibatches]
-        if sum(sizes) != len(tensors[name]):
-            got = f"got a saved rollout with {len(tensors[name])} old log-probs, want {sum(sizes)}"
+        if sum(map(sum, sizes)) != len(tensors[name]):
+            got = f"got a saved rollout with {len(tensors[name])} old log-probs, want {sum(map(sum, sizes))}"
             raise ValueError(f"{got}: another version of this program saved it; finish the run with that one")
-        pieces = iter(tensors[name].split(sizes))
-        return [[None] * len(first), *([next(pieces) for _ in batches] for batches in later)]
+        own = tensors[name].split([sum(part) for part in sizes])[distributed.rank()]
+        pieces = iter(own.split(sizes[distributed.rank()]))
+        return [[None] * len(minibatches[0]), *([next(pieces) for _ in batches] for batches in minibatches[1:])]
 
     old_logp, ref_logp = cut("old_logp"), cut("ref_logp")
-    return Experience(examples, tensors["advantages"], minibatches, old_logp, saved["facts"], ref_logp=ref_logp)
+    how = {"ref_logp": ref_logp, "group_size": G}
+    return Experience(examples, tensors["advantages"], minibatches, old_logp, facts, **how)
 
 
 def split_minibatches(
-    examples: list[Example], advantages: Tensor, updates: int, max_tokens: int, with_zeros: bool = False
+    examples: list[Example],
+    advantages: Tensor,
+    updates: int,
+    max_tokens: int,
+    with_zeros: bool = False,
+    *,
+    group_size: int = 1,
+    rank: int = 0,
 ) -> list[list[MicroBatch]]:
     """The examples in `updates` equal minibatches, in order (so whole groups stay together where they can), each cut
     into micro-batches of those with an advantage. `index` counts over the whole rollout.
 
     with_zeros  also those with an advantage of 0, but not of nan
+    group_size  of several processes the one of this rank gets every world-th group: the minibatches of all together
+    rank        hold the same answers as those of one process would
     Where none is left, the shortest is kept: an update is made (AdamW's momentum moves on), and has ratios to report.
     """
     size, minibatches, A = len(examples) // updates, [], advantages.tolist()
@@ -126,6 +149,7 @@ def split_minibatches(
         rows = range(first, first + size)
         kept = [i for i in rows if abs(A[i]) > 0 or (with_zeros and A[i] == 0)]  # nan is neither
         kept = kept or [min(rows, key=lambda i: len(examples[i].tokens))]
+        kept = [i for i in kept if i // group_size % distributed.world() == rank]
         batches = pack([examples[i] for i in kept], max_tokens=max_tokens)
         minibatches.append([dataclasses.replace(b, index=torch.tensor(kept)[b.index]) for b in batches])
     return minibatches

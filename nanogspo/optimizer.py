@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nanogspo import distributed
+
 
 class Optimizer:
     """AdamW on the trainable parameters of a model. state() and load_state() are flat dictionaries of tensors."""
@@ -39,6 +41,7 @@ class Optimizer:
     def step(self, lr: float, grad_clip: float) -> Tensor:
         """One update. Returns the gradient's norm before clipping. A norm that is not finite raises FloatingPointError:
         the weights are then still the last good ones."""
+        distributed.sum_gradients(self.masters)
         norm = nn.utils.clip_grad_norm_(self.masters, grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(

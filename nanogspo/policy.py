@@ -12,7 +12,7 @@ import shutil
 
 import torch
 
-from nanogspo import checkpoint, lora, tiny
+from nanogspo import checkpoint, distributed, lora, tiny
 from nanogspo.config import TrainConfig, resolve
 from nanogspo.device import DTYPES
 from nanogspo.model import Transformer
@@ -66,6 +66,10 @@ def build(config: TrainConfig, task: Task | None) -> Transformer:
 
 def save(model: Transformer, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
+    distributed.first(lambda: _save(model, config, folder, tokenizer))
+
+
+def _save(model: Transformer, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     if config.lora_r:
         checkpoint.save_adapter(model, folder / "adapter", base=config.model)
     if config.save_merged and packed_layers(model):
@@ -80,7 +84,7 @@ def keep_last(
     """Save the weights into folder/STEP, as `save` does, and remove all but the last `count` of such folders."""
     save(model, config, folder / str(step), tokenizer)
     kept = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-    for path in kept[:-count]:
+    for path in kept[:-count] if distributed.rank() == 0 else ():
         shutil.rmtree(path)
 
 

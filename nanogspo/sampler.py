@@ -13,12 +13,13 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from nanogspo import distributed
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.episodes import Episode, episode_facts, sample_episodes
@@ -123,11 +124,13 @@ class Sampler:
             score_first=score_first,
             score_old=config.algo != "reinforce",
             reference=reference,
+            group_size=config.group_size,
         )
         # a function may log a metric of any name
         rollout.facts = merged(facts) | rollout_facts(groups) | {"sampling_rounds": len(facts)}
         if config.algo != "reinforce":
-            rollout.facts |= sampler_gap(rollout, [s.logp for s in samples])
+            gaps = distributed.gather(sampler_gap(rollout, [s.logp for s in samples]))
+            rollout.facts |= {name: max(gap.get(name, 0.0) for gap in gaps) for name in gaps[0]}
         rollout.times = self.times(groups, rollout, time.perf_counter() - scoring)
         columns = samples, [r for g in kept for r in g.rewards], advantages.tolist()
         for s, reward, A in zip(*columns, strict=True):
@@ -142,7 +145,9 @@ class Sampler:
         reference beside them count as time only), and the seconds of the reward functions."""
         sampled = sum(len(s.logp) for group in groups for s in group.samples)
         pairs = zip(rollout.minibatches, rollout.old_logp, strict=True)
-        scored = sum(len(b.tokens) for batches, old in pairs if old[0] is not None for b in batches)
+        scored = sum(
+            len(b.tokens) for batches, old in pairs for b, lp in zip(batches, old, strict=True) if lp is not None
+        )
         times = {"sampling_tokens_per_s": sampled / self.seconds["sampling"], "reward_s": self.seconds["rewards"]}
         return times | ({"scoring_tokens_per_s": scored / scoring} if scored else {})
 
@@ -171,19 +176,40 @@ class Sampler:
         self, problems: list[Problem], group_size: int, temperature: float, first: int, on_step: OnStep, most: int = 0
     ) -> tuple[list[Sample] | None, dict[str, float]]:
         """group_size answers to each problem, at most `most` decoded at a time, and facts about episodes. (None, {}) if
-        on_step ended it early."""
+        on_step ended it early. Of several processes each answers its own problems, and all get all answers.
+
+        first   number of the first problem, which decides the random numbers of its answers
+        """
+        numbers = distributed.mine(len(problems))
+        own, how = [problems[i] for i in numbers], (group_size, temperature, [first + i for i in numbers])
+        parts = distributed.gather(self.own_answers(own, *how, on_step, most) if own else ([], {}))
+        if any(samples is None for samples, _ in parts):
+            return None, {}
+        samples, facts = zip(*parts, strict=True)
+        return whole(samples, group_size), merged(facts)
+
+    def own_answers(
+        self,
+        problems: list[Problem],
+        group_size: int,
+        temperature: float,
+        numbers: list[int],
+        on_step: OnStep,
+        most: int,
+    ) -> tuple[list[Sample] | None, dict[str, float]]:
+        """`answers` of one process. numbers: of each problem."""
         config = self.config
         if self.environments:
             how = {"group_size": group_size, "temperature": temperature, "rollout_rows": most or config.rollout_rows}
             how = dataclasses.replace(config, **how)
             rows = [row_of(problem) for problem in problems]
-            episodes = sample_episodes(
-                self.model, self.chat, self.environments, rows, how, first_prompt=first, on_step=on_step
-            )
+            where = {"first_prompt": numbers[0], "every": distributed.world()}
+            episodes = sample_episodes(self.model, self.chat, self.environments, rows, how, **where, on_step=on_step)
             return (None, {}) if episodes is None else ([of_episode(e) for e in episodes], episode_facts(episodes))
         prompts = [self.chat.prompt(p) for p in problems]
         how = {"group_size": group_size, "temperature": temperature, "max_new_tokens": config.max_new_tokens}
-        how |= {"eos_ids": self.chat.tokenizer.eos_ids, "seed": config.seed, "first_prompt": first}
+        how |= {"eos_ids": self.chat.tokenizer.eos_ids, "seed": config.seed}
+        how["streams"] = [(n, 0, 0) for n in numbers]
         answers = generate(self.model, prompts, **how, max_rows=most or config.rollout_rows, on_step=on_step)
         if not all(a.finished or len(a.tokens) == config.max_new_tokens for a in answers):
             return None, {}
@@ -193,27 +219,39 @@ class Sampler:
         self, problems: list[Problem], samples: list[Sample], step: int
     ) -> tuple[Scores, list[float], list[bool]]:
         """What the reward functions, the environment, or else the task say of N = P * G answers to P problems: their
-        values, the totals, and which answers are right. Notes of the reward functions go into the samples'."""
-        G = len(samples) // len(problems)
-        if self.rewards:
-            parts = [(problem, samples[p * G : (p + 1) * G]) for p, problem in enumerate(problems)]
-            whole = (lambda s: s.text) if self.environments else (lambda s: self.chat.tokenizer.decode(s.ids))
-            groups = [group_of(problem, list(map(whole, own)), [s.ids for s in own]) for problem, own in parts]
-            scores = self.rewards(groups, step)
-            for sample, note in zip(samples, scores.notes, strict=True):
-                sample.notes |= note
-        else:
-            scores = Scores([[] for _ in samples], [], {}, [])
-        if self.environments:
-            scores = scores.beside([s.own for s in samples])
-        elif not self.rewards:
-            scores = scores.beside([self.task.reward(problems[n // G], s.text) for n, s in enumerate(samples)])
+        values, the totals, and which answers are right. Notes of the reward functions go into the samples'. Of several
+        processes each asks about its own problems, and all get all values."""
+        G, own = len(samples) // len(problems), distributed.mine(len(problems))
+        given = [s for p in own for s in samples[p * G : (p + 1) * G]]
+        parts = distributed.gather(self.own_scores([problems[p] for p in own], given, G, step))
+        columns = (whole([getattr(part, name) for part in parts], G) for name in ("values", "notes"))
+        (values, notes), weights = columns, max((part.weights for part in parts), key=len)
+        scores = Scores(values, weights, merged([part.facts for part in parts]), notes)
+        for sample, note in zip(samples, notes, strict=False):  # without reward functions there are none
+            sample.notes |= note
         totals = total_rewards(torch.tensor(scores.values, dtype=torch.float64), scores.weights).tolist()
         asked, texts = [p for p in problems for _ in range(G)], [s.text for s in samples]
         scores.facts.update(own_metrics(self.task, asked, texts))
         columns = zip(asked, texts, totals, strict=True)
         task = None if self.environments else self.task  # a conversation may be about something else than its question
         return scores, totals, [is_right(task, p, text, scores.fraction(total)) for p, text, total in columns]
+
+    def own_scores(self, problems: list[Problem], samples: list[Sample], G: int, step: int) -> Scores:
+        """What `judge` says, by one process: values and notes."""
+        if not problems:
+            return Scores([], [], {}, [])
+        if self.rewards:
+            parts = [(problem, samples[p * G : (p + 1) * G]) for p, problem in enumerate(problems)]
+            whole = (lambda s: s.text) if self.environments else (lambda s: self.chat.tokenizer.decode(s.ids))
+            groups = [group_of(problem, list(map(whole, own)), [s.ids for s in own]) for problem, own in parts]
+            scores = self.rewards(groups, step)
+        else:
+            scores = Scores([[] for _ in samples], [], {}, [])
+        if self.environments:
+            scores = scores.beside([s.own for s in samples])
+        elif not self.rewards:
+            scores = scores.beside([self.task.reward(problems[n // G], s.text) for n, s in enumerate(samples)])
+        return scores
 
 
 def of_answer(chat: Chat, prompt: list[int], answer: Answer) -> Sample:
@@ -277,7 +315,14 @@ def per_task(name: str, problems: list[Problem], values: list[float]) -> dict[st
     return {key: sum(numbers) / len(numbers) for key, numbers in found.items()}
 
 
-def merged(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The rewards' facts of several rounds: counts are added, other numbers averaged over the rounds that have them."""
+def whole(parts: Sequence[list], G: int) -> list:
+    """What several processes have of their groups of G, in the order of all groups."""
+    groups = distributed.in_order([[part[n : n + G] for n in range(0, len(part), G)] for part in parts])
+    return [x for group in groups for x in group]
+
+
+def merged(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The rewards' facts of several rounds or processes: counts are added, other numbers averaged over those that have
+    them."""
     found = {key: [facts[key] for facts in rounds if key in facts] for facts in rounds for key in facts}
     return {k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in found.items()}

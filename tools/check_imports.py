@@ -21,12 +21,15 @@ from pathlib import Path
 from code_lines import code_lines
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET, LONGEST = 9_500, 80
+# 8,237 after the reshape of November 2026, and what each room was then given: one's own data and environments 1,000,
+# doctor and report 700, mixture of experts and DeltaNet 1,000, several processes 350
+BUDGET, LONGEST = 11_300, 80
 LIMITS = {"train.py": 300, "nanogspo/model.py": 200}
 # A row is a file, or all files of a package that have no row of their own; these may import each other, without a cycle
 ORDER = """
     kernels
-    nanogspo.inputs nanogspo.words nanogspo.config nanogspo.device nanogspo.families nanogspo.tasks.base
+    nanogspo.distributed nanogspo.inputs nanogspo.words nanogspo.config nanogspo.device nanogspo.families
+    nanogspo.tasks.base
     nanogspo.storage.files nanogspo.tasks.mix nanogspo.tasks.addition nanogspo.tasks.remote nanogspo.tasks.rewards
     nanogspo.special_tokens nanogspo.templates nanogspo.tokenizer
     nanogspo.layers nanogspo.cache nanogspo.layouts nanogspo.model
@@ -37,7 +40,7 @@ ORDER = """
     nanogspo.storage.state nanogspo.tasks
     nanogspo.run.program nanogspo.run.process nanogspo.run.log nanogspo.run.phases nanogspo.run.trackers
     nanogspo.run.curves nanogspo.run.planner nanogspo.run.worker nanogspo.run.rewards nanogspo.run.environments
-    nanogspo.evaluation nanogspo.data nanogspo.policy nanogspo.run.doctor nanogspo.run.report
+    nanogspo.evaluation nanogspo.data nanogspo.policy nanogspo.run.evaluations nanogspo.run.doctor nanogspo.run.report
     nanogspo.run.hub
     sample train
 """.split()

@@ -5,7 +5,7 @@ A loop over tokens, without gates, for one head:
     S <- S + k[t] (beta[t] (v[t] - k[t] S))^T          out[t] = q[t] S
 
 Within the chunk the corrections u[t] = beta[t] (v[t] - k[t] S) depend on each other: u[t] needs what the tokens j < t
-have written, (k[t] . k[j]) u[j] each. That is a triangular system. Solve it, and neither Python nor the GPU has to loop.
+have written, (k[t] . k[j]) u[j] each. That is a triangular system. Solve it, and neither Python nor the GPU has a loop.
 
 Make this pass:  python -m pytest lessons/exercises/test_ex17.py        (about 8 lines)
 

@@ -18,6 +18,7 @@ Lessons: lessons/18_noise_clip_and_length.md, 19_reading_a_run.md       Tests: t
 """
 
 import dataclasses
+import functools
 import sys
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from kernels.backend import HAVE_TRITON, INTERPRETED
 from kernels.seq_logprob import token_logprob
+from nanogspo import distributed
 from nanogspo.config import TrainConfig, resolve
 from nanogspo.data import Data
 from nanogspo.experience import Experience
@@ -212,12 +214,13 @@ class Watch:
         if self.noise or config.algo == "reinforce":
             return
         some = examples[:: max(1, len(examples) // ANSWERS)][:ANSWERS]
-        seconds = 3 * sum(len(e.tokens) for e in some) / rollout.times["scoring_tokens_per_s"]
+        seconds = 3 * sum(len(e.tokens) for e in some) / rollout.times.get("scoring_tokens_per_s", 1e9)
         auto = config.clip == "auto" and not self.progress.clip
         if not auto and seconds > SECONDS:
             self.noise = Noise(0.0, 0.0, 0.0, 0.0, 0, 0.0)
             return self.log.say(f"noise floor not measured: it would take {seconds:.0f} s; --check measures it")
-        self.noise = noise_floor(model, some, config.micro_batch_tokens, config.temperature)
+        measure = functools.partial(noise_floor, model, some, config.micro_batch_tokens, config.temperature)
+        self.noise = distributed.first(measure) if auto else measure()
         if auto:
             self.progress.clip, _ = auto_clip(self.noise.p99)
         low, high = self.clip

@@ -15,12 +15,14 @@ Reading order: wilson_interval, RunLog, step_line, summary.       Tests: tests/t
 import contextlib
 import json
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from nanogspo import distributed
 from nanogspo.config import TrainConfig
 from nanogspo.storage.files import atomic_write
 
@@ -59,17 +61,20 @@ class RunLog(contextlib.AbstractContextManager):
         steps        steps of the whole run, for the progress bar and the width of the step column
         resume_step  None starts new files; k keeps what is there up to step k and goes on after it
         quiet        files only, nothing on the console
+        Of several processes the first one writes. The others keep the same notes, since decisions are made from them.
         tracker      called with every row of metrics.jsonl (trackers.py)
         """
         self.folder, self.steps, self.quiet = Path(folder), steps, quiet
         self._tracker = tracker or (lambda row: None)
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        kept = [] if resume_step is None else [_drop_rows_after(path, resume_step) for path in paths][0]
+        main = distributed.rank() == 0
+        kept = [] if resume_step is None else [_drop_rows_after(path, resume_step, main) for path in paths][0]
         self._notes = [row for row in kept if "algo" not in row]  # evaluations and the like, not updates
         self._kept = [row for row in kept if "algo" in row]
         mode = "w" if resume_step is None else "a"
         # backslashreplace: half a surrogate pair, which a model may write into a tool call, as JSON spells it
+        paths = paths if main else [Path(os.devnull)] * 2
         self._metrics, self._samples = (path.open(mode, -1, "utf-8", "backslashreplace", "\n") for path in paths)
         self._bar = None
         if not quiet and sys.stdout.isatty() and sys.stderr.isatty():  # in a file a bar would be a thousand lines
@@ -299,9 +304,9 @@ def _rows_and_lines(path: Path) -> list[tuple[dict, bytes]]:
     return pairs
 
 
-def _drop_rows_after(path: Path, step: int) -> list[dict]:
+def _drop_rows_after(path: Path, step: int, write: bool) -> list[dict]:
     """Returns the rows that stay."""
     kept = [(row, line) for row, line in _rows_and_lines(path) if row.get("step", 0) <= step]
-    if path.exists():  # a kill here leaves the old file or the new one, never half of one
+    if write and path.exists():  # a kill here leaves the old file or the new one, never half of one
         atomic_write(path, b"".join(line.removesuffix(b"\n") + b"\n" for _, line in kept))
     return [row for row, _ in kept]

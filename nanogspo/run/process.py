@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from nanogspo import distributed
 from nanogspo.config import TrainConfig
 
 try:
@@ -243,4 +244,9 @@ class StopRequest:
         self.asked = True
 
     def __bool__(self) -> bool:
+        return self.asked
+
+    def agreed(self) -> bool:
+        """Whether any of several processes was asked. Each has to come here at the same places of its run."""
+        self.asked = distributed.agree(self.asked)
         return self.asked

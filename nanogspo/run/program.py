@@ -36,7 +36,8 @@ def main(
     needs_stdout  end when nothing can be printed any more; otherwise say so on stderr and go on
     """
     global state
-    prog, state, code = os.path.basename(file), None, 0
+    process = int(os.environ.get("RANK", "0"))  # of those that torchrun has started
+    prog, state, code = os.path.basename(file) + f" (process {process})" * (process > 0), None, 0
     open_closed_streams()
     interrupt = signal.getsignal(signal.SIGINT)
 
@@ -58,8 +59,9 @@ def main(
     try:
         if interrupt != signal.SIG_IGN:  # else it is meant for others: `train.py &` in a script
             signal.signal(signal.SIGINT, interrupted)
-        config, _ = parse(config_class, sys.argv[1:], prog)
-        check(config)
+        with contextlib.redirect_stderr(open(os.devnull, "w")) if process else contextlib.nullcontext():
+            config, _ = parse(config_class, sys.argv[1:], prog)  # which one process may say for all
+            check(config)
         program = runpy.run_path(file, run_name=pathlib.Path(file).stem)  # once more, as a module: imports and `run`
         signal.signal(signal.SIGINT, interrupt)
         program["run"](config)

@@ -39,12 +39,12 @@ MUTANTS = {
             "a bridge without the template's last newline",
         ),
         (
-            "(e.number, e.answer, turn) for e",
+            "(e.number, e.answer if turn else 0, turn) for e",
             "(e.number, 0, turn) for e",
             "all answers of a group draw alike from the second turn on",
         ),
         (
-            "(e.number, e.answer, turn) for e",
+            "(e.number, e.answer if turn else 0, turn) for e",
             "(e.number, e.answer, 1) for e",
             "the third turn is drawn like the second",
         ),

@@ -69,7 +69,7 @@ MUTANTS = {
             "advantages of other answers, once they are sorted by length",
         ),
         (
-            "segments=batch.segments)[0, batch.scored]",
+            "segments=batch.segments, linear=linear)[0, batch.scored]",
             "segments=None)[0, batch.scored]",
             "a packed row is read as one sequence",
         ),

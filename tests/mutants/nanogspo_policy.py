@@ -4,8 +4,8 @@
 FILE = "nanogspo/policy.py"
 MUTANTS = {
     "tests/test_own.py": [
-        ("    for path in kept[:-count]:", "    for path in []:", "saves are never pruned"),
-        ("    for path in kept[:-count]:", "    for path in kept[count:]:", "the newest saves are pruned"),
+        ("for path in kept[:-count] if", "for path in [] if", "saves are never pruned"),
+        ("for path in kept[:-count] if", "for path in kept[count:] if", "the newest saves are pruned"),
         ("key=lambda path: int(path.name))", "key=lambda path: path.name)", "save 10 is older than save 8"),
     ],
     "tests/test_train.py": [

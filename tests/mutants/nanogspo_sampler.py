@@ -19,7 +19,11 @@ MUTANTS = {
             "            temperature=1.0,\n            device",
             "old log-probs scored at another temperature",
         ),
-        ('"first_prompt": first}', '"first_prompt": 0}', "every rollout is sampled with the same random numbers"),
+        (
+            "[(n, 0, 0) for n in numbers]",
+            "[(0, 0, 0) for n in numbers]",
+            "every rollout is sampled with the same random numbers",
+        ),
         (
             "train_problem(first_problem + i, config.seed)",
             "train_problem(i, config.seed)",

@@ -1,0 +1,147 @@
+"""One run by many processes: each holds the whole model, samples and trains on its own prompts, and the gradients of an
+update are added up. torchrun starts the processes; no flag changes its meaning.
+
+    torchrun --standalone --nproc-per-node 2 train.py
+
+    prompts     process r of W has prompts r, r + W, r + 2 W, ... of a rollout, in whole groups
+    update      loss / (answers of all processes), backward, one flat fp32 all_reduce of the trained gradients, AdamW
+    decisions   stop, the clock, the best evaluation: from numbers that all processes share, so all decide alike
+    files       process 0 writes and prints; the others only end, and say why
+
+Nothing is sent within a forward pass, a backward pass or a decode step, so processes may have different numbers of
+micro-batches and of decode steps. Every process has to make the same calls of this file, in the same order: one that
+leaves one out lets the others wait.
+
+In one process every function gives back what it was given, and torch.distributed is not even started.
+
+Left out: sharding (a model that fits on no device), sending weights, a wrapper like DDP, which would sum at every
+micro-batch.
+
+Source: data parallelism by a sum of gradients, Goyal et al., arXiv:1706.02677.      Tests: tests/test_distributed.py
+"""
+
+import contextlib
+import datetime
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+WAIT = datetime.timedelta(hours=2)  # for the slowest rollout; a process that dies is noticed by torchrun, not by this
+
+
+@contextlib.contextmanager
+def started() -> Iterator[None]:
+    """Together with the other processes, if torchrun has started several. All but process 0 then print nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
+    try:
+        with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A process that has ended is no bug of this one. ConnectionError, an OSError, ends the program in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError("another process of this run has ended; it, or torchrun, says why") from error
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(count: int) -> range:
+    """Of `count` things, the numbers of this process's."""
+    return range(rank(), count, world())
+
+
+def gather(value: Any) -> list:
+    """Every process's value, in their order. Tensors arrive on the CPU."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    with together():
+        dist.all_gather_object(values, _on_cpu(value))
+    return values
+
+
+def joined(*lists: list) -> list[list]:
+    """Each of these lists, those of all processes one behind the other."""
+    return [[x for part in parts for x in part] for parts in zip(*gather(lists), strict=True)]
+
+
+def in_order(parts: Sequence[list]) -> list:
+    """The inverse of `mine`: what the processes have made of their things, in the order of all."""
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def total(value: Any) -> Any:
+    """The sum of every process's number or tensor."""
+    return sum(gather(value))
+
+
+def agree(asked: bool) -> bool:
+    """True in all processes if it is in one."""
+    return any(gather(asked))
+
+
+def first(make: Callable[[], Any]) -> Any:
+    """What `make` gives in process 0, where alone it is called."""
+    if world() == 1:
+        return make()
+    values = [None if rank() else make()]
+    with together():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up every parameter's gradient over the processes, as one message; a missing one is 0."""
+    if world() == 1:
+        return
+    parameters = list(parameters)
+    flat = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])  # (all,)
+    with together():
+        dist.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)
+
+
+def check_same(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError unless all processes hold the same bits: another file, or another version of a library, on one
+    host would otherwise show as a policy that slowly falls apart."""
+    if world() == 1:
+        return
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found = gather(digest.hexdigest())
+    if len(set(found)) > 1:
+        odd = [r for r, other in enumerate(found) if other != found[0]]
+        raise ValueError(f"got other weights in processes {odd} than in process 0, want the same files on every host")
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_cpu, value))
+    return {k: _on_cpu(v) for k, v in value.items()} if isinstance(value, dict) else value

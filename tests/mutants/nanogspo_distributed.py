@@ -1,0 +1,29 @@
+"""Wrong edits of nanogspo/distributed.py, one at a time: see tools/mutate.py."""
+
+# ruff: noqa: E501      an edit is quoted as it stands in the code
+FILE = "nanogspo/distributed.py"
+MUTANTS = {
+    "tests/test_distributed.py": [
+        ("        dist.all_reduce(flat)", "        pass", "every process trains on its own answers alone"),
+        (
+            "return range(rank(), count, world())",
+            "return range(count)",
+            "every process does all the work, and all of it counts",
+        ),
+        ("return any(gather(asked))", "return asked", "one process stops, the other waits for it"),
+        ("return sum(gather(value))", "return value", "each process divides by its own answers"),
+        (
+            "parts[i % len(parts)][i // len(parts)]",
+            "[x for part in parts for x in part][i]",
+            "answers of other prompts",
+        ),
+        ("values = [None if rank() else make()]", "values = [make()]", "every process writes"),
+        (
+            "    except RuntimeError as error:\n        raise ConnectionError",
+            "    except ZeroDivisionError as error:\n        raise ConnectionError",
+            "a process that ends is a traceback of the other",
+        ),
+        ("    if len(set(found)) > 1:", "    if False:", "processes begin with other weights"),
+        ("        dist.destroy_process_group()", "        pass", "the program ends in an abort"),
+    ],
+}

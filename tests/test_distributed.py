@@ -1,0 +1,199 @@
+"""nanogspo/distributed.py and a whole run by two processes: the same run as by one, faster.
+
+Run: python -m pytest tests/test_distributed.py
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanogspo import distributed
+from nanogspo.config import TrainConfig
+from nanogspo.run.log import read_rows
+from train import run
+
+ROOT = Path(__file__).resolve().parent.parent
+# 3 prompts and 5 held-out problems: no process has as many as the other
+SMALL = {
+    "model": "tiny", "task": "reverse", "max_new_tokens": 8, "prompts_per_rollout": 3, "group_size": 4, "batch_size": 5,
+    "updates_per_rollout": 2, "steps": 6, "warm_steps": 3, "warm_until": 2.0, "eval_size": 5, "seed": 3, "threads": 1,
+    "save_every": 100,
+}  # fmt: skip
+OWN = {"step_s", "reward_s", "peak_mem_bytes", "says"}  # clocks, memory, and the noise of log-probs in words
+SCRIPT = """
+import json, os, sys
+import torch
+from nanogspo import distributed
+from nanogspo.config import TrainConfig
+from nanogspo.run import curves
+from nanogspo.run.process import StopRequest
+from nanogspo.sampler import Sampler
+import train
+
+curves.draw_curves = lambda *args, **kwargs: None
+given = json.loads(sys.argv[1])
+fault, config = given.pop("fault", ""), given["config"]
+rank = int(os.environ["RANK"])
+if fault == "stop":  # process 1 alone is asked to stop, in the middle of a rollout
+    update = train.Trainer.update
+    def stopped(self, phase):
+        update(self, phase)
+        self.stop.asked |= rank == 1 and self.progress.step == 6
+    train.Trainer.update = stopped
+if fault == "reward":
+    judge = Sampler.own_scores
+    def broken(self, *args):
+        if rank == 1 and self.config.algo == "gspo":
+            raise ValueError("the reward broke")
+        return judge(self, *args)
+    Sampler.own_scores = broken
+if fault == "weights":
+    build = train.policy.build
+    def other(*args):
+        model = build(*args)
+        model.norm.weight.data[0] += rank
+        return model
+    train.policy.build = other
+if fault == "laws":
+    held = distributed.started()
+    held.__enter__()
+    tensor = torch.arange(3.0) * (rank + 1)
+    tensor.requires_grad_()
+    tensor.grad, missing = tensor.detach() + 1, torch.nn.Parameter(torch.zeros(2))
+    if rank:
+        missing.grad = torch.ones(2)
+    distributed.sum_gradients([tensor, missing])
+    found = {
+        "gather": distributed.gather(rank), "total": distributed.total(torch.ones(2) * rank).tolist(),
+        "mine": list(distributed.mine(5)), "agree": [distributed.agree(rank == 1), distributed.agree(False)],
+        "first": distributed.first(lambda: f"made by {rank}"), "joined": distributed.joined([rank], [rank, rank]),
+        "gradients": [tensor.grad.tolist(), missing.grad.tolist()],
+    }
+    held.__exit__(None, None, None)
+    print(json.dumps(found), file=sys.stderr)
+else:
+    train.run(TrainConfig(**config))
+    print(json.dumps({"rank": rank, "ended": not torch.distributed.is_initialized()}), file=sys.stderr)
+"""
+
+
+def two(fault="", **changes):
+    """Two processes, as torchrun would start them: their exit codes and what they said on stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    argument = json.dumps({"fault": fault, "config": SMALL | changes})
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, argument], cwd=ROOT, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], said
+
+
+def weights(folder):
+    [file] = (folder / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a run by one process, and of one by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanogspo.run.curves.draw_curves", lambda *args, **kwargs: None)
+        one, _ = run(TrainConfig(**SMALL, out=str(folder / "one")))
+    codes, said = two(out=str(folder / "two"))
+    assert codes == [0, 0], said
+    assert [json.loads(text.splitlines()[-1]) for text in said] == [{"rank": r, "ended": True} for r in (0, 1)]
+    return one, folder / "two"
+
+
+def test_two_processes_make_the_run_of_one(runs):
+    """Samples to the letter; numbers to fp32's rounding, since sums are made in another order."""
+    one, both = runs
+    assert (one / "samples.jsonl").read_text() == (both / "samples.jsonl").read_text()
+    rows, others = (read_rows(folder / "metrics.jsonl") for folder in runs)
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() - OWN:
+            if isinstance(row[key], float) and not key.endswith("tokens_per_s"):
+                assert other[key] == pytest.approx(row[key], rel=2e-3, abs=2e-5), key
+            elif not key.endswith("tokens_per_s"):
+                assert other[key] == row[key], key
+    first = [row for row in others if row.get("algo") == "gspo"][::2]
+    assert all(row["ratio_min"] == row["ratio_max"] == 1.0 for row in first) and len(first) == 3
+    mine, theirs = weights(one), weights(both)
+    assert all((mine[name] - theirs[name]).abs().max() < 1e-4 for name in mine)
+
+
+def test_one_process_is_asked_and_all_stop_and_go_on(runs, tmp_path):
+    """In the middle of a rollout the same number of processes goes on, to the same bits; another number is refused."""
+    _, whole = runs
+    codes, said = two("stop", out=str(tmp_path / "run"))
+    assert codes == [0, 0], said
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert max(row["step"] for row in rows) == 6
+    with pytest.raises(ValueError, match="got 1 processes with --resume in the middle of a rollout of 2, want 2"):
+        run(TrainConfig(**SMALL, resume=str(tmp_path / "run")))
+    codes, said = two(resume=str(tmp_path / "run"))
+    assert codes == [0, 0], said
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    mine, theirs = weights(tmp_path / "run"), weights(whole)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_what_processes_say_to_each_other():
+    codes, said = two("laws")
+    assert codes == [0, 0], said
+    found = [json.loads(text.splitlines()[-1]) for text in said]
+    assert [f.pop("mine") for f in found] == [[0, 2, 4], [1, 3]]
+    assert found[0] == found[1] == {
+        "gather": [0, 1], "total": [1.0, 1.0], "agree": [True, False], "first": "made by 0",
+        "joined": [[0, 1], [0, 0, 1, 1]], "gradients": [[2.0, 5.0, 8.0], [1.0, 1.0]],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "guilty", "other"),
+    [
+        ("reward", "ValueError: the reward broke", "another process of this run has ended"),
+        ("weights", "got other weights in processes [1] than in process 0", "got other weights in processes [1]"),
+    ],
+)
+def test_a_fault_of_one_process_ends_all(fault, guilty, other, tmp_path):
+    codes, said = two(fault, out=str(tmp_path / "run"))
+    assert codes == [1, 1] and guilty in said[1] and other in said[0], said
+
+
+def test_one_process_needs_no_other():
+    assert (distributed.rank(), distributed.world(), list(distributed.mine(3))) == (0, 1, [0, 1, 2])
+    value = object()
+    assert distributed.gather(value) == [value] and distributed.joined([1], [value]) == [[1], [value]]
+    assert distributed.first(lambda: value) is value and distributed.total(2.5) == 2.5
+    with distributed.started():
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+def test_order_is_restored(world, count):
+    things = list("abcdefgh"[:count])
+    assert distributed.in_order([things[r::world] for r in range(world)]) == things
