@@ -1,8 +1,8 @@
 """kernels/moe.py against float64, and laws of rows that are sorted and put back.
 
 Sizes: tiles are 16 or 64 rows, 32 columns of a result in fp32, 32 numbers of a sum; so widths on both sides of them,
-odd ones and 1, and counts of rows of an expert from 0 on. Memory that a kernel is to write is NaN before (torch fills it so
-in deterministic mode), and so is everything around a strided input.
+odd ones and 1, and counts of rows of an expert from 0 on. Memory that a kernel is to write is NaN before (torch fills
+it so in deterministic mode), and so is everything around a strided input.
 
 Run: python -m pytest tests/test_moe_kernel.py
 """

@@ -15,8 +15,8 @@ MUTANTS = {
             "Gemma 3 starts with a full layer",
         ),
         (
-            '"sliding" if layer >= first else "full"',
-            '"sliding" if layer > first else "full"',
+            '"window_flag": lambda layer, first: layer >= first',
+            '"window_flag": lambda layer, first: layer > first',
             "max_window_layers off by one",
         ),
         (

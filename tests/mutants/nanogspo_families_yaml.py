@@ -14,6 +14,6 @@ MUTANTS = {
             "softcaps: [attn_logit_softcapping, final_logit_softcapping]",
             "Gemma 3's attention cap, which transformers ignores",
         ),
-        ("qwen3_vl: 500000.0}", "qwen3_vl: 10000.0}", "Qwen 3 VL without a rope_theta turns at Llama's"),
+        ("qwen3_vl: 500000.0,", "qwen3_vl: 10000.0,", "Qwen 3 VL without a rope_theta turns at Llama's"),
     ],
 }

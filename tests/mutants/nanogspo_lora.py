@@ -23,8 +23,8 @@ MUTANTS = {
             "a fresh adapter that changes the model",
         ),
         (
-            "device=device, dtype=torch.float32)\n        self.lora_B",
-            "device=device, dtype=base.weight.dtype)\n        self.lora_B",
+            '{"device": base.weight.device, "dtype": torch.float32}',
+            '{"device": base.weight.device, "dtype": base.weight.dtype}',
             "bf16 adapters, which round GSPO's updates away",
         ),
         (
@@ -40,8 +40,8 @@ MUTANTS = {
     ],
     "tests/test_quant.py": [
         (
-            "        weight = dense_weight(self.base, dtype)  # (out, in)\n",
-            "        weight = dense_weight(self.base, torch.float32)  # (out, in)\n",
+            "        weight = dense_weight(self.base, dtype, expert)  # (out, in)\n",
+            "        weight = dense_weight(self.base, torch.float32, expert)  # (out, in)\n",
             "another base than the one that was trained over",
         ),
         ("    if packed:\n", "    if False:\n", "merging writes into a packed weight"),

@@ -39,8 +39,8 @@ MUTANTS = {
             "a broken regular expression is a traceback",
         ),
         (
-            "{PEFT_PREFIX}{model.config.module_prefix}{name}.{part}.weight",
-            "{PEFT_PREFIX}model.{name}.{part}.weight",
+            "{PEFT_PREFIX}{model.config.module_prefix}{own",
+            "{PEFT_PREFIX}model.{own",
             "an adapter over a multimodal base does nothing in peft",
         ),
         (
