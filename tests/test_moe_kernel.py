@@ -4,6 +4,10 @@ Sizes: tiles are 16 or 64 rows, 32 columns of a result in fp32, 32 numbers of a 
 odd ones and 1, and counts of rows of an expert from 0 on. Memory that a kernel is to write is NaN before (torch fills
 it so in deterministic mode), and so is everything around a strided input.
 
+Sizes: tiles are 16 or 64 rows, 32 columns of a result in fp32, 32 numbers of a sum; so widths on both sides, odd ones
+ones and 1, and counts of rows of an expert from 0 on. Memory that a kernel is to write is NaN before (torch fills it so
+in deterministic mode), and so is everything around a strided input.
+
 Run: python -m pytest tests/test_moe_kernel.py
 """
 
