@@ -149,21 +149,58 @@ def test_shipped_scenarios(name):
     ("old", "new", "said"),
     [
         ("agent:", "agnet:", "own.yaml: got agnet, want only agent, turns, customer, scenarios"),
-        ("turns: 3", "turns: 0", "own.yaml: got turns: 0, want a filled int"),
-        ("turns: 3", "turns: -2", "own.yaml: got turns: -2, want a filled int"),
+        ("turns: 3", "turns: 0", "own.yaml: got turns: '0', want a number from 1"),
+        ("turns: 3", "turns: yes", "own.yaml: got turns: 'yes', want a number from 1"),
         ("goals: {", "goals: []\n    values2: {", "late: got values2, want only "),
         ('    goals: {sorry: sorry|apolog, shop: "{shop}", digits: "[0-9]{4}"}\n', "", "late: got goals: None, want"),
         ("sorry|apolog", '"(sorry"', r"late: got the pattern '\(sorry' \(.*\), want a regular expression"),
-        ('    otherwise: ["Well?", Hm.]\n', "    otherwise: []\n", r"late: got otherwise: \[\], want a filled list"),
-        ("  late:\n", "  late: 3\n  later:\n", "late: got 3, want a mapping with opening, goals, otherwise"),
+        ("sorry|apolog", f'"a{{{10**20}}}"', r"late: got the pattern .* \(the repetition number is too large\), want"),
+        ("sorry|apolog", "[sorry, apolog]", r"late: got goals: {'sorry': \['sorry', .*, want names, each with a text$"),
+        ("sorry|apolog", '""', "late: got goals: {'sorry': '', .*, want names, each with a text"),
+        (
+            '    otherwise: ["Well?", Hm.]\n',
+            "    otherwise: []\n",
+            r"late: got otherwise: \[\], want a text or a list of texts",
+        ),
+        ("  late:\n", "  late: 3\n  later:\n", "own.yaml: got scenarios: .*, want names, each with a mapping"),
+        ("digits:", "sorry:", "own.yaml:8: not YAML \\(sorry twice\\)"),
+        ("blames:", "sorry:", "late: got sorry as a goal and as a fault, want different names"),
+        ("Yes, {shop}.", "Yes, {shp}.", "late: got {shp} in 'Yes, {shp}.', want one of shop, days; add it to values"),
+        ("days: 8", "days: []", r"late: got values: .*, want names, each with a text or a list of texts"),
+        ("days: 8", "4: 8, days: 8", "late: got values for 4, want names of letters, digits and _"),
+        ("days: 8", f"days: {list(range(5000))}", "late: got 20,000 problems .*, want at most 10,000"),
         ("turns: 3", "turns: [3", "own.yaml:4: not YAML"),
+        ("turns: 3", "turns: \0", "own.yaml: not YAML .unacceptable character"),
         (LATE, "", "own.yaml: got None, want a mapping with agent, scenarios"),
+        (LATE, LATE.replace("[Larkfield, B+B]", "B+B").replace(', "Where is it, {shop}?"', ""), "got a single opening"),
     ],
 )
 def test_says_what_is_wrong(tmp_path, old, new, said):
     assert old in LATE
+    (tmp_path / "own.yaml").write_text(LATE.replace(old, new))
     with pytest.raises(ValueError, match=said):
-        rows_of(tmp_path, LATE.replace(old, new))
+        Conversations(str(tmp_path / "own.yaml"))
+
+
+def test_all_is_read_as_it_is_written(tmp_path):
+    """YAML 1.1 would make True, False, 97, 8, 90 and 1000 of these."""
+    odd = ["yes", "no", "0x61", "010", "1:30", "1_000"]
+    (first, *_) = rows = rows_of(
+        tmp_path, LATE.replace("days: 8", f"days: [{', '.join(odd)}]").replace("which:", "no:")
+    )
+    said = {row["prompt"][1]["content"] for row in rows}
+    assert {f"Nothing came for {word} days." for word in odd} < said and first["scenario"]["replies"][1][0] == "no"
+    shipped = Path(module.__file__).parent / "conversations" / "technical_support.yaml"
+    printers = [row for where, row in problems(str(shipped)) if where.endswith("printer")]
+    assert {row["scenario"]["goals"]["names the code"] for row in printers} == {"E02", "E13", "0x61"}
+
+
+def test_a_tenth_of_the_openings_is_held_out(tmp_path):
+    """Here 20 problems have two openings: a tenth of the problems would be both."""
+    text = LATE.replace("[Larkfield, B+B]", "B+B").replace("days: 8", f"days: 8, hidden: {list(range(10))}")
+    (tmp_path / "own.yaml").write_text(text)
+    task = Conversations(str(tmp_path / "own.yaml"))
+    assert len(task.held_out()) == 1 and len({task.train_problem(n, 0).messages[1]["content"] for n in range(10)}) == 1
 
 
 def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path):

@@ -4,7 +4,7 @@
     --task conversation:FILE.yaml               your own scenarios
 
     agent: You are a support agent of a small online shop. ...        the system message
-    turns: 4                                                          the customer's patience, in turns of the model
+    turns: 4                                                          the customer's patience, if --max-turns allows
     customer: {model: NAME, url: ADDRESS}                             optional: a model plays the customer (remote.py)
     scenarios:
       late_parcel:
@@ -13,11 +13,11 @@
         goals: {apologises: sorry|apolog, names it: "{order}"}        what the model is to say, in whatever turn
         faults: {promises the moon: free forever}                     what it must not say; each takes a goal's share
         replies: {order number: "It is {order}."}                     the customer's words, by what the model said last
-        otherwise: ["Well?", I am still waiting.]                     the customer's words where no reply fits, in order
+        otherwise: ["Well?", I am still waiting.]                     where none fits: after turn 1, turn 2, and so on
         wants: your parcel, or your money back                        what a model that plays the customer is told
 
 Patterns are regular expressions, searched without regard to case. {name} in any text is a value of the problem, and in
-a pattern it stands for exactly these characters.
+a pattern it stands for exactly these characters. All is read as it is written: no is no, 007 is 007.
 
 An answer earns 1 / goals when it first reaches one, and loses as much at its first fault of a kind. The conversation
 ends when all goals are reached or patience is at its end. Each goal and fault is a metric, environment/NAME.
@@ -28,6 +28,7 @@ add a judge (--reward judge:...) before you believe a curve.        Tests: tests
 
 import functools
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -40,9 +41,13 @@ from nanogspo.tasks.remote import Remote
 
 SHIPPED = CONVERSATIONS[1:]  # files beside this one
 EARN = {"goals": 1.0, "faults": -1.0}
-LISTS = ("opening", "otherwise")
-TOP = {"agent": str, "turns": int, "customer": dict, "scenarios": dict}
-KEYS = {"values": dict, "goals": dict, "faults": dict, "replies": dict, "wants": str} | dict.fromkeys(LISTS, list)
+FLAGS = re.IGNORECASE | re.DOTALL
+WORD = r"[^\W\d]\w*"  # a value's name: {2} and {2,3} are a pattern's own braces
+MOST = 10_000  # problems of a scenario: openings times values times values
+TEXT, TEXTS, MAPPING, EACH = "a text", "a text or a list of texts", "a mapping", "names, each with "
+TOP = {"agent": TEXT, "turns": TEXT, "customer": EACH + TEXT, "scenarios": EACH + MAPPING}
+SCENARIO = {"values": EACH + TEXTS, "wants": TEXT} | dict.fromkeys(("opening", "otherwise"), TEXTS)
+SCENARIO |= dict.fromkeys(("goals", "faults", "replies"), EACH + TEXT)
 PLAYED = (
     "You play a customer who talks to a support agent. You want this: {wants}. Answer the agent in one or two "
     "sentences, in the first person. Say nothing that the agent would say."
@@ -50,59 +55,94 @@ PLAYED = (
 
 
 class Conversations(PromptRows):
-    """The task: a problem is a scenario with values; a tenth of the problems, at least one, is held out."""
+    """The task: a problem is a scenario with values; a tenth of the openings, at least one, is held out."""
 
     def __init__(self, source: str):
+        if not source:
+            raise ValueError(f"got conversation without a file, want conversation:FILE.yaml, or {', '.join(SHIPPED)}")
         file = Path(__file__).parent / "conversations" / f"{source}.yaml" if source in SHIPPED else Path(source)
         rows = problems(str(file))
-        super().__init__(rows, name=source, held_out=max(1, len(rows) // 10))
+        openings = {row["prompt"][-1]["content"] for _, row in rows}
+        if len(openings) < 2:
+            raise ValueError(f"{file}: got a single opening, want two or more: one is held out; add another wording")
+        super().__init__(rows, name=source, held_out=max(1, len(openings) // 10))
+
+
+class AsWritten(yaml.BaseLoader):
+    """Every value is the text that stands there, and a name that comes twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def problems(file: str) -> list[tuple[str, dict]]:
     """(where, row) of every problem; a row has `prompt`, the messages up to the model's first turn, and `scenario`."""
     text = read_text(file, "scenarios in YAML")
     try:
-        given = yaml.safe_load(text)
+        given = yaml.load(text, AsWritten)
     except (yaml.YAMLError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "nested too deeply"
-        where = f"{file}:{mark.line + 1}" if mark else file
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where, problem = f"{file}:{mark.line + 1}" if mark else file, problem or str(error).splitlines()[0]
         raise ValueError(f"{where}: not YAML ({problem}), want scenarios; mend it") from None
     rows = []
     with named(file):
         checked(given, TOP, needs=("agent", "scenarios"))
-        common = {"turns": given.get("turns", 4), "customer": given.get("customer")}
+        if not re.fullmatch("[1-9][0-9]{0,8}", turns := given.get("turns", "4")):
+            raise ValueError(f"got turns: {shown(turns)}, want a number from 1")
+        common = {"turns": int(turns), "customer": given.get("customer")}
         for name, scenario in given["scenarios"].items():
             with named(name):
-                if isinstance(scenario, dict):  # one text stands for a list of one
-                    scenario = {k: [v] if k in LISTS and isinstance(v, str) else v for k, v in scenario.items()}
-                checked(scenario, KEYS, needs=("opening", "goals", "otherwise"))
+                checked(scenario, SCENARIO, needs=("opening", "goals", "otherwise"))
                 rows += [(f"{file}: {name}", row) for row in spread(scenario, given["agent"], common)]
     return rows
 
 
-def checked(given: object, kinds: dict[str, type], needs: tuple[str, ...]) -> None:
-    """ValueError unless it is a mapping with these keys, each of its kind and filled."""
+def checked(given: object, forms: dict[str, str], needs: tuple[str, ...]) -> None:
+    """ValueError unless it is a mapping with these keys, each of its form, those of `needs` filled."""
     if not isinstance(given, dict):
         raise ValueError(f"got {shown(given)}, want a mapping with {', '.join(needs)}")
-    if unknown := given.keys() - kinds.keys():
-        raise ValueError(f"got {some(sorted(map(str, unknown)))}, want only {', '.join(kinds)}")
+    if unknown := given.keys() - forms.keys():
+        raise ValueError(f"got {some(sorted(unknown))}, want only {', '.join(forms)}")
     for key in (*needs, *given):
         value = given.get(key)
-        if not isinstance(value, kinds[key]) or not value or (kinds[key] is int and value < 1):
-            raise ValueError(f"got {key}: {shown(value)}, want a filled {kinds[key].__name__}")
+        if not fits(value, forms[key]) or (key in needs and not value):
+            raise ValueError(f"got {key}: {shown(value)}, want {forms[key]}")
+
+
+def fits(value: object, form: str) -> bool:
+    """No text is blank, and no list empty."""
+    if form.startswith(EACH):
+        return isinstance(value, dict) and all(fits(part, form.removeprefix(EACH)) for part in value.values())
+    if form == TEXTS and isinstance(value, list):
+        return value != [] and all(fits(part, TEXT) for part in value)
+    return isinstance(value, dict) if form == MAPPING else isinstance(value, str) and value.strip() != ""
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def spread(scenario: dict, agent: str, common: dict) -> list[dict]:
     """The rows of one scenario: every opening with every combination of values."""
-    values = {key: value if isinstance(value, list) else [value] for key, value in scenario.get("values", {}).items()}
-    rows = []
-    for opening, *chosen in itertools.product(scenario["opening"], *values.values()):
-        known = {key: str(value) for key, value in zip(values, chosen, strict=True)}
+    values = {name: listed(value) for name, value in scenario.get("values", {}).items()}
+    if wrong := [name for name in values if not re.fullmatch(WORD, name)]:
+        raise ValueError(f"got values for {some(wrong)}, want names of letters, digits and _")
+    if both := scenario["goals"].keys() & scenario.get("faults", {}).keys():
+        raise ValueError(f"got {some(sorted(both))} as a goal and as a fault, want different names")
+    openings, rows = listed(scenario["opening"]), []
+    if (count := math.prod(map(len, (openings, *values.values())))) > MOST:
+        raise ValueError(f"got {count:,} problems (openings times values), want at most {MOST:,}; leave some out")
+    for opening, *chosen in itertools.product(openings, *values.values()):
+        known = dict(zip(values, chosen, strict=True))
         exactly = {key: re.escape(value) for key, value in known.items()}  # in a pattern
         script = {kind: {k: pattern(p, exactly) for k, p in scenario.get(kind, {}).items()} for kind in EARN}
         replies = scenario.get("replies", {}).items()
         script["replies"] = [[pattern(p, exactly), fill(words, known)] for p, words in replies]
-        script["otherwise"] = [fill(words, known) for words in scenario["otherwise"]]
+        script["otherwise"] = [fill(words, known) for words in listed(scenario["otherwise"])]
         script["wants"] = fill(scenario.get("wants", opening), known)
         turns = ("system", fill(agent, known)), ("user", fill(opening, known))
         messages = [{"role": role, "content": text.strip()} for role, text in turns]
@@ -110,16 +150,20 @@ def spread(scenario: dict, agent: str, common: dict) -> list[dict]:
     return rows
 
 
-def fill(text: object, known: dict[str, str]) -> str:
-    """{name} is replaced where the name is known: a regular expression may have other braces."""
-    return re.sub(r"\{(\w+)\}", lambda found: known.get(found[1], found[0]), str(text))
+def fill(text: str, known: dict[str, str]) -> str:
+    """{name} is replaced by its value; ValueError where there is none."""
+    try:
+        return re.sub(rf"\{{({WORD})\}}", lambda found: known[found[1]], text)
+    except KeyError as error:
+        have = f"one of {', '.join(known)}" if known else "no name"
+        raise ValueError(f"got {{{error.args[0]}}} in {shown(text)}, want {have}; add it to values") from error
 
 
-def pattern(text: object, known: dict[str, str]) -> str:
+def pattern(text: str, known: dict[str, str]) -> str:
     filled = fill(text, known)
     try:
-        re.compile(filled)
-    except re.error as error:
+        re.compile(filled, FLAGS)
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"got the pattern {shown(filled)} ({error}), want a regular expression") from error
     return filled
 
@@ -134,7 +178,7 @@ class Conversation:
             raise ValueError("got a row without a scenario, want problems of a conversation task and of no other")
         self.scenario, self.messages, self.turns, self.found = row["scenario"], row["prompt"], 0, set()
         customer = self.scenario["customer"]
-        self.ask = remote(tuple(customer.items())) if customer else None
+        self.ask = None if customer is None else remote(tuple(customer.items()))
         return row["prompt"]
 
     def step(self, message: dict) -> tuple[list[dict], bool, dict[str, float]]:
@@ -166,4 +210,4 @@ def remote(options: tuple) -> Remote:
 
 
 def seen(pattern: str, text: str) -> bool:
-    return re.search(pattern, text, re.IGNORECASE | re.DOTALL) is not None
+    return re.search(pattern, text, FLAGS) is not None

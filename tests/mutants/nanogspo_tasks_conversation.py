@@ -4,14 +4,24 @@
 FILE = "nanogspo/tasks/conversation.py"
 MUTANTS = {
     "tests/test_conversation.py": [
-        ("held_out=max(1, len(rows) // 10)", "held_out=0", "no scenario is held out"),
-        ("or (kinds[key] is int and value < 1)", "", "a customer of endless patience"),
+        ("len(openings) // 10", "len(rows) // 10", "openings with several values fill the held-out side"),
+        ("if len(openings) < 2:", "if False:", "the message is about an --eval-size that nobody gave"),
+        ("(yaml.BaseLoader)", "(yaml.SafeLoader)", "a pattern of yes is True, and an order 010 is 8"),
+        ("if names.count(key.value) > 1:", "if False:", "of two scenarios with one name the first is lost"),
+        ("[1-9][0-9]{0,8}", "[0-9]+", "a customer without patience"),
+        ("return value != [] and all(", "return all(", "no value, and so no problem"),
+        ("not fits(value, forms[key]) or", "", "a list is a pattern: any of its letters"),
+        ("if both := ", "if both := set() and ", "a goal that is reached hides a fault"),
+        ("> MOST:", "> MOST * MOST:", "a file of a few lines fills the memory"),
+        ("if wrong := ", "if wrong := [] and ", "a value that no text can name"),
+        ("(re.error, OverflowError, RecursionError)", "re.error", "a number in a pattern ends in a traceback"),
         (
             "exactly = {key: re.escape(value) for",
             "exactly = {key: value for",
             "a plus in a value is an operator of the pattern",
         ),
-        ("known.get(found[1], found[0])", 'known.get(found[1], "")', "other braces of a pattern are lost"),
+        ('r"[^\\W\\d]\\w*"', 'r"\\w+"', "{4} in a pattern is the name of a value"),
+        ("known[found[1]]", "known.get(found[1], found[0])", "a name that is mistyped stays in the text"),
         ("if name not in self.found and seen(p, text)]", "if seen(p, text)]", "a goal counts at every turn"),
         ('sign / len(scenario["goals"])', "sign", "every goal is worth 1"),
         ('"faults": -1.0', '"faults": 1.0', "faults are rewarded"),
