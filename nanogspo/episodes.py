@@ -163,8 +163,9 @@ def sample_episodes(
 def episode_facts(episodes: list[Episode]) -> dict[str, float]:
     """What metrics.jsonl says about a rollout of episodes."""
     kinds, N = [e.reencoded for e in episodes], len(episodes)
-    names = {name: None for e in episodes for name in e.parts}
-    return {f"environment/{name}": sum(e.parts.get(name, 0.0) for e in episodes) / N for name in names} | {
+    parts = [e.parts for e in episodes if not e.failed]
+    names = {name: None for own in parts for name in own}
+    return {f"environment/{name}": sum(own.get(name, 0.0) for own in parts) / len(parts) for name in names} | {
         "turns": sum(len(e.history) for e in episodes) / N,
         "environment_failed": sum(bool(e.failed) for e in episodes),
         "reencoded_diff_frac": sum(kind in ("turns", "elsewhere") for kind in kinds) / N,

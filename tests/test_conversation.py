@@ -16,6 +16,7 @@ from examples.calculator import Calculator
 from lessons.small_chat import small_tokenizer
 from nanogspo.checkpoint import save
 from nanogspo.config import CONVERSATIONS, TrainConfig, check
+from nanogspo.episodes import Episode, episode_facts
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
 from nanogspo.run.log import read_rows
@@ -51,7 +52,11 @@ def talk(row, *said):
         history = [{"role": "assistant", "content": text} for text in said[:n]]
         replies.append(play(Conversation, live, {"id": [0, 0, 0], "row": row, "seed": 1, "history": history}))
     assert replies[0]["messages"] == row["prompt"] and not replies[0]["done"]
-    return [(r["messages"] and r["messages"][0]["content"], r["done"], r["parts"]) for r in replies[1:]], replies[1:]
+    for reply in replies[1:]:  # what earned nothing is there, too
+        assert reply["parts"].keys() == {*row["scenario"]["goals"], *row["scenario"]["faults"]}
+    earned = [{name: value for name, value in reply["parts"].items() if value} for reply in replies[1:]]
+    words = [(reply["messages"] and reply["messages"][0]["content"], reply["done"]) for reply in replies[1:]]
+    return [(*said, parts) for said, parts in zip(words, earned, strict=True)], replies[1:]
 
 
 def test_the_file_in_the_docstring(tmp_path):
@@ -250,8 +255,8 @@ def test_a_run_of_conversations_logs_its_components(tmp_path, checkpoint, monkey
     assert metrics["step"] == 2 and metrics["environment_failed"] == 0
     rows = read_rows(folder / "metrics.jsonl")
     for row in (r for r in rows if "loss" in r):
-        parts = [row.get(f"environment/{name}", 0.0) for name in ("a", "e", "blames")]
-        assert "environment/never" not in row and row["reward"] == pytest.approx(sum(parts))
+        parts = [row[f"environment/{name}"] for name in ("a", "e", "blames")]
+        assert row["environment/never"] == 0 and row["reward"] == pytest.approx(sum(parts))
     samples = read_rows(folder / "samples.jsonl")
     for sample in samples:
         said = [m["content"] for m in sample["messages"] if m["role"] == "assistant"]
@@ -283,3 +288,11 @@ def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
     ):
         with pytest.raises(ValueError, match=said):
             run(config, **wrong)
+
+
+def test_components_are_means_over_the_episodes_that_did_not_fail():
+    made = [({"a": 1.0}, ""), ({"a": 0.5, "b": -1.0}, ""), ({"a": 9.0}, "step: no answer within 10 s")]
+    episodes = [Episode(0, n, {}, 0, parts=parts, failed=failed) for n, (parts, failed) in enumerate(made)]
+    facts = episode_facts(episodes)
+    assert (facts["environment/a"], facts["environment/b"], facts["environment_failed"]) == (0.75, -0.5, 1)
+    assert not [name for name in episode_facts(episodes[2:]) if name.startswith("environment/")]

@@ -20,7 +20,8 @@ Patterns are regular expressions, searched without regard to case. {name} in any
 a pattern it stands for exactly these characters. All is read as it is written: no is no, 007 is 007.
 
 An answer earns 1 / goals when it first reaches one, and loses as much at its first fault of a kind. The conversation
-ends when all goals are reached or patience is at its end. Each goal and fault is a metric, environment/NAME.
+ends when all goals are reached or patience is at its end. Each goal and fault is a metric, environment/NAME: what it
+earned, on average over all episodes.
 
 Patterns are easy to please: a model that says all the words in its first turn gets everything. Read samples.jsonl, and
 add a judge (--reward judge:...) before you believe a curve.        Tests: tests/test_conversation.py
@@ -185,9 +186,10 @@ class Conversation:
         scenario, text, earned = self.scenario, message["content"], {}
         self.messages, self.turns = [*self.messages, {"role": "assistant", "content": text}], self.turns + 1
         for kind, sign in EARN.items():
-            new = [name for name, p in scenario[kind].items() if name not in self.found and seen(p, text)]
-            earned |= dict.fromkeys(new, sign / len(scenario["goals"]))
-            self.found |= {*new}
+            new = {name for name, p in scenario[kind].items() if name not in self.found and seen(p, text)}
+            share = sign / len(scenario["goals"])
+            earned |= {name: share if name in new else 0.0 for name in scenario[kind]}  # a metric of 0 is one, too
+            self.found |= new
         if scenario["goals"].keys() <= self.found or self.turns == scenario["turns"]:
             return [], True, earned
         self.messages = [*self.messages, {"role": "user", "content": self.next_words(text)}]

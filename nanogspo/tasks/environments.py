@@ -6,7 +6,8 @@
         def reset(self, row, seed) -> messages                        the conversation up to the model's first turn
         def step(self, message) -> (messages, done, reward)           after each of its turns
 
-A reward is a number, None, or a dict of numbers: their sum counts, and each is a metric, environment/NAME.
+A reward is a number, None, or a dict of numbers: their sum counts, and each is a metric, environment/NAME: its mean
+over the episodes that did not fail, 0 in those without it.
 
 A request names an episode by everything that decides it: the row, the seed and what the model has said so far. So a
 worker process that was killed can be replaced: the new one replays the episode, step by step. While none is, each

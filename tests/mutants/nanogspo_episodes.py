@@ -10,10 +10,11 @@ MUTANTS = {
             "the last turn's part only",
         ),
         (
-            "e.parts.get(name, 0.0) for e in episodes) / N",
-            "e.parts.get(name, 0.0) for e in episodes)",
+            "own.get(name, 0.0) for own in parts) / len(parts)",
+            "own.get(name, 0.0) for own in parts)",
             "a sum, no mean",
         ),
+        ("[e.parts for e in episodes if not e.failed]", "[e.parts for e in episodes]", "half a reward is a component"),
     ],
     "tests/test_episodes.py": [
         (
