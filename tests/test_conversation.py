@@ -121,10 +121,13 @@ def test_a_model_plays_the_customer(tmp_path, monkeypatch):
     module.remote.cache_clear()
     rows = rows_of(tmp_path, LATE.replace("turns: 3", "turns: 3\ncustomer: {model: m, url: u}"))
     turns, _ = talk(rows[0], "one", "two", "three")
-    assert [words for words, _, _ in turns] == ["I am 1", "I am 2", []] and made == [{"model": "m", "url": "u"}]
+    assert heard.pop(0) == [
+        {"role": "user", "content": "Hello"}
+    ]  # at a wrong address this fails, before the run begins
+    assert [words for words, _, _ in turns] == ["I am 2", "I am 3", []] and made == [{"model": "m", "url": "u"}]
     opening = rows[0]["prompt"][1]["content"]
     assert [m["role"] for m in heard[1]] == ["system", "assistant", "user", "assistant", "user"]
-    assert [m["content"] for m in heard[1][1:]] == [opening, "one", "I am 1", "two"]
+    assert [m["content"] for m in heard[1][1:]] == [opening, "one", "I am 2", "two"]
     assert opening in heard[1][0]["content"]  # what it wants, where the scenario does not say
     module.remote.cache_clear()
 

@@ -207,8 +207,11 @@ class Conversation:
 
 @functools.cache
 def remote(options: tuple) -> Remote:
-    """One for all conversations of a process."""
-    return Remote(dict(options), "customer")
+    """One for all conversations of a process. A word first: at a wrong address a run ends before it begins, and
+    does not go on with episodes that all fail."""
+    customer = Remote(dict(options), "customer")
+    customer([{"role": "user", "content": "Hello"}])
+    return customer
 
 
 def seen(pattern: str, text: str) -> bool:

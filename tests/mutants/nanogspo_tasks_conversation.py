@@ -42,6 +42,7 @@ MUTANTS = {
         ('fill(scenario.get("wants", opening), known)', '"help"', "a played customer does not know what it wants"),
         ("re.IGNORECASE | re.DOTALL", "re.DOTALL", "capital letters are not heard"),
         ('if "scenario" not in row:', "if False:", "a row of another task is a KeyError"),
+        ('    customer([{"role": "user", "content": "Hello"}])\n', "", "a run without its customer, to the last step"),
         ("@functools.cache\ndef remote", "def remote", "a client for every episode"),
     ],
 }
