@@ -115,7 +115,7 @@ def test_a_model_plays_the_customer(tmp_path, monkeypatch):
 
         def __call__(self, messages):
             heard.append(messages)
-            return f"I am {len(heard)}"
+            return f"<think>As {len(heard)}?</think>\n\nI am {len(heard)}"
 
     monkeypatch.setattr(module, "Remote", Fake)
     module.remote.cache_clear()
@@ -151,6 +151,20 @@ def test_shipped_scenarios(name):
     given = yaml.safe_load(file.read_text())
     names = [list(scenario["goals"]) for scenario in given["scenarios"].values()]
     assert all(2 <= len(goals) <= 4 for goals in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("customer_service", "Feel free to order now, or order nothing."),
+        ("technical_support", "We called you, delighted that it is installed and enabled."),
+        ("sales", "I sell them across the country because it pays: 1,900 or 1900, or 1600."),
+    ],
+)
+def test_a_word_in_a_word_reaches_no_goal(name, said):
+    file = Path(module.__file__).parent / "conversations" / f"{name}.yaml"
+    rows = [row for where, row in problems(str(file)) if not where.endswith("hills")]  # there 1900 is right
+    assert not any(talk(row, said)[0][0][2] for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ TOP = {"agent": TEXT, "turns": TEXT, "customer": EACH + TEXT, "scenarios": EACH 
 SCENARIO = {"values": EACH + TEXTS, "wants": TEXT} | dict.fromkeys(("opening", "otherwise"), TEXTS)
 SCENARIO |= dict.fromkeys(("goals", "faults", "replies"), EACH + TEXT)
 PLAYED = (
-    "You play a customer who talks to a support agent. You want this: {wants}. Answer the agent in one or two "
+    "You play a customer who talks to an agent of a company. You want this: {wants}\nAnswer the agent in one or two "
     "sentences, in the first person. Say nothing that the agent would say."
 )
 
@@ -200,7 +200,8 @@ class Conversation:
         if self.ask:
             roles = {"assistant": "user", "user": "assistant"}  # to the customer the agent is the one who asks
             heard = [{"role": roles[m["role"]], "content": m["content"]} for m in self.messages if m["role"] in roles]
-            return self.ask([{"role": "system", "content": PLAYED.format(wants=scenario["wants"])}, *heard])
+            told = self.ask([{"role": "system", "content": PLAYED.format(wants=scenario["wants"])}, *heard])
+            return told.rpartition("</think>")[2].strip()
         fitting = [words for p, words in scenario["replies"] if seen(p, text)]
         return fitting[0] if fitting else scenario["otherwise"][min(self.turns, len(scenario["otherwise"])) - 1]
 

@@ -39,6 +39,7 @@ MUTANTS = {
             'roles = {"assistant": "assistant", "user": "user"}',
             "the customer hears itself",
         ),
+        ('.rpartition("</think>")[2]', "", "the agent reads the customer's thoughts"),
         ('fill(scenario.get("wants", opening), known)', '"help"', "a played customer does not know what it wants"),
         ("re.IGNORECASE | re.DOTALL", "re.DOTALL", "capital letters are not heard"),
         ('if "scenario" not in row:', "if False:", "a row of another task is a KeyError"),
