@@ -91,7 +91,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     for a run that is refused. None with --plan-only."""
     started = time.perf_counter()
     # device, seeds
-    config = dataclasses.replace(config, **given.settings())
+    config = dataclasses.replace(config, **given.settings(config))
     check(config, judged=bool(given.rewards))
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, torch.float32 if config.model == "tiny" else torch.bfloat16)

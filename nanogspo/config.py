@@ -283,8 +283,8 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 PER_CALL = {"resume", "out", "accept_changes", "plan_only", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
-    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "keep_saves", "save_merged", "control",
-    "device", "threads",
+    "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every", "keep_saves",
+    "save_merged", "control", "device", "threads",
     "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
 }  # fmt: skip
 
@@ -429,6 +429,9 @@ def check(config: TrainConfig, judged: bool = False) -> None:
         want = "--reward FILE.py:function, a name (exact, numeric, regex:PATTERN), or --algo sft to imitate rows"
         why = f"rows do not say what a good answer is; want {want}"
         raise ValueError(f"got --data with --algo {config.algo} and no --reward: {why}")
+    if config.environment == "conversation" and (tiny or not rl):
+        got = f"--task {', '.join(config.task)} with {'--model tiny' if tiny else '--algo sft'}"
+        raise ValueError(f"got {got}: customers are talked to, turn by turn; want RL of an instruct --model")
     for name in ("reward", "environment", "system", "max_prompt_tokens", "beta", "dynamic_sampling", "mask_truncated"):
         if not rl and getattr(config, name):
             raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo")

@@ -7,6 +7,7 @@ Tests: tests/test_data.py, tests/test_train.py
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,14 +16,16 @@ from nanogspo.config import TrainConfig
 from nanogspo.episodes import probe
 from nanogspo.evaluation import split
 from nanogspo.families import ModelConfig
-from nanogspo.inputs import shown
+from nanogspo.inputs import shown, some
 from nanogspo.packing import Example
 from nanogspo.run.environments import Environments, OwnEnvironments
 from nanogspo.run.rewards import Rewards
 from nanogspo.sampler import group_of, row_of
-from nanogspo.tasks import build_task
+from nanogspo.tasks import NEEDED, build_task
 from nanogspo.tasks.base import Problem, Task, shuffled
+from nanogspo.tasks.conversation import Conversations
 from nanogspo.tasks.jsonl import load_jsonl
+from nanogspo.tasks.mix import Mix
 from nanogspo.tasks.prompts import PromptRows
 from nanogspo.tasks.rows import read_rows
 from nanogspo.tokenizer import Tokenizer
@@ -36,19 +39,26 @@ class Given(NamedTuple):
     weights: Sequence[float]
     environment: object | None
 
-    def settings(self) -> dict:
-        """What it decides in the configuration. Raises ValueError for what would fail later, and less clearly."""
+    def settings(self, config: TrainConfig) -> dict:
+        """What it changes in the configuration. Raises ValueError for what would fail later, and less clearly."""
         if isinstance(self.task, type):
             name = self.task.__name__
             raise ValueError(f"got task={name}, a class, want an object; write task={name}()")
+        if self.task is not None and (lacks := [name for name in NEEDED if not hasattr(self.task, name)]):
+            raise ValueError(f"got task={shown(self.task)} without {some(lacks)}, want an object that has them")
         if not isinstance(self.rewards, Sequence) or not all(map(callable, self.rewards)):
             raise ValueError(f"got rewards={shown(self.rewards)}, want a list of functions; write rewards=[f]")
+        fit = isinstance(self.weights, Sequence) and all(isinstance(w, int | float) for w in self.weights)
+        if not fit or not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"got weights={shown(self.weights)}, want a list of finite numbers; write weights=[1.0]")
         if len(self.weights) not in {0, len(self.rewards)}:
             raise ValueError(f"got {len(self.weights)} weights for {len(self.rewards)} rewards, want one each, or none")
         if self.environment is None:
             return {}
         if not (hasattr(self.environment, "reset") and hasattr(self.environment, "step")):
             raise ValueError("got an environment without reset and step, want a class or object that has both")
+        if config.environment not in ("", "conversation", "python"):  # conversation is what the task set
+            raise ValueError(f"got --environment {config.environment} and environment=..., want one of them")
         return {"environment": "python"}
 
 
@@ -190,11 +200,16 @@ def choose_judges(
         how = {"timeout": config.reward_timeout, "state": lambda: {"max_steps": config.steps}}
         rewards = held.enter_context(Rewards(given.rewards or config.reward, given.weights or None, **how))
         rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
-    if (given.environment is not None) != (config.environment == "python"):
-        got = f"--environment {config.environment or 'left out'} and environment={shown(given.environment)}"
-        raise ValueError(f"got {got}, want one of them; a run that began with environment=... needs it again")
+    if config.environment == "python" and given.environment is None:
+        raise ValueError("got a run that began with run(..., environment=...), want it again: resume from Python")
+    tasks = data.task.tasks.values() if isinstance(data.task, Mix) else [data.task]
+    talks = {isinstance(task, Conversations) for task in tasks}
+    if config.environment in ("", "conversation") and talks != {config.environment == "conversation"}:
+        got = f"--environment {config.environment or 'left out'} for {getattr(data.task, 'name', 'this task')}"
+        raise ValueError(f"got {got}, want conversation for conversations, and for nothing else")
     if given.environment is not None:
         environments = OwnEnvironments(given.environment, config.reward_timeout)
+        held.callback(environments.close)
     elif config.environment:
         environments = held.enter_context(Environments(config.environment, config.reward_timeout))
     if environments:

@@ -3,8 +3,10 @@
 Run: python -m pytest tests/test_conversation.py
 """
 
+import dataclasses
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -225,7 +227,7 @@ def test_a_tenth_of_the_openings_is_held_out(tmp_path):
     assert len(task.held_out()) == 1 and len({task.train_problem(n, 0).messages[1]["content"] for n in range(10)}) == 1
 
 
-def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path):
+def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path, checkpoint):
     (tmp_path / "own.yaml").write_text(LATE)
     for task in (*SHIPPED, f"conversation:{tmp_path}/own.yaml"):
         config = TrainConfig(task=task, model="x", max_new_tokens=32)
@@ -234,6 +236,12 @@ def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path)
     assert TrainConfig(task="sales", environment="mine.py:Mine").environment == "mine.py:Mine"
     assert TrainConfig().environment == TrainConfig(task="addition").environment == ""
     assert CONVERSATIONS[1:] == SHIPPED and serve("conversation")[0] is None
+    for tasks in ("sales", "addition"), ("addition", "sales"):
+        with pytest.raises(ValueError, match=f"for {'.'.join(tasks)}, want conversation for conversations"):
+            run(TrainConfig(**SMALL, model=checkpoint, task=tasks))
+    for wrong in ({"model": "tiny"}, {"model": "x", "algo": "sft"}):
+        with pytest.raises(ValueError, match="got --task sales with --.*: customers are talked to, turn by turn"):
+            check(TrainConfig(task="sales", **wrong))
     _, answer = serve("conversation")
     failed = answer({"id": [0, 0, 0], "row": {"prompt": "?"}, "seed": 0, "history": []})["failed"]
     assert "got a row without a scenario, want problems of a conversation task" in failed
@@ -295,13 +303,20 @@ def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
     folder, metrics = run(config, environment=Own)
     assert metrics["step"] == 2 and metrics["environment/call"] > 0 and next(calls) > 8
     again = TrainConfig(**SMALL, model=checkpoint, task="addition", environment="python", resume=str(folder))
-    with pytest.raises(ValueError, match="got --environment python and environment=None, want one of them"):
+    with pytest.raises(ValueError, match="got a run that began with run"):
         run(again)
+    with pytest.raises(ValueError, match="got --environment own.py:Own and environment=..., want one of them"):
+        run(dataclasses.replace(config, environment="own.py:Own"), environment=Own)
     for wrong, said in (
         ({"environment": object()}, "got an environment without reset and step"),
         ({"task": Conversations}, "got task=Conversations, a class, want an object; write task=Conversations"),
         ({"rewards": len}, "want a list of functions; write rewards="),
         ({"weights": [1.0]}, "got 1 weights for 0 rewards"),
+        ({"weights": 1.0}, "got weights=1.0, want a list of finite numbers"),
+        ({"weights": [math.nan]}, r"got weights=\[nan\], want a list of finite numbers"),
+        ({"weights": torch.ones(2)}, "got weights=tensor.*, want a list of finite numbers"),
+        ({"task": "addition"}, "got task='addition' without train_problem, held_out, reward, want an object"),
+        ({"task": Conversations("sales")}, "got --environment left out for sales, want conversation for conversations"),
     ):
         with pytest.raises(ValueError, match=said):
             run(config, **wrong)

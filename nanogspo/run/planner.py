@@ -233,8 +233,10 @@ def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) 
     """The first thing a run prints: what is trained, with what, and what it will take."""
     c = model.config
     total = weight_count(model)
+    # conversation and python are no files: the task says more
+    what = config.environment if ":" in config.environment else config.data or ", ".join(config.task)
     lines = [
-        f"{config.algo} on {config.environment or config.data or ', '.join(config.task)} with {config.model}: "
+        f"{config.algo} on {what} with {config.model}: "
         f"{c.family}, {c.num_layers} layers, width {c.hidden_size}, "
         f"{c.num_heads} heads on {c.num_kv_heads}, vocabulary {c.vocab_size:,}; "
         f"{config.dtype} on {config.device}, seed {config.seed}",

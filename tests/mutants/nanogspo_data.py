@@ -18,10 +18,22 @@ MUTANTS = {
         ('return {"environment": "python"}', "return {}", "a resumed run goes on without its environment"),
         ("if len(self.weights) not in {0, len(self.rewards)}:", "if False:", "weights without rewards are dropped"),
         (
-            'if (given.environment is not None) != (config.environment == "python"):',
+            'if config.environment == "python" and given.environment is None:',
             "if False:",
             "a resumed run goes on without its environment, until it asks it",
         ),
+        (
+            'talks != {config.environment == "conversation"}:',
+            "False:",
+            "beside conversations half of the problems fail, or have no customer",
+        ),
+        ('if config.environment not in ("", "conversation", "python"):', "if False:", "--environment is dropped"),
+        (
+            "if not fit or not all(map(math.isfinite, self.weights)):",
+            "if False:",
+            "a weight of nan takes all rewards away",
+        ),
+        ("lacks := [name", "lacks := [] and [name", "the name of a task ends in a traceback"),
     ],
     "tests/test_train.py": [
         (
