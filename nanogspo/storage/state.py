@@ -50,6 +50,10 @@ class Progress:
 # what a run is made of
 
 WHOLE, PIECES, PIECE = 64 * 2**20, 256, 2**16
+# the file in a --task, --reward or --environment: name:FILE of those that read one, and FILE.py:name
+NAMED = re.compile(
+    r"(?:gsm8k|conversation):(.+?)(?:=[\d.]+)?|judge:([^,]+?)(?:,.*|=[-+.\de]+)?|(.+?\.py)(?:[:=].*)?", re.DOTALL
+)
 
 
 def inputs(config: TrainConfig, *given: object) -> dict[str, dict]:
@@ -61,10 +65,9 @@ def inputs(config: TrainConfig, *given: object) -> dict[str, dict]:
     files = {"data": pathlib.Path(config.data)} if here else {}
     if here and not files["data"].is_file():  # its rows have been read, and what is hashed now would be nothing
         raise ValueError(f"got a pipe as --data ({config.data}), want a file: a resumed run reads it again")
-    texts = (*config.task, *config.reward, config.environment)  # FILE.py:name, or name:FILE of what reads one
-    own = [re.match(r"(?:(?:gsm8k|conversation|judge):)?(.+?\.\w+)(?=[:=,]|$)", text, re.DOTALL) for text in texts]
-    paths = [pathlib.Path(found[1]) for found in own if found]
-    files |= {f"code/{path}": path for path in paths if path.is_file()}
+    found = filter(None, map(NAMED.fullmatch, (*config.task, *config.reward, config.environment)))
+    paths = [pathlib.Path(match[match.lastindex]) for match in found]
+    files |= {f"{'code' if path.suffix == '.py' else 'read'}/{path}": path for path in paths if path.is_file()}
     for kind, name in (("model", config.model), ("adapter", config.adapter)):
         if name and (kind, name) != ("model", "tiny"):
             folder = resolve(name, want=kind)

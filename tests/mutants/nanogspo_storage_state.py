@@ -4,7 +4,8 @@
 FILE = "nanogspo/storage/state.py"
 MUTANTS = {
     "tests/test_state.py": [
-        ("(?:(?:gsm8k|conversation|judge):)?", "", "rows of gsm8k may change under a resumed run"),
+        ('r"(?:gsm8k|conversation):', 'r"(?:conversation):', "rows of gsm8k may change under a resumed run"),
+        ("{'code' if path.suffix == '.py' else 'read'}", "code", "an older run with a reward of its own cannot go on"),
         ("if scored or i < prompt else ~token", "", "of an episode everything after the prompt is trained on"),
         ("(part[: prompt + 1] >= 0)", "(part[:prompt] >= 0)", "an example whose first scored token is none"),
         (" if n.startswith(ROLLOUT) or n in _random_state()}", "}", "a run that fits in memory cannot be resumed"),
