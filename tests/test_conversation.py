@@ -228,8 +228,9 @@ def test_a_tenth_of_the_openings_is_held_out(tmp_path):
 
 
 def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path, checkpoint):
-    (tmp_path / "own.yaml").write_text(LATE)
-    for task in (*SHIPPED, f"conversation:{tmp_path}/own.yaml"):
+    (tmp_path / "a.python").mkdir()  # .py in the name of a folder makes no program of it
+    (tmp_path / "a.python" / "own.yaml").write_text(LATE)
+    for task in (*SHIPPED, f"conversation:{tmp_path}/a.python/own.yaml"):
         config = TrainConfig(task=task, model="x", max_new_tokens=32)
         check(config)
         assert config.environment == "conversation" and isinstance(build_task(config.task), Conversations)

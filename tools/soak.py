@@ -1,14 +1,16 @@
 """Long trials that CI has no time for; LOG.md has their results. On Linux.
 
     python tools/soak.py kills 50          kill -9 at 50 random moments of SFT, GRPO, GSPO and multi-turn runs; each is
-                                           resumed, and must leave what the run that nobody killed left: weights, state,
-                                           samples.jsonl, every field of metrics.jsonl but clocks and memory
+                                           resumed, or begun anew if it had saved nothing, and must leave what the run
+                                           that nobody killed left: weights, state, samples.jsonl, every field of
+                                           metrics.jsonl but clocks and memory
     python tools/soak.py rollouts 500      a run of 500 tiny rollouts with reward processes: its memory and its open
-                                           files after 500 are within 5 % of those after 50
+                                           files near its end are at most 5 % above those after 50
 
 Exit code 0 if all hold.      Tests: none, this is one. About 20 minutes for 50 kills, 5 for 500 rollouts, on one core.
 """
 
+import argparse
 import json
 import os
 import random
@@ -145,6 +147,11 @@ def rollouts(count: int, scratch: Path) -> int:
 
 
 if __name__ == "__main__":
-    what, number = {"kills": kills, "rollouts": rollouts}[sys.argv[1]], int(sys.argv[2])
+    parser, trials = argparse.ArgumentParser(), {"kills": kills, "rollouts": rollouts}
+    parser.add_argument("trial", choices=trials)
+    parser.add_argument("count", type=int)
+    asked = parser.parse_args()
+    if asked.count < (least := {"kills": 1, "rollouts": 100}[asked.trial]):
+        parser.error(f"got {asked.trial} {asked.count}, want {least} or more")
     with tempfile.TemporaryDirectory() as made:
-        sys.exit(what(number, Path(made)))
+        sys.exit(trials[asked.trial](asked.count, Path(made)))

@@ -59,7 +59,7 @@ def build_task(names: Sequence[str], size: int | None = None) -> Task:
     tasks, shares = [], []
     for text in names:
         name, share = re.fullmatch(r"(.*?)(?:=([0-9.]+))?", text, re.DOTALL).groups()
-        tasks.append(own_task(name, size) if ".py" in name else get_task(name, size))
+        tasks.append(own_task(name, size) if re.search(r"\.py(:|$)", name) else get_task(name, size))
         shares.append(float(share or 1))
         if shares[-1] <= 0:
             raise ValueError(f"got --task {text}, want a share of more than 0")
