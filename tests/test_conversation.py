@@ -104,6 +104,7 @@ def test_patience_ends_it_and_a_fault_costs_a_goals_share_once(tmp_path):
     assert turns == [("Well?", False, {"blames": pytest.approx(-1 / 3)}), ("The green one.", False, {}), ([], True, {})]
     assert [reply["reward"] for reply in replies] == [pytest.approx(-1 / 3), 0, 0]  # 0 and not None: it was judged
     assert [words for words, _, _ in talk(row, "a", "b", "c")[0]] == ["Well?", "Hm.", []]
+    assert talk(row, "Which Larkfield?")[0][0][0] == "Yes, Larkfield."  # the first of two that fit
     long = row | {"scenario": row["scenario"] | {"turns": 5}}
     assert [words for words, _, _ in talk(long, *"abcd")[0]] == ["Well?", "Hm.", "Hm.", "Hm."]  # the last one again
 
