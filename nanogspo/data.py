@@ -201,12 +201,14 @@ def choose_judges(
         rewards = held.enter_context(Rewards(given.rewards or config.reward, given.weights or None, **how))
         rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
     if config.environment == "python" and given.environment is None:
-        raise ValueError("got a run that began with run(..., environment=...), want it again: resume from Python")
+        raise ValueError(
+            "got --environment python, which a run from Python has, want run(config, environment=...) again"
+        )
     tasks = data.task.tasks.values() if isinstance(data.task, Mix) else [data.task]
     talks = {isinstance(task, Conversations) for task in tasks}
     if config.environment in ("", "conversation") and talks != {config.environment == "conversation"}:
-        got = f"--environment {config.environment or 'left out'} for {getattr(data.task, 'name', 'this task')}"
-        raise ValueError(f"got {got}, want conversation for conversations, and for nothing else")
+        got = f"{getattr(data.task, 'name', 'a task')} with --environment {config.environment or 'left out'}"
+        raise ValueError(f"got {got}, want conversations alone with --environment conversation, other tasks without it")
     if given.environment is not None:
         environments = OwnEnvironments(given.environment, config.reward_timeout)
         held.callback(environments.close)

@@ -104,6 +104,7 @@ def test_patience_ends_it_and_a_fault_costs_a_goals_share_once(tmp_path):
     assert turns == [("Well?", False, {"blames": pytest.approx(-1 / 3)}), ("The green one.", False, {}), ([], True, {})]
     assert [reply["reward"] for reply in replies] == [pytest.approx(-1 / 3), 0, 0]  # 0 and not None: it was judged
     assert [words for words, _, _ in talk(row, "a", "b", "c")[0]] == ["Well?", "Hm.", []]
+    assert talk(row, "Which Larkfield?")[0][0][0] == "Yes, Larkfield."  # the first of two that fit
     long = row | {"scenario": row["scenario"] | {"turns": 5}}
     assert [words for words, _, _ in talk(long, *"abcd")[0]] == ["Well?", "Hm.", "Hm.", "Hm."]  # the last one again
 
@@ -238,7 +239,7 @@ def test_a_task_brings_its_environment_and_no_other_row_has_a_customer(tmp_path,
     assert TrainConfig().environment == TrainConfig(task="addition").environment == ""
     assert CONVERSATIONS[1:] == SHIPPED and serve("conversation")[0] is None
     for tasks in ("sales", "addition"), ("addition", "sales"):
-        with pytest.raises(ValueError, match=f"for {'.'.join(tasks)}, want conversation for conversations"):
+        with pytest.raises(ValueError, match=f"got {'.'.join(tasks)} with --environment .*, want conversations alone"):
             run(TrainConfig(**SMALL, model=checkpoint, task=tasks))
     for wrong in ({"model": "tiny"}, {"model": "x", "algo": "sft"}):
         with pytest.raises(ValueError, match="got --task sales with --.*: customers are talked to, turn by turn"):
@@ -304,7 +305,7 @@ def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
     folder, metrics = run(config, environment=Own)
     assert metrics["step"] == 2 and metrics["environment/call"] > 0 and next(calls) > 8
     again = TrainConfig(**SMALL, model=checkpoint, task="addition", environment="python", resume=str(folder))
-    with pytest.raises(ValueError, match="got a run that began with run"):
+    with pytest.raises(ValueError, match="got --environment python, which a run from Python has"):
         run(again)
     with pytest.raises(ValueError, match="got --environment own.py:Own and environment=..., want one of them"):
         run(dataclasses.replace(config, environment="own.py:Own"), environment=Own)
@@ -317,7 +318,7 @@ def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
         ({"weights": [math.nan]}, r"got weights=\[nan\], want a list of finite numbers"),
         ({"weights": torch.ones(2)}, "got weights=tensor.*, want a list of finite numbers"),
         ({"task": "addition"}, "got task='addition' without train_problem, held_out, reward, want an object"),
-        ({"task": Conversations("sales")}, "got --environment left out for sales, want conversation for conversations"),
+        ({"task": Conversations("sales")}, "got sales with --environment left out, want conversations alone"),
     ):
         with pytest.raises(ValueError, match=said):
             run(config, **wrong)
