@@ -176,22 +176,22 @@ class Trainer:
         """Phase after phase, from where the run stands; ends early when asked to stop."""
         if self.progress.step == 0:
             self.evaluations.make(0, "start")
-        while not self.stop.agreed():
+        while not distributed.agree(self.stop):
             phase, last = self.phases[self.progress.phase], self.progress.phase == len(self.phases) - 1
             self.run_phase(phase)
-            if self.stop.agreed():
+            if distributed.agree(self.stop):
                 return
             if phase.name != "control":  # which a resumed run makes anew
                 self.save_state()  # first, because an evaluation may take longer than a cluster waits after SIGTERM
             self.evaluations.make(self.progress.step, phase.name, last)
-            if self.stop.agreed() or last:
+            if distributed.agree(self.stop) or last:
                 return
             self.next_phase()
 
     def run_phase(self, phase: Phase) -> None:
         """Updates until the phase is over: its steps are done, its time is up, or enough answers are right."""
         progress, config, started = self.progress, self.config, time.perf_counter()
-        while progress.phase_step < phase.steps and not progress.phase_done and not self.stop.agreed():
+        while progress.phase_step < phase.steps and not progress.phase_done and not distributed.agree(self.stop):
             if distributed.agree(time.perf_counter() - started >= phase.seconds):
                 return
             done = progress.phase_step
@@ -201,7 +201,7 @@ class Trainer:
                 progress.phase_done = right >= phase.until * len(probe)  # groups are mixed enough
             if config.eval_every and done and done % config.eval_every == 0 and not progress.phase_done:
                 self.evaluations.make(progress.step, phase.name)
-            if self.stop.agreed() or progress.phase_done or self.evaluations.no_better(phase.name):
+            if distributed.agree(self.stop) or progress.phase_done or self.evaluations.no_better(phase.name):
                 return
             self.update(phase)
 
@@ -305,7 +305,9 @@ class Trainer:
         if update == 0:
             if not facts["ratio_min"] == facts["ratio_max"] == 1.0:
                 found = f"ratios in [{facts['ratio_min']!r}, {facts['ratio_max']!r}], want exactly 1.0"
-                raise AssertionError(f"first update of a rollout: {found}; old and new were not scored the same way")
+                raise AssertionError(
+                    f"first update of a rollout: {found}; old and new log-probs were not scored the same way"
+                )
             self.proved = True  # the two passes agree to the last bit: later rollouts need only one
         self.progress.update = (update + 1) % config.updates_per_rollout
         return rollout.facts | facts | {"trained_frac": trained_fraction}, batches
@@ -337,13 +339,13 @@ class Trainer:
     def finish(self) -> tuple[pathlib.Path, dict]:
         """Save, draw the curves, and say where things are. Returns what `run` does."""
         if self.phases[self.progress.phase].name != "control":
-            if self.stop.agreed():
+            if distributed.agree(self.stop):
                 self.save_state()
             hub.save_weights(self.model, self.config, self.data, self.folder)
         self.log.close()
         distributed.first(lambda: write_report(self.folder))
         picture = distributed.first(lambda: curves.draw_curves(self.folder, clip_range=self.watch.clip))
-        if self.stop.agreed():
+        if distributed.agree(self.stop):
             again = f"python train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")
         else:

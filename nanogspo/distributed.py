@@ -97,9 +97,9 @@ def total(value: Any) -> Any:
     return sum(gather(value))
 
 
-def agree(asked: bool) -> bool:
+def agree(asked: object) -> bool:
     """True in all processes if it is in one."""
-    return any(gather(asked))
+    return any(gather(bool(asked)))
 
 
 def first(make: Callable[[], Any]) -> Any:

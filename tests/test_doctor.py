@@ -238,7 +238,7 @@ def test_sick_runs_name_their_fault(tmp_path, no_picture, monkeypatch):
     """From untrained weights, at a rate of nothing, with answers that are scored at another temperature."""
     said = sentences_of(tmp_path / "cold", *"--warm-steps 0 --steps 12 --lr 1e-12".split())
     assert "stand still at lr 1.0e-12" in said["ratio"]
-    at_one = lambda model, batch, *, temperature=1.0: score(model, batch)  # noqa: E731
+    at_one = lambda model, batch, *, temperature=1.0, linear=None: score(model, batch)  # noqa: E731
     monkeypatch.setattr("train.score", at_one)
     monkeypatch.setattr("nanogspo.experience.score", at_one)
     said = sentences_of(tmp_path / "hot", *"--warm-steps 0 --steps 1 --temperature 2".split())

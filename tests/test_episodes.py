@@ -339,7 +339,7 @@ def test_every_turn_has_random_numbers_of_its_own(monkeypatch):
     seen = scripted(monkeypatch, "a", "b", "c")
     sample([{"ask": "x", "turns": 3}, {"ask": "y"}], first_prompt=4)
     assert [how["streams"] for *_, how in seen] == [
-        (),
+        [(4, 0, 0), (5, 0, 0)],  # a first turn draws for all answers of a prompt
         [(4, 0, 1), (4, 1, 1), (5, 0, 1), (5, 1, 1)],
         [(4, 0, 2), (4, 1, 2)],
     ]

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import TIMES, interrupted_at, quick, resume, script, train  # noqa: F401
+from test_train import ROLLOUT_TIMES, TIMES, interrupted_at, quick, resume, script, train  # noqa: F401
 
 from nanogspo import tiny
 from nanogspo.config import ROOT, TrainConfig, load_yaml
@@ -26,7 +26,9 @@ KEYS = {"experts_unused", "experts_max_load", "router_entropy"}
 
 
 def rows(folder) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in TIMES | ROLLOUT_TIMES} for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
 def test_a_run_is_watched_and_resumed_to_the_last_byte_and_its_first_ratios_are_one(tmp_path):

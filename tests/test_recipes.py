@@ -15,7 +15,7 @@ from nanogspo.policy import adapt, quantization
 from nanogspo.quant import weight_count
 from nanogspo.run import planner
 
-RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "tiny")
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("tiny"))
 PLAIN = {"algo", "task", "model", "eval_every", "eval_size", "grad_clip", "warmup_updates", "warm_steps", "save_every"}
 
 

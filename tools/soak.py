@@ -24,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CLOCKS = {"step_s", "tokens_per_s", "peak_mem_bytes"}
+CLOCKS = {"step_s", "tokens_per_s", "update_tokens_per_s", "sampling_tokens_per_s", "scoring_tokens_per_s", "reward_s"}
+CLOCKS |= {"peak_mem_bytes"}
 TINY = "--model tiny --task reverse --eval-size 8 --save-every 3 --threads 1 --max-new-tokens 8"
 RUNS = {
     "sft": f"{TINY} --algo sft --steps 24",

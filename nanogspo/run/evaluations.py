@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 
-from nanogspo import policy
+from nanogspo import distributed, policy
 from nanogspo.data import Data
 from nanogspo.evaluation import examine, held_out_loss, sample_answers
 from nanogspo.run.log import RunLog
@@ -38,13 +38,13 @@ class Evaluations:
             loss, accuracy = held_out_loss(model, data.held_out, config, self.stop)
             on_step = log.sampling(3, self.stop)
             answers = sample_answers(model, data.chat, data.held_out, config, on_step) if last else []
-            if not self.stop.agreed():
+            if not distributed.agree(self.stop):
                 self.keep_best(phase, -loss)
                 log.answers(step, answers)
                 log.held_out(**where, loss=loss, accuracy=accuracy, count=config.eval_size)
         if data.problems:
             right, facts = self.examine(data.problems, step)
-            if not self.stop.agreed():
+            if not distributed.agree(self.stop):
                 self.keep_best(phase, facts.get("eval_reward", right / len(data.problems)))
                 log.evaluation(**where, successes=right, count=config.eval_size, **facts)
 

@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from nanogspo import distributed
 from nanogspo.config import TrainConfig
 
 try:
@@ -244,9 +243,4 @@ class StopRequest:
         self.asked = True
 
     def __bool__(self) -> bool:
-        return self.asked
-
-    def agreed(self) -> bool:
-        """Whether any of several processes was asked. Each has to come here at the same places of its run."""
-        self.asked = distributed.agree(self.asked)
         return self.asked

@@ -10,7 +10,7 @@ MUTANTS = {
             "return range(count)",
             "every process does all the work, and all of it counts",
         ),
-        ("return any(gather(asked))", "return asked", "one process stops, the other waits for it"),
+        ("return any(gather(bool(asked)))", "return bool(asked)", "one process stops, the other waits for it"),
         ("return sum(gather(value))", "return value", "each process divides by its own answers"),
         (
             "parts[i % len(parts)][i // len(parts)]",

@@ -10,7 +10,7 @@ MUTANTS = {
             "an exam goes on after Ctrl-C",
         ),
         (
-            "            if not self.stop.agreed():\n                self.keep_best(phase, facts",
+            "            if not distributed.agree(self.stop):\n                self.keep_best(phase, facts",
             "            if True:\n                self.keep_best(phase, facts",
             "half an exam counts",
         ),

@@ -5,7 +5,7 @@ FILE = "train.py"
 MUTANTS = {
     "tests/test_train.py": [
         (
-            "            if self.stop.agreed():\n                return\n            if phase.name",
+            "            if distributed.agree(self.stop):\n                return\n            if phase.name",
             "            if phase.name",
             "an exam begins after Ctrl-C",
         ),
@@ -15,7 +15,7 @@ MUTANTS = {
             "nothing is saved before the last exam",
         ),
         (
-            "            if self.stop.agreed() or last:",
+            "            if distributed.agree(self.stop) or last:",
             "            if last:",
             "the phase moves on though its exam was stopped",
         ),
