@@ -18,17 +18,24 @@ class Chat:
     template_kwargs: dict
 
     def prompt(self, problem: Problem) -> list[int]:
+        variables = self.variables(problem)
         if self.tokenizer.has_chat_template:
-            return self.tokenizer.chat(problem.messages, **self.template_kwargs)
+            return self.tokenizer.chat(problem.messages, **variables)
         if not problem.text:
             raise ValueError("got a prompt of messages for a model without a chat template, want text as the prompt")
         return self.tokenizer.encode(problem.text)
+
+    def variables(self, problem: Problem) -> dict:
+        """What the chat template is given beside the messages."""
+        if problem.tools and not self.tokenizer.spells("tools"):
+            raise ValueError("got tools, which the chat template does not read, want a model trained for them")
+        return self.template_kwargs | ({"tools": problem.tools} if problem.tools else {})
 
     def demonstration(self, problem: Problem) -> Example:
         """Prompt and reference answer; the loss counts on the answer and the token that ends it."""
         if self.tokenizer.has_chat_template:
             turns = [*problem.messages, {"role": "assistant", "content": problem.answer}]
-            return Example(*conversation_examples(self.tokenizer, turns, **self.template_kwargs)[-1])
+            return Example(*conversation_examples(self.tokenizer, turns, **self.variables(problem))[-1])
         if not self.tokenizer.eos_ids:
             raise ValueError(
                 "the tokenizer names no stop token, so answers would have no end; add eos_token_id to config.json"

@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from lessons.small_chat import small_tokenizer
 from nanogspo.chat import Chat
 from nanogspo.tasks.base import Problem
 from nanogspo.tokenizer import character_tokenizer
@@ -32,3 +33,14 @@ def test_a_prompt_of_messages_needs_a_template():
     assert chat.prompt(Problem("ab", [], "")) == chat.tokenizer.encode("ab")
     with pytest.raises(ValueError, match="a prompt of messages for a model without a chat template, want text"):
         chat.prompt(Problem("", [{"role": "user", "content": "ab"}], ""))
+
+
+def test_tools_of_a_problem_go_through_the_template():
+    chat = Chat(small_tokenizer(), {})
+    problem = Problem("", [{"role": "user", "content": "12 * 30"}], "360", tools=[{"name": "calculate"}])
+    shown = chat.tokenizer.decode(chat.prompt(problem), False)
+    assert '[{"name": "calculate"}]' in shown
+    example = chat.demonstration(problem)
+    assert example.tokens[: len(chat.prompt(problem))] == chat.prompt(problem)
+    with pytest.raises(ValueError, match="got tools, which the chat template does not read"):
+        Chat(character_tokenizer("ab"), {}).prompt(Problem("ab", [], "", tools=[{}]))

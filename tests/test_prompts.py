@@ -90,6 +90,9 @@ def test_what_a_row_becomes():
         Problem("", [{"role": "system", "content": "be brief"}, *row["prompt"]], "", row)
     ]
     assert task({"prompt": "ab", "answer": "c"}, {"prompt": [user("d")]}).characters == "abcd"
+    for tools in ([{"name": "f"}], '[{"name": "f"}]'):
+        (problem,) = drawn(task({"prompt": "q", "tools": tools}), 1)
+        assert problem.tools == [{"name": "f"}] and problem.row["tools"] == tools
 
 
 @pytest.mark.parametrize(
@@ -139,6 +142,7 @@ def test_the_reward_without_a_reward_function():
         ({"prompt": [user("q"), {"role": "assistant", "content": "a"}]}, "a prompt that ends in a turn of assistant"),
         ({"prompt": [{"role": "system", "content": "s"}]}, "got a prompt that ends in a turn of system"),
         ({"prompt": "q", "system": ["s"]}, "got list for system, want a string"),
+        ({"prompt": "q", "tools": ["s"]}, "got list for tools, want a list of objects"),
         ({"prompt": [{"role": "system", "content": "s"}, user("q")], "system": "t"}, "got a system that differs"),
     ],
 )

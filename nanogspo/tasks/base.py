@@ -24,6 +24,7 @@ class Problem:
     answer: str  # "85"
     row: dict = field(default_factory=dict)  # every column, of a problem that comes from a file
     task: str = ""  # the name of the task it belongs to, where several are mixed
+    tools: list[dict] = field(default_factory=list)  # JSON schemas for the chat template
 
 
 class Task(Protocol):

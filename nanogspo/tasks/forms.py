@@ -175,3 +175,13 @@ def filled(value: object, name: str) -> str:
     if not value.strip():
         raise ValueError(f"got an empty {name}, want text; fill it in or delete the row")
     return value
+
+
+def tools_of(row: dict) -> list[dict]:
+    """A row's tools, JSON schemas for the chat template: a list, or such a list as JSON. [] for none."""
+    value = row.get("tools")
+    if isinstance(value, str) and value:
+        value = json_of(value.encode(errors="surrogatepass"), "a JSON list of tools in a string; mend it")
+    if not isinstance(value or [], list) or not all(isinstance(tool, dict) for tool in value or []):
+        raise ValueError(f"got {kind(value)} for tools, want a list of objects, or that list as JSON; mend it")
+    return value or []

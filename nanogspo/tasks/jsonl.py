@@ -36,9 +36,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogspo import packing
-from nanogspo.inputs import json_of, kind, named
+from nanogspo.inputs import kind, named
 from nanogspo.tasks import forms
-from nanogspo.tasks.forms import FIELDS, asked_in, filled, messages_of, problem_of, refuse_foreign, with_system
+from nanogspo.tasks.forms import (
+    FIELDS,
+    asked_in,
+    filled,
+    messages_of,
+    problem_of,
+    refuse_foreign,
+    tools_of,
+    with_system,
+)
 from nanogspo.tasks.rows import read_rows
 from nanogspo.tokenizer import Tokenizer, conversation_examples
 
@@ -157,7 +166,7 @@ def _encode_chat(
 ) -> list:
     turns, messages = len(messages), with_system(messages, row.get("system", ""))
     learn = [turn + len(messages) - turns for turn in learn]
-    tools, given = _tools(row.get("tools")), row.get("chat_template_kwargs", {})
+    tools, given = tools_of(row), row.get("chat_template_kwargs", {})
     if not isinstance(given, dict) or given.keys() & RESERVED:
         names = ", ".join(sorted(given.keys() & RESERVED)) if isinstance(given, dict) else kind(given)
         raise ValueError(f"got {names} in chat_template_kwargs, want an object of variables of the template; mend it")
@@ -170,11 +179,3 @@ def _encode_chat(
     notes.update(f"{key!r} is not read by the chat template" for key in unread)
     variables = template_kwargs | given | ({"tools": tools} if tools else {})
     return conversation_examples(tokenizer, messages, learn, **variables)
-
-
-def _tools(value: object) -> list[dict]:
-    if isinstance(value, str) and value:
-        value = json_of(value.encode(errors="surrogatepass"), "a JSON list of tools in a string; mend it")
-    if not isinstance(value or [], list) or not all(isinstance(tool, dict) for tool in value or []):
-        raise ValueError(f"got {kind(value)} for tools, want a list of objects, or that list as JSON; mend it")
-    return value or []

@@ -1,7 +1,7 @@
 """Prompts of one's own for RL: a row is a `prompt`, text or messages, and columns for the reward to read.
 
     {"prompt": "What is 2+2?", "answer": "4", "level": 1}
-    {"prompt": [{"role": "user", "content": "Hi"}], "system": "Be brief."}
+    {"prompt": [{"role": "user", "content": "Hi"}], "system": "Be brief.", "tools": [{"type": "function", ...}]}
 
 The side of a prompt is decided as for SFT rows (base.smallest_hashes): by a hash of its turns without the system turn,
 so a prompt that comes several times is on one side only, and once in the held-out set. Every epoch has its own order.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 from nanogspo.inputs import named
 from nanogspo.tasks.base import Problem, shuffled, smallest_hashes
-from nanogspo.tasks.forms import asked_in, with_system
+from nanogspo.tasks.forms import asked_in, tools_of, with_system
 from nanogspo.tasks.rewards import REFERENCES
 
 
@@ -84,10 +84,10 @@ def _problem(where: str, row: dict, system: str) -> tuple[str, Problem]:
         turns = asked_in(prompt)
         if turns[-1]["role"] not in ("user", "tool"):
             raise ValueError(f"got a prompt that ends in a turn of {turns[-1]['role']}, want a user's; drop that turn")
-        messages = with_system(turns, row.get("system") or "")
+        messages, tools = with_system(turns, row.get("system") or ""), tools_of(row)
         if messages[0]["role"] != "system":
             messages = with_system(messages, system)
     asked = json.dumps([turn for turn in turns if turn["role"] != "system"], sort_keys=True)
     text = prompt if isinstance(prompt, str) else ""
     answer = next((row[key] for key in REFERENCES if isinstance(row.get(key), str)), "")
-    return hashlib.sha256(asked.encode()).hexdigest(), Problem(text, messages, answer, row)
+    return hashlib.sha256(asked.encode()).hexdigest(), Problem(text, messages, answer, row, tools=tools)
