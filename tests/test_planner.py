@@ -45,6 +45,7 @@ from nanogspo.run.planner import (
     FILL,
     GRADIENTS,
     SCORES,
+    UPDATE,
     batch_tokens,
     decide_checkpointing,
     decide_prepacking,
@@ -178,6 +179,9 @@ def test_a_layer_of_qwen3_0_6b_on_a_gpu():
     step = 8 * 16 * 151_936 * 4  # one copy of the scores
     assert parts[SCORES] + parts["CUDA graph of a decode step (estimate)"] == 4 * step
     assert parts["library workspaces"] == 64 * 2**20
+    graph = parts["CUDA graph of a decode step (estimate)"]  # its pool stays when the rollout has ended
+    parts |= dict.fromkeys(UPDATE, 2 * sum(parts.values()))  # where an update is the fullest moment
+    assert most(parts) == most(parts, ("CUDA graph of a decode step (estimate)",)) + graph
     on_cpu = memory_parts(dataclasses.replace(config, device="cpu"), outline(raw, torch.bfloat16, None), 512)
     assert on_cpu[SCORES] == 2 * step and not {"CUDA graph of a decode step (estimate)", "library workspaces"} & {
         *on_cpu

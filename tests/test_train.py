@@ -512,8 +512,17 @@ def test_stopped_inside_a_rollout_nothing_of_it_remains(tmp_path, whole, base, n
 def test_stopped_inside_an_evaluation_it_is_made_when_the_run_goes_on(tmp_path):
     """The first, one in the middle and the last; none counts half an exam."""
     flags = [*TINY, *"--steps 4 --eval-size 5 --eval-every 2 --max-new-tokens 12".split()]
+    stopped_inside_evaluations(tmp_path / "one phase", flags, ((1, 0), (3, 2), (4, 4)))  # the second is the rollout
+
+
+def test_stopped_inside_the_evaluation_between_two_phases_the_second_has_not_begun(tmp_path):
+    flags = [*TINY, *"--warm-steps 2 --warm-until 2 --steps 4 --eval-size 5 --max-new-tokens 12".split()]
+    stopped_inside_evaluations(tmp_path, flags, ((2, 2),))
+
+
+def stopped_inside_evaluations(tmp_path, flags, stops):
     train(tmp_path / "whole", *flags)
-    for number, updates in ((1, 0), (3, 2), (4, 4)):  # the second sampling is the rollout
+    for number, updates in stops:
         folder = tmp_path / str(number)
         with interrupted_in_rollout(number, 1) as steps:
             done = train(folder, *flags)
