@@ -304,6 +304,7 @@ def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
     config = TrainConfig(**SMALL, model=checkpoint, task="addition", out=str(tmp_path / "run"))
     folder, metrics = run(config, environment=Own)
     assert metrics["step"] == 2 and metrics["environment/call"] > 0 and next(calls) > 8
+    assert "environment: python" in (folder / "config.yaml").read_text()  # what a resumed run reads
     again = TrainConfig(**SMALL, model=checkpoint, task="addition", environment="python", resume=str(folder))
     with pytest.raises(ValueError, match="got --environment python, which a run from Python has"):
         run(again)

@@ -229,6 +229,7 @@ def test_metrics_of_routers_that_are_known():
         loss = routers.balance().item()
         assert routers.balance() == 0.0  # asked for once
     facts = routers.metrics()
+    assert routers.metrics() == {}  # each is of the tokens since the last
     routers(even, ("gate",), torch.eye(4)[None])
     assert routers.balance(0.0) == 0.0 and routers.metrics()["experts_unused"] == 0  # of the pass since then
     p = torch.tensor([0.0, 0, 3, 0]).softmax(0)

@@ -51,6 +51,7 @@ def test_from_python_with_plain_objects(tmp_path):
     folder, metrics = run(config, task=Same(), rewards=[is_short, is_letter], weights=[0.7, 0.3])
     assert folder == tmp_path / "run" and metrics["step"] == 4
     assert {"reward/is_short", "reward/is_letter", "eval_reward", "eval_exact"} <= metrics.keys()
+    assert not any(name.endswith("/") for name in metrics)  # a single task has no metrics of its own
     samples = read_rows(folder / "samples.jsonl")
     assert len(samples) == 2 * 16
     for row in samples:
@@ -103,11 +104,11 @@ def test_a_run_without_weights_to_read_returns_nothing(tmp_path, capsys):
 
 
 def test_rows_with_functions_from_python(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "abc"}\n' * 3)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "abc", "most": 2}\n' * 3)
     config = TrainConfig(**SMALL | {"eval_size": 0}, data=str(tmp_path / "rows.jsonl"), task="jsonl")
 
     def short(answer, row):
-        return float(len(answer) < 2)
+        return float(len(answer) < row["most"])
 
     folder, metrics = run(dataclasses.replace(config, out=str(tmp_path / "run")), rewards=[short])
     assert metrics["step"] == 4 and "reward/short" in metrics
