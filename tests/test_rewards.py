@@ -11,14 +11,14 @@ import math
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nanogspo.config import ROOT
 from nanogspo.run.rewards import Rewards
-from nanogspo.tasks.rewards import NAMED, Group, Reward, load, parse
+from nanogspo.tasks.rewards import NAMED, Group, Reward, _loop, _new_loop, load, parse
 
 GROUP = Group("2+2=", {"prompt": "2+2=", "answer": "4", "level": 3}, ["4", "five"], [[1], [2, 3]])
 CHAT = Group([{"role": "user", "content": "2+2="}], {"answer": "4"}, ["<think>x</think>4", "5"], [[1, 1, 1, 1], [1, 2]])
@@ -290,6 +290,19 @@ def test_async_functions_run_where_a_loop_runs_already():
 
     assert asyncio.run(cell()) == [[1.0], [4.0]]
     assert len(loops) == 1  # what a function keeps, such as a session, belongs to one
+
+
+def test_the_first_calls_share_a_loop_though_they_come_at_once(monkeypatch):
+    new = asyncio.new_event_loop
+
+    def slowly():
+        time.sleep(0.1)
+        return new()
+
+    monkeypatch.setattr(asyncio, "new_event_loop", slowly)
+    _new_loop.cache_clear()
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(lambda n: _loop(), range(4)))) == 1
 
 
 @pytest.mark.parametrize(

@@ -193,12 +193,20 @@ def _value(value: Any, part: bool = False) -> float | dict | None:
 
 
 @functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """One for all calls, since what a function keeps (a session, a semaphore) belongs to a loop. It has its own thread,
-    because a notebook's thread has a running loop already."""
+def _new_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return loop
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, since what a function keeps (a session, a semaphore) belongs to a loop. It has its own thread,
+    because a notebook's thread has a running loop already. Calls come from several threads, the first ones at once."""
+    with MAKING:
+        return _new_loop()
+
+
+MAKING = threading.Lock()
 
 
 def _finished(value: Any) -> Any:
