@@ -19,7 +19,8 @@ Exit codes: 0 done, or saved after Ctrl-C, SIGTERM or SIGHUP · 2 one line on st
 130 a second Ctrl-C, or one before the model is loaded · 1 with a traceback: a bug.
 
 Letters: P prompts, G answers to each; N answers of a micro-batch, M their scored tokens; A advantages.
-Reading order: run, set_up, phases_of, Trainer: loop, run_phase, update, sft_update, rl_update, and what they call.
+Reading order: run, set_up, Trainer: loop, run_phase, update, sft_update, rl_update, and what they call. What a run
+consists of is in nanogspo/run/phases.py, its evaluations in nanogspo/run/evaluations.py.
 Lessons: lessons/00_setup.md, lessons/12_gspo.md
 """
 
