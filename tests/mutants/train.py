@@ -55,7 +55,6 @@ MUTANTS = {
         ),
         ("weight = len(logp) / total", "weight = 1 / len(batches)", "a token weighs more in a small micro-batch"),
         ("        self.progress.sft_cursor += config.batch_size\n", "", "the same examples for ever"),
-        ("if config.keep_saves:  #", "if False:  #", "no weights are kept but the last"),
         ("self.rollout.state() if self.progress.update else None", "None", "a rollout in progress is lost"),
         (
             "learning_rate(progress.phase_step, peak",
@@ -79,6 +78,9 @@ MUTANTS = {
         ),
         ("        program.state = path\n", "", "a saved state is not told"),
         ("        program.state = state\n", "", "a resumed state is not told"),
+    ],
+    "tests/test_own.py": [
+        ("if config.keep_saves:  #", "if False:  #", "no weights are kept but the last"),
     ],
     "tests/test_planner.py": [
         ("    if config.plan_only:", "    if False:", "--plan-only starts the run"),
