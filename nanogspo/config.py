@@ -148,6 +148,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data and self.task == ("reverse",):  # nothing else --data could mean
             object.__setattr__(self, "task", ("jsonl",))
+        if self.environment and self.task == ("reverse",):  # whose words an environment would not read
+            object.__setattr__(self, "task", ("episodes",))
         task = self.task if isinstance(self.task, str) else "".join(self.task[:1])
         if not self.environment and re.split("[:=]", task)[0] in CONVERSATIONS:  # the customer's side
             object.__setattr__(self, "environment", "conversation")
@@ -397,7 +399,7 @@ def resolve(config: TrainConfig, parameters: int = 0) -> TrainConfig:
         values |= {"lr": rate * (4 if config.algo == "sft" else 1), "warm_lr": rate * 4}
     values = {name: value for name, value in values.items() if not getattr(config, name)}
     if config.eval_size < 0 and not config.data:
-        values["eval_size"] = 200
+        values["eval_size"] = 16 if config.task == ("episodes",) else 200  # an episode is several turns
     return dataclasses.replace(config, **values)
 
 

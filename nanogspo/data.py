@@ -26,7 +26,7 @@ from nanogspo.tasks.base import Problem, Task, shuffled
 from nanogspo.tasks.conversation import Conversations
 from nanogspo.tasks.jsonl import load_jsonl
 from nanogspo.tasks.mix import Mix
-from nanogspo.tasks.prompts import PromptRows
+from nanogspo.tasks.prompts import Episodes, PromptRows
 from nanogspo.tasks.rows import read_rows
 from nanogspo.tokenizer import Tokenizer
 
@@ -160,15 +160,17 @@ class Data:
         return [self.task.train_problem(n, self.seed + PROBE_STREAM) for n in range(count)]
 
     def example_prompt(self) -> str | None:
-        """A question to try the trained model with; None for rows of answers."""
+        """A question to try the trained model with; None for rows of answers and where an environment asks."""
         if not self.task:
             return None
         example = self.problems[0] if self.problems else self.task.train_problem(0, self.seed)
-        return example.messages[-1]["content"] if self.chat.tokenizer.has_chat_template else example.text
+        return (example.messages[-1]["content"] if self.chat.tokenizer.has_chat_template else example.text) or None
 
 
 def choose_task(config: TrainConfig) -> Task | None:
     """Where problems come from: --task, or in RL the rows of --data; None for SFT on rows."""
+    if config.task == ("episodes",):
+        return Episodes()
     if not config.data:
         return build_task(config.task, config.task_size or None)
     if config.algo == "sft":

@@ -218,7 +218,8 @@ def template_variables(chat: Chat, e: Episode) -> dict:
 
 def prompt_of(chat: Chat, e: Episode, room: int) -> list[int]:
     if e.tools and not chat.tokenizer.spells("tools"):
-        raise ValueError("got an environment with tools, which the chat template does not read, want another model")
+        want = "want a model whose template does, such as Qwen/Qwen3-0.6B, or an environment without `tools`"
+        raise ValueError(f"got an environment with tools, which the chat template does not read; {want}")
     tokens = chat.tokenizer.chat(e.messages, **template_variables(chat, e))
     if len(tokens) > room:
         raise ValueError(f"got a prompt of {len(tokens)} tokens, want at most {room}, which leaves room for a turn")
@@ -308,5 +309,5 @@ def probe(model: ModelConfig, chat: Chat, environments: Callable, row: dict, con
         raise ValueError(f"got --environment with a model without a chat template, {want}")
     begin([episode := Episode(0, 0, row, config.seed)], chat, environments, -1, turn_room(model, config))
     if episode.failed:
-        raise ValueError(f"the environment cannot begin with the first row: {episode.failed}")
+        raise ValueError(f"the environment cannot begin: {episode.failed}")
     return len(episode.tokens)

@@ -293,7 +293,7 @@ def test_a_run_of_conversations_logs_its_components(tmp_path, checkpoint, monkey
     assert {s["reward"] for s in samples} != {0}
 
 
-def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
+def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("nanogspo.run.curves.draw_curves", lambda *args, **kwargs: None)
     calls = itertools.count(1)
 
@@ -301,11 +301,13 @@ def test_an_environment_from_python(tmp_path, checkpoint, monkeypatch):
         def step(self, message):
             return [{"role": "user", "content": "Sure?"}], False, {"call": float(next(calls))}
 
-    config = TrainConfig(**SMALL, model=checkpoint, task="addition", out=str(tmp_path / "run"))
+    config = TrainConfig(**SMALL, model=checkpoint, out=str(tmp_path / "run"))  # without rows: it draws by its seed
     folder, metrics = run(config, environment=Own)
+    said = capsys.readouterr().out
+    assert "What is" in (folder / "samples.jsonl").read_text() and "try it" not in said
     assert metrics["step"] == 2 and metrics["environment/call"] > 0 and next(calls) > 8
     assert "environment: python" in (folder / "config.yaml").read_text()  # what a resumed run reads
-    again = TrainConfig(**SMALL, model=checkpoint, task="addition", environment="python", resume=str(folder))
+    again = TrainConfig(**SMALL, model=checkpoint, environment="python", resume=str(folder))
     with pytest.raises(ValueError, match="got --environment python, which a run from Python has"):
         run(again)
     with pytest.raises(ValueError, match="got --environment own.py:Own and environment=..., want one of them"):

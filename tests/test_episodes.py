@@ -416,7 +416,7 @@ def test_the_first_row_is_tried(monkeypatch):
     e, *_ = sample([{"ask": "x"}])
     length = tried(Asks, {"ask": "x"})
     assert length == e.loss_mask.index(True)
-    with pytest.raises(ValueError, match="cannot begin with the first row: reset: RuntimeError: no more"):
+    with pytest.raises(ValueError, match="cannot begin: reset: RuntimeError: no more"):
         tried(Asks, {"reset": True})
     with pytest.raises(ValueError, match=f"got a prompt of {length} tokens, want at most {length - 1}"):
         tried(Asks, {"ask": "x"}, room=length - 1)

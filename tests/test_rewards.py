@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_rewards.py
 """
 
 import asyncio
+import dataclasses
 import http.server
 import importlib.util
 import json
@@ -163,7 +164,11 @@ def test_whatever_a_reward_does_each_answer_is_counted(own, capsys):
 def test_a_reward_that_cannot_work_ends_the_run(own, folder, tmp_path):
     assert "random.py:unfit: got a function" in refused(own("right", "unfit").probe, GROUP)
     assert "no function or class nothing" in refused(load, f"{folder}/random.py:nothing")
-    assert "the parameter colour; the row has prompt, answer, level" in refused(own("needs").probe, GROUP)
+    said = refused(own("needs").probe, GROUP)
+    assert "the parameter colour; the row has prompt, answer, level" in said and "timeout" not in said
+    assert "; completions are text, as the prompt is" in said
+    said = refused(own("needs").probe, dataclasses.replace(GROUP, prompt=[{"role": "user", "content": "?"}]))
+    assert "; completions are lists of messages, as the prompt is" in said
     for source, said in [
         ("x = (\n", "(broken.py:1)"),
         ("x = 1\nimport no_such_package", "No module named 'no_such_package' (broken.py:2)"),

@@ -301,6 +301,12 @@ def test_tasks_say_what_is_wrong(make, message):
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, hint", [("addtion", "did you mean addition?"), ("chess", "or FILE.py, as --task")])
+def test_a_task_nobody_knows(name, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        get_task(name)
+
+
 # ----------------------------------------------------------------------------
 # jsonl
 

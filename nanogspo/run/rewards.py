@@ -92,10 +92,13 @@ class Rewards(Pool):
         self._quiet = True
         scores = self([dataclasses.replace(group, answers=texts, ids=ids)], 0)
         self._quiet = False
-        for name in self.names:
+        for k, name in enumerate(self.names):
             failures = [note["failed"][name] for note in scores.notes if name in note.get("failed", ())]
             if len(failures) == len(texts):
-                what = f"correct it (columns of the row: {some(group.row)}), or raise --reward-timeout if late"
+                kind = "text" if isinstance(group.prompt, str) else "lists of messages"
+                form = f"; completions are {kind}, as the prompt is" if self._is_batch(k) else ""
+                late = f"reward/{name}/late" in scores.facts
+                what = "raise --reward-timeout" if late else f"correct it (columns: {some(group.row)}{form})"
                 raise ValueError(
                     f"reward {name} failed on all four texts it was tried on, first: {failures[0]}; {what}"
                 )

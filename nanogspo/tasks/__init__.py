@@ -16,6 +16,7 @@ being right and being in form add up.
 Tests: tests/test_tasks.py, and a file for each of the later ones
 """
 
+import difflib
 import inspect
 import re
 from collections.abc import Sequence
@@ -49,8 +50,10 @@ def get_task(name: str, size: int | None = None) -> Task:
             raise ValueError(f"got size {size} for {name}, which has none; leave --task-size out")
         return NAMED[kind](argument)
     if name not in TASKS:
-        known = ", ".join([*TASKS, *NAMED, *SHIPPED])
-        raise ValueError(f"got task {name!r}, want one of {known}; pass one of these as --task")
+        known = [*TASKS, *NAMED, *SHIPPED]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "pass one of these, or FILE.py, as --task"
+        raise ValueError(f"got task {name!r}, want one of {', '.join(known)}; {hint}")
     return TASKS[name]() if size is None else TASKS[name](size)
 
 

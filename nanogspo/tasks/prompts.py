@@ -15,6 +15,7 @@ Tests: tests/test_prompts.py
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 
 from nanogspo.inputs import named
@@ -73,6 +74,21 @@ class PromptRows:
 
     def reward(self, problem: Problem, answer_text: str) -> float:
         return float(problem.answer != "" and answer_text.strip() == problem.answer.strip())
+
+
+class Episodes:
+    """What an environment is asked without --data: always the same empty problem. The environment draws by its seed."""
+
+    name, characters = "episodes", ""
+
+    def train_problem(self, n: int, seed: int) -> Problem:
+        return Problem("", [{"role": "user", "content": ""}], "")
+
+    def held_out(self, count: int) -> list[Problem]:
+        return [self.train_problem(n, 0) for n in range(count)]
+
+    def reward(self, problem: Problem, answer_text: str) -> float:
+        return math.nan  # only the environment knows
 
 
 def _problem(where: str, row: dict, system: str) -> tuple[str, Problem]:

@@ -39,7 +39,7 @@ from nanogspo.tasks.addition import last_number
 from nanogspo.tasks.remote import Remote
 
 BATCH = {"prompts", "completions", "completion_ids"}  # one of them, and it is TRL's form
-FORMS = "f(answer, row), or TRL's f(prompts, completions, **columns)"
+FORMS = "f(answer, row), or some of TRL's prompts, completions, completion_ids, trainer_state, **columns"
 STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 STATE = {"epoch": 0.0, "max_steps": 0, "log_history": []}  # of TRL's trainer_state, where the caller says nothing
 REFERENCES = ("answer", "solution", "ground_truth", "completion")  # the first that a row has is its right answer
@@ -138,8 +138,8 @@ class Reward:
             if not self.batch:
                 signature.bind("", {})
         except (TypeError, ValueError) as error:
-            got = f"{where or self.name}: got a function that takes other arguments"
-            raise ValueError(f"{got}, want {FORMS}") from error
+            takes = some(getattr(self, "parameters", ())) or "no arguments"
+            raise ValueError(f"{where or self.name}: got a function of {takes}, want {FORMS}") from error
 
     def __call__(self, group: Group, state: dict) -> dict:
         """{"values": one an answer, "extra": log_extra's columns, "metrics": log_metric's pairs}, or {"error": why}."""
@@ -187,7 +187,7 @@ def _value(value: Any, part: bool = False) -> float | dict | None:
     """Numbers of numpy and torch as well; nan and infinity pass, and are counted by run/rewards.py."""
     if isinstance(value, dict) and not part:
         return {str(key): _value(number, part=True) for key, number in value.items()}
-    if isinstance(value, str | dict):
+    if isinstance(value, str | dict | list | tuple):
         raise TypeError(f"got {shown(value)}, want a number, None or a dict of numbers")
     return None if value is None else float(value)
 

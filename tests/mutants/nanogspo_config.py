@@ -3,6 +3,13 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/config.py"
 MUTANTS = {
+    "tests/test_conversation.py": [
+        (
+            'object.__setattr__(self, "task", ("episodes",))',
+            "pass",
+            "an environment is asked the words of another task",
+        ),
+    ],
     "tests/test_config.py": [
         ("            base.pop(other, None)", "            pass", "a flag cannot say --epochs where a file says steps"),
         (
