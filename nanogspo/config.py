@@ -485,7 +485,7 @@ def check_rl(config: TrainConfig) -> None:
         why = "greedy answers of a group are all alike"
         raise ValueError(f"got --temperature {config.temperature} with {algo}, want more than 0: {why}")
     if config.top_k or config.top_p != 1:
-        why = "the sampled distribution would not be the one that is scored, and every ratio would be off"
+        why = "the sampled distribution would not be the one that is scored, and the gradient would be biased"
         raise ValueError(f"got --top-k or --top-p in RL: {why}; want 0 and 1")
     if config.environment and config.max_episode_tokens <= config.max_new_tokens:
         got = f"--max-episode-tokens {config.max_episode_tokens} and --max-new-tokens {config.max_new_tokens}"
