@@ -233,7 +233,6 @@ class Trainer:
                 where = self.folder / "saves", self.data.chat.tokenizer
                 policy.keep_last(config.keep_saves, progress.step, self.model, config, *where)
             self.save_state()
-            distributed.first(lambda: write_report(self.folder))
 
     def sft_update(self) -> tuple[dict[str, float], list[MicroBatch]]:
         """The gradient of the mean loss over all scored tokens of a batch of examples."""
@@ -275,9 +274,8 @@ class Trainer:
         """The gradient of the objective over one minibatch of the rollout at hand."""
         config, rollout, update = self.config, self.rollout, self.progress.update
         batches = rollout.minibatches[update]
-        trained = distributed.total(sum(len(batch.index) for batch in batches))
         # answers without an advantage are not scored: their gradient is 0, and they count in the average
-        weights, trained_fraction = rollout.weights(update, config.loss_average, config.max_new_tokens)
+        weights, trained, trained_fraction = rollout.weights(update, config.loss_average, config.max_new_tokens)
         advantages = rollout.advantages.nan_to_num() * weights
         of_answers = algo in ("gspo", "reinforce")  # the ratios; else of tokens
         ratios_total = trained if of_answers else distributed.total(sum(len(batch.targets) for batch in batches))
@@ -339,14 +337,15 @@ class Trainer:
 
     def finish(self) -> tuple[pathlib.Path, dict]:
         """Save, draw the curves, and say where things are. Returns what `run` does."""
+        stopped = distributed.agree(self.stop)
         if self.phases[self.progress.phase].name != "control":
-            if distributed.agree(self.stop):
+            if stopped:
                 self.save_state()
             hub.save_weights(self.model, self.config, self.data, self.folder)
         self.log.close()
         distributed.first(lambda: write_report(self.folder))
         picture = distributed.first(lambda: curves.draw_curves(self.folder, clip_range=self.watch.clip))
-        if distributed.agree(self.stop):
+        if stopped:
             again = f"python train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")
         else:

@@ -41,6 +41,8 @@ class Given(NamedTuple):
 
     def settings(self, config: TrainConfig) -> dict:
         """What it changes in the configuration. Raises ValueError for what would fail later, and less clearly."""
+        if not isinstance(config, TrainConfig):
+            raise ValueError(f"got {shown(config)} as the configuration, want run(TrainConfig(model=...))")
         if isinstance(self.task, type):
             name = self.task.__name__
             raise ValueError(f"got task={name}, a class, want an object; write task={name}()")

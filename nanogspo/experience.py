@@ -42,16 +42,16 @@ class Experience:
     ref_logp: list[list[Tensor | None]] = dataclasses.field(default_factory=list)  # likewise; None: no reference
     group_size: int = 1
 
-    def weights(self, update: int, average: str, max_new_tokens: int) -> tuple[Tensor, float]:
-        """(answer_weights (N,) of all answers, 0 outside the update's; the fraction of its answers in the average that
-        are trained on)."""
+    def weights(self, update: int, average: str, max_new_tokens: int) -> tuple[Tensor, int, float]:
+        """(answer_weights (N,) of all answers, 0 outside the update's; how many of its answers are trained on, by all
+        processes together; these as a fraction of its answers in the average)."""
         size, weights = len(self.examples) // len(self.minibatches), torch.zeros(len(self.examples))  # (N,)
         rows = slice(update * size, (update + 1) * size)
         lengths = torch.tensor([sum(example.loss_mask) for example in self.examples[rows]])  # (size,)
         counts = ~self.advantages[rows].isnan()  # (size,)
         weights[rows] = answer_weights(lengths, counts, average, max_new_tokens)
         trained = distributed.total(sum(len(batch.index) for batch in self.minibatches[update]))
-        return weights, trained / max(int(counts.sum()), 1)
+        return weights, trained, trained / max(int(counts.sum()), 1)
 
     def state(self) -> dict:
         """What storage/state.py saves."""

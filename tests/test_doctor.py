@@ -204,6 +204,15 @@ def test_a_healthy_run_has_no_fault_and_asks_why_its_loss_is_0():
     assert set(warned) == {"loss"}
 
 
+def test_what_a_conversation_refuses_is_not_advised():
+    """Its problems have no answers that --warm-steps could imitate."""
+    for name in ("no reward", "truncated"):
+        configs = TrainConfig(**HEALTHY), TrainConfig(**HEALTHY, task="sales")
+        said = [diagnose(FAULTS[name]["rows"], config, **FACTS)[name] for config in configs]
+        assert "--warm-steps" in said[0] and "--warm-steps" not in said[1] and "--max-new-tokens" in said[1]
+        assert "  " not in said[1] and ", ," not in said[1]
+
+
 def test_a_reward_that_only_jitters_is_named_after_twenty_rollouts():
     jitter = rollouts(*[{"reward": 0.5 + 0.05 * (-1) ** n} for n in range(20)])
     rising = rollouts(*[{"reward": 0.3 + 0.02 * n + 0.05 * (-1) ** n} for n in range(20)])

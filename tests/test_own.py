@@ -100,6 +100,8 @@ def test_a_run_without_weights_to_read_returns_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="got --reward and functions from Python, want one of them"):
         run(TrainConfig(**SMALL, reward="exact", out=str(tmp_path / "run")), task=Same(), rewards=[len])
+    with pytest.raises(ValueError, match="got 'Qwen/Qwen3-0.6B' as the configuration, want run.TrainConfig"):
+        run("Qwen/Qwen3-0.6B")
     assert not (tmp_path / "run").exists()
 
 

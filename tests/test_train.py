@@ -697,7 +697,9 @@ def test_a_signal_at_any_moment_costs_at_most_what_was_not_saved(tmp_path, numbe
         assert steps_of(folder)[-1]["step"] == saved
     else:
         assert child.returncode == -signal.SIGKILL and saved % 3 == 0 and saved >= 6
+    assert (folder / "report.html").exists() == (number == signal.SIGINT)  # not at every save: it grows with the run
     resume(folder, "--steps", saved + 2)
+    assert (folder / "report.html").exists()
     train(tmp_path / "whole", *flags, "--steps", saved + 2)
     assert weights_of(folder) == weights_of(tmp_path / "whole")
     assert steps_of(folder) == steps_of(tmp_path / "whole")

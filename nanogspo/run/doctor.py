@@ -128,6 +128,7 @@ def diagnose(
     p99       of the noise of log(ratio); 0: not measured
     """
     c, low = config, min(config.clip_low, config.clip_high)
+    talks = c.environment == "conversation"  # which has no answers that a warm-up could imitate
     starts = [row for row in rows if "reward_s" in row]
     recent, three = starts[-3:], len(starts) >= 3
 
@@ -159,14 +160,15 @@ def diagnose(
             "a loss near 0 is expected: the advantages of a group sum to 0; watch the reward and the ratio",
         "truncated": cut >= 0.99 and stops and
             f"every answer was cut off at {c.max_new_tokens} tokens: the model never says that it has ended; want "
-            "its own chat template, --warm-steps 20, or a higher --max-new-tokens",
+            f"its own chat template, {'' if talks else '--warm-steps 20, '}or a higher --max-new-tokens",
         "length": three and 0.3 < mean("truncated_frac") < 0.99 and
             f"{mean('truncated_frac'):.0%} of the answers are cut off at {c.max_new_tokens} tokens, and rewarded as "
             "they are; want a higher --max-new-tokens, or --mask-truncated",
         "no reward": nothing and
             "three rollouts without any reward: there is nothing to compare, so nothing is learned; in a new run try "
-            "--warm-steps 20 (SFT on the task's own answers first), an easier --task-size, or, if trunc is near 1, "
-            "more --max-new-tokens",
+            + ("easier goals, a larger model" if talks else
+               "--warm-steps 20 (SFT on the task's own answers first), an easier --task-size") +
+            ", or, if trunc is near 1, more --max-new-tokens",
         "spread": three and equal >= 0.7 and not solved and not nothing and
             f"{equal:.0%} of the groups have zero spread: their answers all earned the same and teach nothing; want a "
             "larger --group-size, --dynamic-sampling 3, or problems that are neither too hard nor too easy",

@@ -19,7 +19,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanogspo import distributed
@@ -284,24 +284,26 @@ def _write(file, row: dict) -> None:
 
 def read_rows(path: str | Path) -> list[dict]:
     """The rows of a JSONL file of ours, [] without a file. A half-written last line, left by a kill, is no row."""
-    return [row for row, _ in _rows_and_lines(Path(path))]
+    return [*each_row(path)]
 
 
-def _rows_and_lines(path: Path) -> list[tuple[dict, bytes]]:
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
-                raise ValueError("no row of ours")
-            pairs.append((row, line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: got broken JSON, want a row; delete the line") from error
-    return pairs
+def each_row(path: str | Path) -> Iterator[dict]:
+    """The same, one at a time: samples.jsonl grows with the run."""
+    return (row for row, _ in _rows_and_lines(Path(path)))
+
+
+def _rows_and_lines(path: Path) -> Iterator[tuple[dict, bytes]]:
+    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+                    raise ValueError("no row of ours")
+            except ValueError as error:
+                if next(lines, None) is not None:
+                    raise ValueError(f"{path}:{number}: got broken JSON, want a row; delete the line") from error
+                return
+            yield row, line
 
 
 def _drop_rows_after(path: Path, step: int, write: bool) -> list[dict]:

@@ -69,7 +69,8 @@ class PromptRows:
     def held_out(self, count: int = -1) -> list[Problem]:
         """The first `count` held-out problems, -1 for all."""
         if count > len(self._exam):
-            raise ValueError(f"got {count} held-out prompts, want at most the {len(self._exam)} of {self.name}")
+            do = "lower --eval-size, of which each task has an equal part"
+            raise ValueError(f"got {count} held-out prompts, want at most the {len(self._exam)} of {self.name}; {do}")
         return self._exam[:count] if count >= 0 else [*self._exam]
 
     def reward(self, problem: Problem, answer_text: str) -> float:

@@ -31,6 +31,7 @@ MUTANTS = {
         ("if abs(A[i]) > 0 or", "if A[i] != 0 or", "answers that are left out are scored"),
         ("score_old and (update or score_first)", "(update or score_first)", "REINFORCE scores what it does not need"),
         ("    with reference or nullcontext():", "    with nullcontext():", "the policy is its own reference"),
+        ("return weights, trained, trained", "return weights, size, trained", "what is left out weighs in twice"),
         ("trained / max(int(counts.sum()), 1)", "trained / size", "a mean over answers that are left out"),
     ],
 }

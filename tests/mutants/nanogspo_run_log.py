@@ -18,6 +18,11 @@ MUTANTS = {
         ("if not self.has(doctor=what):", "if True:", "the same hint at every rollout"),
         ('if row["algo"] == algo]', "if row]", "the warm-up's rows are taken for RL's"),
         ("    file.flush()", "    pass", "a killed run loses its last rows"),
+        (
+            "                if next(lines, None) is not None:",
+            "                if False:",
+            "a broken row ends the file",
+        ),
         ('row.get("step", 0) <= step]', 'row.get("step", 0) < step]', "a resumed run forgets the step it was saved at"),
         ('line.removesuffix(b"\\n") + b"\\n"', "line", "a row whose end was cut off and the next share a line"),
         (

@@ -9,6 +9,14 @@ MUTANTS = {
         ('html.escape(facts["name"])', 'facts["name"]', "a folder's name is markup"),
         (" and len(v) > LONGEST}", " and False}", "a page as long as its longest answer"),
         ("every_group > 1)", "False)", "a reader takes a part for the whole"),
-        ("len(groups) * SAMPLES // max(size, 1)", "len(groups)", "a page of any size"),
+        ("        while size > SAMPLES and", "        while False and", "a page of any size"),
+        ("        if n % every == 0:", "        if True:", "early groups are thinned twice, late ones never"),
+        ("kept, every = kept[::2], 2 * every", "kept = kept[::2]", "a reader takes a half for the whole"),
+        (
+            "in enumerate(itertools.groupby(rows,",
+            "in enumerate(itertools.groupby([*rows],",
+            "all answers of a run in memory",
+        ),
+        ("        sys.exit(2)", "        sys.exit(0)", "a folder of nothing is a success"),
     ],
 }

@@ -77,6 +77,11 @@ MUTANTS = {
             "a rollout that was thrown away is trained on",
         ),
         ("        program.state = path\n", "", "a saved state is not told"),
+        (
+            "            if stopped:\n                self.save_state()\n",
+            "",
+            "a run that is stopped loses its last updates",
+        ),
         ("        program.state = state\n", "", "a resumed state is not told"),
     ],
     "tests/test_own.py": [
