@@ -1,21 +1,30 @@
-"""configs/*.yaml: each is read, passes the checks, gives a reason beside its numbers, and fits the card it names.
+"""configs/*.yaml: each is read, passes the checks, says why beside its numbers, fits the card it names, and starts.
 
 Run: python -m pytest tests/test_recipes.py -s     prints the memory of each
 """
 
+import copy
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 from test_families import REAL
 
-from nanogspo.config import ROOT, TrainConfig, check, parse, resolve
+from lessons.small_chat import small_tokenizer
+from nanogspo.config import ROOT, TrainConfig, check, load_yaml, parse, resolve
+from nanogspo.families import model_config
+from nanogspo.model import Transformer
 from nanogspo.policy import adapt, quantization
 from nanogspo.quant import weight_count
 from nanogspo.run import planner
+from nanogspo.run.log import read_rows
+from nanogspo.storage.safetensors import read_header, write_safetensors
+from train import run
 
-RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("tiny"))
+ALL = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = [path for path in ALL if not path.stem.startswith("tiny")]
 PLAIN = {"algo", "task", "model", "eval_every", "eval_size", "grad_clip", "warmup_updates", "warm_steps", "save_every"}
 
 
@@ -56,3 +65,64 @@ def test_every_size_of_the_guides_has_a_recipe():
     rates = {c.model: c.lr for c in configs if "Qwen2.5" in c.model}
     ordered = sorted(rates, key=lambda name: float(re.search(r"-([\d.]+)B", name)[1]))
     assert [rates[name] for name in ordered] == sorted(rates.values(), reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the first update
+
+FEW = {"prompts_per_rollout": 1, "max_new_tokens": 18, "steps": 1, "eval_size": 0, "warm_steps": 1}  # what bounds cost
+MODEL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 408}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer()
+
+
+def tiny_folder(folder, published, tokenizer):
+    """A random model with the published config.json but for its sizes, in the names and the layout of its hub files."""
+    raw = copy.deepcopy(published)
+    text = raw.get("text_config", raw)
+    grouped = text.get("num_key_value_heads", 1) != text.get("num_attention_heads", 2)
+    layers = 6 if "gemma3" in text["model_type"] else 2  # five with a window and one without
+    text |= {**MODEL, "num_key_value_heads": 1 if grouped else 2, "num_hidden_layers": layers}
+    raw["eos_token_id"] = list(tokenizer.eos_ids)
+    config = model_config(raw)
+    model = Transformer(config).init_weights(0, std=0.1)
+    names = {name: name if name == "lm_head.weight" else config.module_prefix + name for name in model.state_dict()}
+    tensors = {names[name]: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    if raw is not text:
+        tensors["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(8)
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_a_recipe_makes_its_first_update(path, tmp_path, monkeypatch, tokenizer):
+    """On a tiny random model of its family: with its algorithm, packing, adapter, clip, group, micro-batches and dtype,
+    which "auto" makes fp32 on a CPU without bf16 units. Only what bounds the cost is smaller. Every recipe starts on a
+    CPU; what needs a GPU is the size of the models that they are for."""
+    monkeypatch.setattr("nanogspo.run.curves.draw_curves", lambda *args, **kwargs: None)
+    recipe = load_yaml(path, TrainConfig, "a recipe")
+    few, rewards = {k: v for k, v in FEW.items() if k in recipe}, [lambda answer, row: len(answer) % 3]
+    if recipe["model"] != "tiny":
+        few["model"] = str(tiny_folder(tmp_path / "model", published(recipe["model"]), tokenizer))
+    if recipe["algo"] == "sft":  # 2 epochs of 8 rows are one update of 16
+        rows = [
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a" * n}]}
+            for n in range(1, 9)
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        few, rewards = few | {"data": str(tmp_path / "rows.jsonl"), "epochs": 2}, ()
+    folder, _ = run(TrainConfig(**{"threads": 1} | recipe | few, out=str(tmp_path / "run")), rewards=rewards)
+    used = load_yaml(folder / "config.yaml", TrainConfig, "a run")
+    assert {key: used[key] for key in recipe if key not in few} == {k: v for k, v in recipe.items() if k not in few}
+    updates = [row for row in read_rows(folder / "metrics.jsonl") if "algo" in row]
+    assert [row["algo"] for row in updates] == ["sft"] * ("warm_steps" in few) + [recipe["algo"]]
+    assert all(row["grad_norm"] > 0 for row in updates) and updates[-1].get("ratio_max", 1.0) == 1.0
+    if recipe.get("lora_r"):
+        trained = read_header(folder / "adapter" / "adapter_model.safetensors")[0]
+        assert all(tensor.read().any() for name, tensor in trained.items() if "lora_B" in name)
