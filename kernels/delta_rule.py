@@ -22,15 +22,38 @@ last one, and a sequence without a prompt starts anew. Round r takes all chunks 
 D is exp of sums of the g in between. Differences of sums from the chunk's start would cancel: behind a token that
 forgets all (g = -1e4) they have lost four digits.
 
+Backward goes through (4) from the last chunk to the first. Given dout and dS', the gradient in the memory behind a
+chunk, those in its corrections and in the memory before it need no memory:
+
+    du = ((q k^T) * D)^T dout + (D[C-1] k) dS'                                                               (5)
+    dS = c[C-1] dS' + (c q)^T dout - w^T du,        w = (T c) k
+
+The rest is sums within a chunk, for all chunks at once. x is the gradient in v - c k S - .., what (2) multiplies by
+beta; the transposed system gives it, beta x is that in the right side of (3):
+
+    x = (I + A)^-T du                                                                                        (6)
+    dv = beta x,    dbeta = x . (v - c k S - ((k k^T) * D) u)
+    dG = (dout u^T) * D,    dL = -beta (x u^T) * D          gradients in q k^T, and in k k^T below its diagonal
+    dq = c (dout S^T) + dG k                                                                                 (7)
+    dk = D[C-1] (u dS'^T) - c beta (x S^T) + dG^T q + (dL + dL^T) k
+
+g[m] fades what crosses token m: the memory of the start on its way to the tokens i >= m and to the chunk's end, what
+tokens j < m wrote on its way to both. Its gradient is the sum of gradient times value of all that crosses:
+
+    dg[m] = sum over i >= m of c[i] (q[i] . (dout S^T)[i] - beta[i] k[i] . (x S^T)[i])  +  c[C-1] <S, dS'>   (8)
+          + sum over j < m of (D[C-1, j] k[j] . (u dS'^T)[j]  +  sum over i >= m of E[i, j])
+    E = dG * (q k^T) + dL * (k k^T)
+
 The file reads top to bottom:
 
     1. reference    plain torch: the plan of chunks, (2) to (4), and (1) for one token a row. Also the CPU backend.
-    2. kernels      Triton: (3) for all chunks at once; (4), a program walks along a sequence with S in registers; (1).
-    3. autograd     forward by the kernels; backward computes the reference again, and goes back through it.
+    2. kernels      Triton: (3) for all chunks at once; (4), a program walks along a sequence with S in registers; (5)
+                    walks back; (6) to (8) for all chunks at once; (1).
+    3. autograd     glues them together.
     4. entry        delta_rule and delta_rule_step: the names other files import.
 
-Left out: backward kernels, gradients in one token a row (decoding has none), negative eigenvalues (beta up to 2), a
-decay for each channel (Kimi), products in 16 bits.
+Left out: gradients in one token a row (decoding has none), negative eigenvalues (beta up to 2), a decay for each
+channel (Kimi), products in 16 bits.
 
 Lesson: lessons/17_delta_rule.md       Tests: tests/test_delta_rule.py
 Source: Gated Delta Networks, arXiv:2412.06464; chunks by a triangular solve (UT transform): arXiv:2406.06484.
@@ -176,62 +199,176 @@ def _tile(ptr, rows, columns, width, mask):
 
 
 @triton.jit
+def _put(x, ptr, rows, columns, width, mask):
+    """x into what _tile reads there."""
+    at = ptr + rows[:, None] * width + columns[None, :]
+    tl.store(at, x, mask=mask[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def _fades(g_ptr, first, end, h, V, C: tl.constexpr):
+    """What is left of the memory of the chunk's start at each token, c (C,); of what each token wrote at the chunk's
+    end, D[C - 1] (C,); of the memory at the end, c[C - 1]. All exp of sums of g that cannot cancel."""
+    i = tl.arange(0, C)
+    t = first + i.to(tl.int64)  # (C,)
+    g = tl.load(g_ptr + t * V + h, mask=t < end, other=0.0)  # (C,)
+    later = tl.load(g_ptr + (t + 1) * V + h, mask=(t + 1 < end) & (i + 1 < C), other=0.0)  # (C,) g of the token behind
+    return tl.exp(tl.cumsum(g, axis=0)), tl.exp(tl.cumsum(later, axis=0, reverse=True)), tl.exp(tl.sum(g, axis=0))
+
+
+@triton.jit
+def _keys_alike(g_ptr, k, first, end, h, V, C: tl.constexpr):
+    """D (C, C), 1 above the diagonal; and (k k^T) * D below it, 0 elsewhere."""
+    i = tl.arange(0, C)
+    t, below = first + i.to(tl.int64), i[:, None] > i[None, :]
+    g = tl.load(g_ptr + t * V + h, mask=t < end, other=0.0)  # (C,)
+    D = tl.exp(tl.cumsum(tl.where(below, g[:, None], 0.0), axis=0))  # (C, C)
+    return D, tl.where(below, tl.dot(k, tl.trans(k), input_precision="ieee") * D, 0.0)
+
+
+@triton.jit
 def _chunk_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, tiles_ptr, u_ptr, w_ptr, attend_ptr, V, REPEAT, dk, dv,
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, chunks_ptr, u_ptr, w_ptr, attend_ptr, inverse_ptr, V, REPEAT, dk, dv,
     C: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """(3) for a chunk and value head: T v (S, V, dv), (T c) k (S, V, dk) and (q k^T) * D (S, V, C), a row a token."""
-    first = tl.load(tiles_ptr + tl.program_id(0) * 6).to(tl.int64)
-    end, h, i = tl.load(tiles_ptr + tl.program_id(0) * 6 + 2), tl.program_id(1), tl.arange(0, C)
+    """(3) for a chunk and value head, a row a token: T v (S, V, dv), w = (T c) k (S, V, dk), (q k^T) * D and (I + A)^-1
+    (S, V, C)."""
+    first, end = tl.load(chunks_ptr + tl.program_id(0) * 2), tl.load(chunks_ptr + tl.program_id(0) * 2 + 1)
+    h, i = tl.program_id(1), tl.arange(0, C)
     t = first + i  # (C,) int64: t V dk passes 2^31 at half a million tokens
     inside = t < end
-    g = tl.load(g_ptr + t * V + h, mask=inside, other=0.0)  # (C,)
     beta = tl.load(beta_ptr + t * V + h, mask=inside, other=0.0)  # (C,)
-    below, equal = i[:, None] > i[None, :], i[:, None] == i[None, :]
-    D = tl.exp(tl.cumsum(tl.where(below, g[:, None], 0.0), axis=0))  # (C, C); 1 above the diagonal, masked below
     key_row, row, channels = t * (V // REPEAT) + h // REPEAT, t * V + h, tl.arange(0, DK)
     k = _tile(k_ptr, key_row, channels, dk, inside)  # (C, DK)
-    A = tl.where(below, tl.dot(k, tl.trans(k), input_precision="ieee") * D * beta[:, None], 0.0)  # (C, C)
-    T = tl.where(equal, 1.0, 0.0)
+    D, alike = _keys_alike(g_ptr, k, first, end, h, V, C)  # (C, C) both
+    A = alike * beta[:, None]  # (C, C)
+    T = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     for r in range(1, C):  # row r of the inverse, from those above it
         A_r = tl.sum(tl.where(i[:, None] == r, A, 0.0), axis=0)  # (C,)
         T -= tl.where(i[:, None] == r, tl.sum(A_r[:, None] * T, axis=0)[None, :], 0.0)
+    _put(T, inverse_ptr, row, i, C, inside)
     T *= beta[None, :]
-    w = tl.dot(T * tl.exp(tl.cumsum(g, axis=0))[None, :], k, input_precision="ieee")  # (C, DK)
-    tl.store(w_ptr + row[:, None] * dk + channels[None, :], w, mask=inside[:, None] & (channels < dk)[None, :])
+    c, _, _ = _fades(g_ptr, first, end, h, V, C)
+    _put(tl.dot(T * c[None, :], k, input_precision="ieee"), w_ptr, row, channels, dk, inside)
     q = _tile(q_ptr, key_row, channels, dk, inside)  # (C, DK)
-    attend = tl.where(below | equal, tl.dot(q, tl.trans(k), input_precision="ieee") * D, 0.0)  # (C, C)
-    tl.store(attend_ptr + row[:, None] * C + i[None, :], attend, mask=inside[:, None])
+    attend = tl.where(i[:, None] >= i[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * D, 0.0)  # (C, C)
+    _put(attend, attend_ptr, row, i, C, inside)
     e = tl.arange(0, DV)
-    u = tl.dot(T, _tile(v_ptr, row, e, dv, inside), input_precision="ieee")  # (C, DV)
-    tl.store(u_ptr + row[:, None] * dv + e[None, :], u, mask=inside[:, None] & (e < dv)[None, :])
+    _put(tl.dot(T, _tile(v_ptr, row, e, dv, inside), input_precision="ieee"), u_ptr, row, e, dv, inside)
 
 
 @triton.jit
 def _scan_kernel(
-    q_ptr, k_ptr, g_ptr, u_ptr, w_ptr, attend_ptr, start_ptr, final_ptr, out_ptr, sequence_ptr, from_ptr, cu_ptr,
-    V, REPEAT, dk, dv, C: tl.constexpr, DK: tl.constexpr, BLOCK_V: tl.constexpr,
+    q_ptr, k_ptr, g_ptr, u_ptr, w_ptr, attend_ptr, start_ptr, final_ptr, out_ptr, walk_ptr, cu_ptr,
+    V, REPEAT, dk, dv, C: tl.constexpr, DK: tl.constexpr, BLOCK_V: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """(4) along a sequence, for BLOCK_V values of a head: columns of S do not read each other."""
-    n, h = tl.load(sequence_ptr + tl.program_id(0)), tl.program_id(1)
+    """(4) along a sequence, for BLOCK_V values of a head: columns of S do not read each other.
+
+    KEEP: for backward. u is written over T v, and instead of out the memories that chunks start from, (N, V, dk, dv).
+    """
+    walk, h = walk_ptr + tl.program_id(0) * 4, tl.program_id(1)
+    n, chunk = tl.load(walk), tl.load(walk + 2)
     i, d, e = tl.arange(0, C), tl.arange(0, DK), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    S = _tile(start_ptr, (tl.load(from_ptr + tl.program_id(0)) * V + h) * dk + d, e, dv, d < dk)  # (DK, BLOCK_V)
+    S = _tile(start_ptr, (tl.load(walk + 1) * V + h) * dk + d, e, dv, d < dk)  # (DK, BLOCK_V)
     end = tl.load(cu_ptr + n + 1)
     for first in range(tl.load(cu_ptr + n), end, C):
         t = first + i.to(tl.int64)  # (C,)
         inside, row, key_row = t < end, t * V + h, t * (V // REPEAT) + h // REPEAT
-        g = tl.load(g_ptr + row, mask=inside, other=0.0)  # (C,)
-        later = tl.load(g_ptr + row + V, mask=(t + 1 < end) & (i + 1 < C), other=0.0)  # (C,) g of the token behind
+        c, fade, whole = _fades(g_ptr, first, end, h, V, C)
         u = _tile(u_ptr, row, e, dv, inside)  # (C, BLOCK_V)
         u -= tl.dot(_tile(w_ptr, row, d, dk, inside), S, input_precision="ieee")
-        read = tl.dot(_tile(q_ptr, key_row, d, dk, inside), S, input_precision="ieee")  # (C, BLOCK_V)
-        out = tl.exp(tl.cumsum(g, axis=0))[:, None] * read
-        out += tl.dot(_tile(attend_ptr, row, i, C, inside), u, input_precision="ieee")
-        tl.store(out_ptr + row[:, None] * dv + e[None, :], out, mask=inside[:, None] & (e < dv)[None, :])
-        k = _tile(k_ptr, key_row, d, dk, inside) * tl.exp(tl.cumsum(later, axis=0, reverse=True))[:, None]  # (C, DK)
-        S = S * tl.exp(tl.sum(g, axis=0)) + tl.dot(tl.trans(k), u, input_precision="ieee")
-    where = final_ptr + ((n * V + h) * dk + d)[:, None] * dv + e[None, :]
-    tl.store(where, S, mask=(d < dk)[:, None] & (e < dv)[None, :])
+        if KEEP:
+            _put(u, u_ptr, row, e, dv, inside)
+            _put(S, out_ptr, (chunk * tl.num_programs(1) + h) * dk + d, e, dv, d < dk)
+            chunk += 1
+        else:
+            read = tl.dot(_tile(q_ptr, key_row, d, dk, inside), S, input_precision="ieee")  # (C, BLOCK_V)
+            out = c[:, None] * read + tl.dot(_tile(attend_ptr, row, i, C, inside), u, input_precision="ieee")
+            _put(out, out_ptr, row, e, dv, inside)
+        k = _tile(k_ptr, key_row, d, dk, inside) * fade[:, None]  # (C, DK)
+        S = S * whole + tl.dot(tl.trans(k), u, input_precision="ieee")
+    _put(S, final_ptr, (n * V + h) * dk + d, e, dv, d < dk)
+
+
+@triton.jit
+def _back_kernel(
+    q_ptr, k_ptr, g_ptr, w_ptr, attend_ptr, dout_ptr, dfinal_ptr, dstart_ptr, du_ptr, dstates_ptr, walk_ptr, cu_ptr,
+    V, REPEAT, dk, dv, C: tl.constexpr, DK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(5) from the end of a sequence to its start, for BLOCK_V values of a head. dstates: the gradient in the memory
+    behind each chunk. A prompt's begins with those of its answers, in their order: no atomics, the same bits twice."""
+    walk, h = walk_ptr + tl.program_id(0) * 4, tl.program_id(1)
+    n, chunk = tl.load(walk), tl.load(walk + 2)
+    i, d, e = tl.arange(0, C), tl.arange(0, DK), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    dS = _tile(dfinal_ptr, (n * V + h) * dk + d, e, dv, d < dk)  # (DK, BLOCK_V)
+    for answer in range(n + 1, n + 1 + tl.load(walk + 3)):
+        dS += _tile(dstart_ptr, (answer * V + h) * dk + d, e, dv, d < dk)
+    start, end = tl.load(cu_ptr + n), tl.load(cu_ptr + n + 1)
+    chunks = tl.cdiv(end - start, C)
+    for done in range(0, chunks):
+        first = start + (chunks - 1 - done) * C
+        t = first + i.to(tl.int64)  # (C,)
+        inside, row, key_row = t < end, t * V + h, t * (V // REPEAT) + h // REPEAT
+        c, fade, whole = _fades(g_ptr, first, end, h, V, C)
+        state = (chunk + chunks - 1 - done) * tl.num_programs(1) + h
+        _put(dS, dstates_ptr, state * dk + d, e, dv, d < dk)
+        dout = _tile(dout_ptr, row, e, dv, inside)  # (C, BLOCK_V)
+        du = tl.dot(_tile(k_ptr, key_row, d, dk, inside) * fade[:, None], dS, input_precision="ieee")  # (C, BLOCK_V)
+        du += tl.dot(tl.trans(_tile(attend_ptr, row, i, C, inside)), dout, input_precision="ieee")
+        _put(du, du_ptr, row, e, dv, inside)
+        q = _tile(q_ptr, key_row, d, dk, inside) * c[:, None]  # (C, DK)
+        dS = dS * whole + tl.dot(tl.trans(q), dout, input_precision="ieee")
+        dS -= tl.dot(tl.trans(_tile(w_ptr, row, d, dk, inside)), du, input_precision="ieee")
+    _put(dS, dstart_ptr, (n * V + h) * dk + d, e, dv, d < dk)
+
+
+@triton.jit
+def _gradient_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, chunks_ptr, u_ptr, attend_ptr, inverse_ptr, states_ptr, dstates_ptr,
+    dout_ptr, du_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, V, REPEAT, dk, dv,
+    C: tl.constexpr, DK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(6) to (8) for a chunk and value head: sums over blocks of values first, then what the chunk's tokens share."""
+    first, end = tl.load(chunks_ptr + tl.program_id(0) * 2), tl.load(chunks_ptr + tl.program_id(0) * 2 + 1)
+    h, i, d = tl.program_id(1), tl.arange(0, C), tl.arange(0, DK)
+    t = first + i  # (C,) int64
+    inside, row, key_row = t < end, t * V + h, t * (V // REPEAT) + h // REPEAT
+    state = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + h) * dk + d  # (DK,)
+    beta = tl.load(beta_ptr + row, mask=inside, other=0.0)  # (C,)
+    inverse = tl.trans(_tile(inverse_ptr, row, i, C, inside))  # (C, C)
+    dout_u, x_u = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    dout_S, x_S = tl.zeros((C, DK), tl.float32), tl.zeros((C, DK), tl.float32)
+    u_dS = tl.zeros((C, DK), tl.float32)
+    x_v, kept = tl.zeros((C,), tl.float32), 0.0  # x . v, <S, dS'>
+    for e0 in range(0, dv, BLOCK_V):
+        e = e0 + tl.arange(0, BLOCK_V)
+        dout, u = _tile(dout_ptr, row, e, dv, inside), _tile(u_ptr, row, e, dv, inside)  # (C, BLOCK_V) both
+        x = tl.dot(inverse, _tile(du_ptr, row, e, dv, inside), input_precision="ieee")  # (C, BLOCK_V)
+        _put(beta[:, None] * x, dv_ptr, row, e, dv, inside)
+        x_v += tl.sum(x * _tile(v_ptr, row, e, dv, inside), axis=1)
+        dout_u += tl.dot(dout, tl.trans(u), input_precision="ieee")
+        x_u += tl.dot(x, tl.trans(u), input_precision="ieee")
+        S, dS = _tile(states_ptr, state, e, dv, d < dk), _tile(dstates_ptr, state, e, dv, d < dk)  # (DK, BLOCK_V) both
+        dout_S += tl.dot(dout, tl.trans(S), input_precision="ieee")
+        x_S += tl.dot(x, tl.trans(S), input_precision="ieee")
+        u_dS += tl.dot(u, tl.trans(dS), input_precision="ieee")
+        kept += tl.sum(S * dS)
+    k, q = _tile(k_ptr, key_row, d, dk, inside), _tile(q_ptr, key_row, d, dk, inside)  # (C, DK) both
+    D, alike = _keys_alike(g_ptr, k, first, end, h, V, C)
+    c, fade, whole = _fades(g_ptr, first, end, h, V, C)
+    below = i[:, None] > i[None, :]
+    x_kS = c * tl.sum(k * x_S, axis=1)  # (C,)
+    tl.store(dbeta_ptr + row, x_v - x_kS - tl.sum(alike * x_u, axis=1), mask=inside)
+    E = dout_u * _tile(attend_ptr, row, i, C, inside) - beta[:, None] * x_u * alike  # (C, C)
+    # [m, j]: of what token j wrote, the part that tokens i >= m read, and the part left at the end
+    passing = tl.cumsum(E, axis=0, reverse=True) + (fade * tl.sum(k * u_dS, axis=1))[None, :]  # (C, C)
+    dg = tl.cumsum(c * tl.sum(q * dout_S, axis=1) - beta * x_kS, axis=0, reverse=True) + whole * kept
+    tl.store(dg_ptr + row, dg + tl.sum(tl.where(below, passing, 0.0), axis=1), mask=inside)
+    dG = tl.where(i[:, None] >= i[None, :], dout_u * D, 0.0)  # (C, C), of q k^T
+    _put(c[:, None] * dout_S + tl.dot(dG, k, input_precision="ieee"), dq_ptr, row, d, dk, inside)
+    dL = tl.where(below, beta[:, None] * x_u * D, 0.0)  # (C, C), minus that of k k^T
+    dkeys = fade[:, None] * u_dS - (c * beta)[:, None] * x_S + tl.dot(tl.trans(dG), q, input_precision="ieee")
+    _put(dkeys - tl.dot(dL + tl.trans(dL), k, input_precision="ieee"), dk_ptr, row, d, dk, inside)
 
 
 @triton.jit
@@ -248,7 +385,7 @@ def _step_kernel(
     S = _tile(state_ptr, row * dk + d, e, dv, d < dk) * tl.exp(tl.load(g_ptr + row))  # (DK, BLOCK_V)
     u = tl.load(beta_ptr + row) * (v - tl.sum(k[:, None] * S, axis=0))  # (BLOCK_V,)
     S += k[:, None] * u[None, :]
-    tl.store(state_ptr + (row * dk + d)[:, None] * dv + e[None, :], S, mask=(d < dk)[:, None] & (e < dv)[None, :])
+    _put(S, state_ptr, row * dk + d, e, dv, d < dk)
     tl.store(out_ptr + row * dv + e, tl.sum(q[:, None] * S, axis=0), mask=e < dv)
 
 
@@ -256,40 +393,93 @@ def _step_kernel(
 # 3. autograd
 
 
+@lru_cache(maxsize=64)  # all layers of a row ask for the same
+def programs(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """What the kernels' programs read, int64. Chunks (N, 2): first token, end of its sequence. Walks, those of prompts
+    and those of answers (n, 4): sequence, the one it starts from, its first chunk, how many answers stand behind it."""
+    starts, chunks, walks = [0, *accumulate(lengths)], [], ([], [])
+    for i, parent in enumerate(parents):
+        walks[parent >= 0].append((i, parent if parent >= 0 else i, len(chunks), parents.count(i)))
+        chunks += [(first, starts[i + 1]) for first in range(starts[i], starts[i + 1], CHUNKS[0])]
+    tables = [torch.tensor(rows, dtype=torch.int64, device=device) for rows in (chunks, *walks)]
+    return tables[0], tables[1:]
+
+
 class _DeltaRule(torch.autograd.Function):
-    """Saves its inputs, 4 (2 dk + dv + 2) bytes a token and head; backward makes the reference's graph of one layer."""
+    """Saves its inputs: 4 (2 dk H / V + dv + 2) bytes a token and value head, and the initial states.
+
+    Backward makes u, w and the memories again. It works on 4 (4 dv + 3 dk + 2 C) bytes a token and value head, and on
+    two memories a chunk, 8 dk dv / C bytes a token (8 KiB for heads of 128), of as many heads at a time as fit SCRATCH.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, segments):
         ctx.save_for_backward(q, k, v, g, beta, initial)
-        ctx.segments, (S, V, dv), dk = segments, v.shape, q.shape[2]
-        C = CHUNKS[0]
-        u, w, attend, out = (v.new_empty(S, V, width) for width in (dv, dk, C, dv))
-        final, cu = torch.empty_like(initial), segments.cu_seqlens
-        sizes, DK, DV = (V, V // q.shape[1], dk, dv), _power(dk), _power(dv)
-        tiles = segments.tiles(C)
-        launch = {"enable_fp_fusion": False, "num_warps": 8 if DK > 64 else 4, "num_stages": 1}
-        if len(tiles):
-            _chunk_kernel[(len(tiles), V)](
-                q, k, v, g, beta, tiles, u, w, attend, *sizes, C=C, DK=DK, DV=DV, **launch
-            )  # fmt: skip
-        for answers, start in ((False, initial), (True, final)):  # an answer starts from what its prompt has left
-            rows = [(i, p if answers else i) for i, p in enumerate(segments.parents) if (p >= 0) == answers]
-            if rows:
-                which = torch.tensor(rows, device=q.device).T.contiguous()  # (2, sequences)
-                _scan_kernel[(len(rows), V, triton.cdiv(dv, BLOCK_V))](
-                    q, k, g, u, w, attend, start, final, out, *which, cu, *sizes,
-                    C=C, DK=DK, BLOCK_V=BLOCK_V, **launch,
-                )  # fmt: skip
+        ctx.segments = segments
+        out, final = torch.empty_like(v), torch.empty_like(initial)
+        _forward(q, k, v, g, beta, initial, *_scratch(q, v), final, out, segments, v.shape[1], keep=False)
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dfinal):
-        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            outputs = delta_rule_reference(*leaves[:5], ctx.segments, leaves[5])
-        return *torch.autograd.grad(outputs, leaves, (dout, dfinal), materialize_grads=True), None
+        saved, segments = ctx.saved_tensors, ctx.segments
+        (q, k, v, g, beta, initial), (_, V, dv), (_, H, dk) = saved, saved[2].shape, saved[0].shape
+        (chunks, walks), R = programs(segments.lengths, segments.parents, q.device), V // H
+        scratch = (*_scratch(q, v), torch.empty_like(v))  # u, w, attend, inverse, du
+        final, dstart = torch.empty_like(initial), torch.empty_like(initial)  # (n, V, dk, dv)
+        dqk = v.new_empty(2, *scratch[1].shape)  # (2, S, V, dk): of q and of k, for each value head
+        grads, given = [torch.empty_like(x) for x in (v, g, beta)], (dout.contiguous(), dfinal.contiguous())
+        heads = min(V, R * max(1, SCRATCH // (8 * R * dk * dv * max(1, len(chunks)))))
+        states, dstates = v.new_empty(2, len(chunks), heads, dk, dv)
+        sizes, options = (V, R, dk, dv), {"BLOCK_V": BLOCK_V, **_options(dk)}
+        for first in range(0, V, heads):
+            keys, values = slice(first // R, (first + heads) // R), slice(first, first + heads)
+            q, k = (x[:, keys] for x in saved[:2])
+            v, g, beta, initial = (x[:, values] for x in saved[2:])
+            u, w, attend, inverse, du = (x[:, values] for x in scratch)
+            end, dout, dend, dbegin = (x[:, values] for x in (final, *given, dstart))  # end: of no use, needs a place
+            _forward(q, k, v, g, beta, initial, u, w, attend, inverse, end, states, segments, V, keep=True)
+            for walk in reversed(walks):  # a prompt's gradient begins with those of its answers
+                if len(walk):
+                    _back_kernel[(len(walk), v.shape[1], triton.cdiv(dv, BLOCK_V))](
+                        q, k, g, w, attend, dout, dend, dbegin, du, dstates, walk, segments.cu_seqlens,
+                        *sizes, **options,
+                    )  # fmt: skip
+            if len(chunks):
+                _gradient_kernel[(len(chunks), v.shape[1])](
+                    q, k, v, g, beta, chunks, u, attend, inverse, states, dstates, dout, du,
+                    *(x[:, values] for x in (*dqk, *grads)), *sizes, **options,
+                )  # fmt: skip
+        dstart.masked_fill_((segments.prefix >= 0)[:, None, None, None], 0.0)  # where an answer starts is not read
+        return *dqk.unflatten(2, (H, R)).sum(3), *grads, dstart, None
+
+
+def _scratch(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """What _chunk_kernel writes."""
+    return tuple(v.new_empty(*v.shape[:2], width) for width in (v.shape[2], q.shape[2], CHUNKS[0], CHUNKS[0]))
+
+
+def _forward(q, k, v, g, beta, initial, u, w, attend, inverse, final, out, segments: Segments, V: int, keep: bool):
+    """Launches (3) and (4) for the heads that q and v have, of V in all. keep: out is for the memories of chunks."""
+    chunks, walks = programs(segments.lengths, segments.parents, q.device)
+    (_, heads, dv), (_, H, dk) = v.shape, q.shape
+    sizes, options = (V, heads // H, dk, dv), _options(dk)
+    if len(chunks):
+        _chunk_kernel[(len(chunks), heads)](
+            q, k, v, g, beta, chunks, u, w, attend, inverse, *sizes, DV=_power(dv), **options
+        )  # fmt: skip
+    for walk, start in zip(walks, (initial, final), strict=True):  # an answer starts from what its prompt has left
+        if len(walk):
+            _scan_kernel[(len(walk), heads, triton.cdiv(dv, BLOCK_V))](
+                q, k, g, u, w, attend, start, final, out, walk, segments.cu_seqlens, *sizes,
+                BLOCK_V=BLOCK_V, KEEP=keep, **options,
+            )  # fmt: skip
+
+
+def _options(dk: int) -> dict:
+    DK = _power(dk)
+    return {"C": CHUNKS[0], "DK": DK, "enable_fp_fusion": False, "num_warps": 8 if DK > 64 else 4, "num_stages": 1}
 
 
 def _power(width: int) -> int:
@@ -299,6 +489,7 @@ def _power(width: int) -> int:
 # Columns of S a program keeps. Kernels take chunks of 16: matrix units do not make fp32 products, and those of wider
 # tiles are unrolled until registers run out (5 kB of spills a thread for chunks of 64 and blocks of 64)
 BLOCK_V = 16
+SCRATCH = 1 << 30  # bytes of memories that backward keeps at a time, at least those of one key head
 WIDEST = 128  # dk and dv that fit into registers; no model has more
 
 # ----------------------------------------------------------------------------
@@ -327,7 +518,8 @@ def delta_rule(
     returns   (S, V, dv) and (n, V, dk, dv), fp32 (fp64 for fp64), differentiable in all tensors
 
     All arithmetic is fp32: in bf16 a memory drifts over thousands of tokens. Bytes that torch keeps for backward, a
-    token and value head: 4 (5 dk + 4 dv + 6 C), and three states, 12 dk dv, for each chunk.
+    token and value head: 4 (5 dk + 4 dv + 6 C), and three states, 12 dk dv, for each chunk. Triton keeps its inputs
+    alone, a fifth of that or less, and computes the rest again (_DeltaRule).
 
     Raises ValueError when shapes do not fit, and for what Triton is asked for and cannot do.
 

@@ -177,10 +177,12 @@ def delta_rule() -> None:
     from kernels.delta_rule import delta_rule, delta_rule_step
 
     for dk, dv, H, V in ((128, 128, 2, 4), (32, 32, 2, 4), (20, 24, 1, 1)):
-        inputs = [randn(32, heads, width, dtype=torch.float32) for heads, width in ((H, dk), (H, dk), (V, dv))]
+        inputs = [
+            randn(32, heads, width, dtype=torch.float32, grad=True) for heads, width in ((H, dk), (H, dk), (V, dv))
+        ]
         inputs += [torch.zeros(32, V), torch.zeros(32, V)]
         with odd_widths() if dk % 16 else contextlib.nullcontext():
-            delta_rule(*inputs, Segments.build([16, 16], [-1, 0]), backend="triton")
+            backward(*delta_rule(*inputs, Segments.build([16, 16], [-1, 0]), backend="triton"))
             delta_rule_step(*inputs, torch.zeros(32, V, dk, dv), backend="triton")
 
 
