@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_delta_net.py
 """
 
 import copy
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -33,7 +34,9 @@ from nanogspo.packing import Example, pack, score
 from nanogspo.quant import packed_layers
 from nanogspo.rollout import generate
 from nanogspo.run.planner import layer_bytes, memory_parts
+from nanogspo.storage import interleaved
 from nanogspo.storage.names import SKIP
+from nanogspo.storage.safetensors import read_header
 
 EPS = torch.finfo(torch.float32).eps
 # two value heads to a key head, of other widths, and 4 channels of 16 turned. eps: without it, what is read of a memory
@@ -265,6 +268,24 @@ def test_a_saved_folder_is_what_was_loaded(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(tokens), ours(name)(tokens))
         assert (theirs(input_ids=tokens).logits - reference(name)(input_ids=tokens).logits).abs().max() <= 1e-5
+
+
+def test_a_projection_of_a_file_is_taken_apart_and_written_as_one(tmp_path, monkeypatch):
+    """Rows can be read in parts; a matrix of another shape is left as it is, to be named as unexpected; the index of
+    shards counts the bytes that are in them."""
+    [file], config = folder("qwen3_next").glob("*.safetensors"), ours("qwen3_next").config
+    name = "layers.0.linear_attn.in_proj_qkvz.weight"
+    stored = read_header(file)[0][f"model.{name}"]
+    parts = interleaved.split(name, stored, config)
+    assert [p.shape for p in parts.values()] == [(2 * 16 + 48, 64), (48, 64)]
+    for part in parts.values():
+        assert torch.equal(torch.cat((part.read(slice(3)), part.read(slice(3, None)))), part.read())
+    assert list(interleaved.split(name, dataclasses.replace(stored, shape=(127, 64)), config)) == [name]
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1)
+    checkpoint.save(ours("qwen3_next"), tmp_path)
+    written = sum(x.nbytes for shard in tmp_path.glob("*.safetensors") for x in read_header(shard)[0].values())
+    index = references.json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == written
 
 
 def test_a_cache_keeps_a_memory_of_each_row_and_no_slots():

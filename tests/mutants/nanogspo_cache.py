@@ -22,6 +22,18 @@ MUTANTS = {
             "each key replaces the first",
         ),
     ],
+    "tests/test_delta_net.py": [
+        (
+            "self.tail[rows], self.state[rows]",
+            "self.tail[: len(rows)], self.state[rows]",
+            "rows that stay go on with another row's convolution",
+        ),
+        (
+            "self.tail[rows], self.state[rows]",
+            "self.tail[rows], self.state[: len(rows)]",
+            "rows that stay go on with another row's memory",
+        ),
+    ],
     "tests/test_cuda_graph.py": [
         (
             "        self.lengths += self.active\n",

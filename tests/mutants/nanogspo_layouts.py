@@ -38,6 +38,30 @@ MUTANTS = {
             "prompts are never stored",
         ),
     ],
+    "tests/test_delta_net.py": [
+        ("Segments.build([T] * B,", "Segments.build([B * T],", "rows of a batch remember each other"),
+        (
+            "tail[self.cache.prompt]",
+            "tail[0 * self.cache.prompt]",
+            "all rows go on behind the first prompt's last tokens",
+        ),
+        ("state[self.cache.prompt]", "state[0 * self.cache.prompt]", "all rows remember the first prompt"),
+        (
+            "last_inputs(x[0], weight.shape[2] - 1, self.segments)",
+            "last_inputs(x[0], weight.shape[2] - 1, Segments.build([len(x[0])]))",
+            "the tokens before a short prompt are another prompt's",
+        ),
+        (
+            "self.cache.layers[layer].tail)[None]",
+            "self.cache.layers[layer].tail.clone())[None]",
+            "a step's convolution is forgotten",
+        ),
+        (
+            "self.cache.layers[layer].state)[None]",
+            "self.cache.layers[layer].state.clone())[None]",
+            "a step's memory is forgotten",
+        ),
+    ],
     "tests/test_model.py": [
         (
             "        self.cache.prefill(layer, k[0], v[0])\n",
