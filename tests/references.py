@@ -1,7 +1,8 @@
 """Tiny random Hugging Face models: what the transformer, its configs and its checkpoints are compared with.
 
-`reference(name)` is the model, `folder(name)` the checkpoint that transformers wrote of it, `hub_config(name)` the
-config.json the hub would hold for it: written by transformers 4, with RoPE's keys at the top level.
+`reference(name)` is the model, `folder(name)` the checkpoint that transformers wrote of it, `ours(name)` what we load
+of that, `hub_config(name)` the config.json the hub would hold for it: written by transformers 4, with RoPE's keys at
+the top level. test_moe.py and test_delta_net.py have cases of their own, made by the same `draw` and `families`.
 
 A fresh Hugging Face model has biases of 0 and norm weights of 0 or 1, so it cannot see a missing bias, a (1 + w)
 mistake or a norm in the wrong place; every 1-D tensor is therefore moved. Matrices are drawn with a standard deviation
@@ -11,6 +12,7 @@ of 0.15, so that attention is far from uniform: then a wrong soft-cap moves logi
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,9 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+
+from nanogspo import checkpoint
+from nanogspo.model import Transformer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -152,30 +157,40 @@ def attention(name: str) -> str:
     return "eager" if name == "gemma2" else "sdpa"
 
 
-@functools.cache
-def reference(name: str) -> nn.Module:
-    """The Hugging Face model, fp32, in eval mode."""
-    case = CASES[name]
-    text = {**SIZES, **case.options}
+def draw(case: Case, seed: int, sizes: dict = SIZES, **loading) -> nn.Module:
+    """The Hugging Face model of a case, fp32, in eval mode. An option that is None is not given."""
+    text = {key: value for key, value in {**sizes, **case.options}.items() if value is not None}
     config = case.config(text_config=text, **case.wrapper) if case.wrapper else case.config(**text)
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(NAMES.index(name))
-        model = case.model._from_config(config, attn_implementation=attention(name)).eval()
+        torch.manual_seed(seed)
+        model = case.model._from_config(config, **loading).eval()
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.3)
     return model
 
 
-HOME = tempfile.TemporaryDirectory(prefix="references-")  # removed when the tests end
+def families(make: Callable[[str], nn.Module]) -> tuple[Callable, Callable, Callable]:
+    """Three functions of a name, each of which does its work once: the Hugging Face model, from `make`; the checkpoint
+    folder that save_pretrained wrote, read only (copy it to change it); what this project loads of it, in fp32."""
+    home = tempfile.TemporaryDirectory(prefix="references-")  # removed when the tests end
+    reference = functools.cache(make)
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        reference(name).save_pretrained(path := Path(home.name, name))
+        return path
+
+    @functools.cache
+    def ours(name: str) -> Transformer:
+        return checkpoint.load(folder(name), dtype=torch.float32)
+
+    return reference, folder, ours
 
 
-@functools.cache
-def folder(name: str) -> Path:
-    """The checkpoint folder that save_pretrained wrote. Read only: copy it to change it."""
-    path = Path(HOME.name, name)
-    reference(name).save_pretrained(path)
-    return path
+reference, folder, ours = families(
+    lambda name: draw(CASES[name], NAMES.index(name), attn_implementation=attention(name))
+)
 
 
 def open_reference(path: Path, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

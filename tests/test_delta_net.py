@@ -5,15 +5,12 @@ Run: python -m pytest tests/test_delta_net.py
 
 import copy
 import dataclasses
-import functools
-import tempfile
-from pathlib import Path
 
 import pytest
 import references
 import torch
 from peft import PeftModel
-from references import SIZES, VOCABULARY, Case
+from references import VOCABULARY, Case
 from test_train import TINY, interrupted_at, resume, steps_of, train, weights_of
 from torch import Tensor, nn
 from transformers.models import qwen3_5 as hub_3_5
@@ -72,21 +69,13 @@ CASES = {
         {**LINEAR, **EXPERTS, "layer_types": MIXED, "rope_parameters": ROPE},
     ),
 }  # fmt: skip
-HOME = tempfile.TemporaryDirectory(prefix="delta-net-")
 
 
-@functools.cache
-def reference(name: str) -> nn.Module:
-    """A tiny random model of transformers in fp32, its 1-D parameters moved."""
-    case = CASES[name]
-    text = {**SIZES, **case.options}
-    config = case.config(text_config=text, **case.wrapper) if case.wrapper else case.config(**text)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(len(name))
-        model = case.model._from_config(config, attn_implementation="sdpa").eval()
+def moved(name: str) -> nn.Module:
+    """A tiny random model of transformers whose memories last and whose convolutions bend."""
+    model = references.draw(CASES[name], len(name), attn_implementation="sdpa")
+    with torch.no_grad():
         for n, p in model.named_parameters():
-            if p.ndim == 1:
-                p.add_(torch.randn_like(p) * 0.3)
             if n.endswith("A_log"):  # memories of one token would be divided by how near their key is to their query
                 p.sub_(3)
             if n.endswith("conv1d.weight"):  # drawn with 0.15 its values are so small that silu is a line
@@ -94,16 +83,7 @@ def reference(name: str) -> nn.Module:
     return model
 
 
-@functools.cache
-def folder(name: str) -> Path:
-    path = Path(HOME.name, name)
-    reference(name).save_pretrained(path)
-    return path
-
-
-@functools.cache
-def ours(name: str) -> Transformer:
-    return checkpoint.load(folder(name), dtype=torch.float32)
+reference, folder, ours = references.families(moved)
 
 
 def in_our_terms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ Run: python -m pytest tests/test_model.py       HYPOTHESIS_PROFILE=deep for more
 """
 
 import dataclasses
-import functools
 import math
 
 import pytest
@@ -28,13 +27,7 @@ from nanogspo.model import RMSNorm, Transformer
 from nanogspo.storage.names import SKIP
 
 EPS = torch.finfo(torch.float32).eps
-NAMES = references.NAMES
-
-
-@functools.cache
-def ours(name: str) -> Transformer:
-    """Our model on the reference's weights, fp32."""
-    return checkpoint.load(references.folder(name), dtype=torch.float32)
+NAMES, ours = references.NAMES, references.ours
 
 
 @torch.no_grad()

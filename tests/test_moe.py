@@ -7,15 +7,13 @@ MLP, experts and shared expert.
 Run: python -m pytest tests/test_moe.py
 """
 
-import functools
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import references
 import torch
 import transformers
+from references import Case
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,64 +32,44 @@ SIZES = references.SIZES | {"num_experts": E, "num_experts_per_tok": K, "moe_int
 SIZES |= {"num_hidden_layers": 4}
 ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
 TOWER = {**references.QWEN_TOWER, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]}
-CASES = {  # family -> config, model, its options
-    "qwen2_moe": (
+CASES = {
+    "qwen2_moe": Case(
         transformers.Qwen2MoeConfig,
         transformers.Qwen2MoeForCausalLM,
         {"shared_expert_intermediate_size": 40, "head_dim": None, "decoder_sparse_step": 2, "use_sliding_window": True,
          "sliding_window": references.WINDOW, "max_window_layers": 2},
     ),
-    "qwen3_moe": (
+    "qwen3_moe": Case(
         transformers.Qwen3MoeConfig,
         transformers.Qwen3MoeForCausalLM,
         {"norm_topk_prob": True, "mlp_only_layers": [1], "tie_word_embeddings": True},
     ),
-    "qwen3_moe_sliding": (
+    "qwen3_moe_sliding": Case(
         transformers.Qwen3MoeConfig,
         transformers.Qwen3MoeForCausalLM,
         {"norm_topk_prob": False, "use_sliding_window": True, "sliding_window": references.WINDOW},
     ),
-    "qwen3_vl_moe": (
+    "qwen3_vl_moe": Case(
         transformers.Qwen3VLMoeConfig,
         transformers.Qwen3VLMoeForConditionalGeneration,
         {"rope_parameters": ROPE, "tie_word_embeddings": True},
+        {"vision_config": TOWER, "tie_word_embeddings": True, **references.QWEN_TOKENS},
     ),
 }  # fmt: skip
 NAMES = list(CASES)
 
 
-@functools.cache
-def reference(name: str) -> nn.Module:
-    make, model, options = CASES[name]
-    text = {k: v for k, v in (SIZES | options).items() if v is not None}
-    if name == "qwen3_vl_moe":
-        config = make(text_config=text, vision_config=TOWER, tie_word_embeddings=True, **references.QWEN_TOKENS)
-    else:
-        config = make(**text)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(NAMES.index(name))
-        theirs = model._from_config(config, attn_implementation="sdpa", experts_implementation="eager").eval()
-        for p in theirs.parameters():
-            if p.ndim == 1:
-                p.add_(torch.randn_like(p) * 0.3)
+def moved(name: str) -> nn.Module:
+    sdpa = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    model, gen = references.draw(CASES[name], NAMES.index(name), SIZES, **sdpa), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
             if p.ndim == 2 and len(p) == E:  # routers start at 0: all experts would tie
-                p.normal_(0, 0.15)
-    return theirs
+                p.normal_(0, 0.15, generator=gen)
+    return model
 
 
-HOME = tempfile.TemporaryDirectory(prefix="moe-")
-
-
-@functools.cache
-def folder(name: str) -> Path:
-    path = Path(HOME.name, name)
-    reference(name).save_pretrained(path)
-    return path
-
-
-@functools.cache
-def ours(name: str) -> Transformer:
-    return checkpoint.load(folder(name), dtype=torch.float32)
+reference, folder, ours = references.families(moved)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +111,7 @@ def test_bf16_follows_transformers_in_all_but_the_last_bits(name):
     these send elsewhere: as much as theirs (ours: 1.03 and 0.97 times as much), where one wrong rule is off by 0.3."""
     tokens = references.tokens(2, 30)
     model = checkpoint.load(folder(name), dtype=torch.bfloat16)
-    theirs = CASES[name][1].from_pretrained(folder(name), dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    theirs = CASES[name].model.from_pretrained(folder(name), dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     with torch.no_grad():
         truth, rounded = (m(input_ids=tokens).logits.float() for m in (reference(name), theirs))
         off = (model.logits(model(tokens)) - truth).abs().mean()
