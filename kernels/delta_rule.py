@@ -394,22 +394,22 @@ def _step_kernel(
 
 
 @lru_cache(maxsize=64)  # all layers of a row ask for the same
-def programs(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def programs(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """What the kernels' programs read, int64. Chunks (N, 2): first token, end of its sequence. Walks, those of prompts
     and those of answers (n, 4): sequence, the one it starts from, its first chunk, how many answers stand behind it."""
     starts, chunks, walks = [0, *accumulate(lengths)], [], ([], [])
     for i, parent in enumerate(parents):
         walks[parent >= 0].append((i, parent if parent >= 0 else i, len(chunks), parents.count(i)))
         chunks += [(first, starts[i + 1]) for first in range(starts[i], starts[i + 1], CHUNKS[0])]
-    tables = [torch.tensor(rows, dtype=torch.int64, device=device) for rows in (chunks, *walks)]
-    return tables[0], tables[1:]
+    return tuple(torch.tensor(rows, dtype=torch.int64, device=device) for rows in (chunks, *walks))
 
 
 class _DeltaRule(torch.autograd.Function):
     """Saves its inputs: 4 (2 dk H / V + dv + 2) bytes a token and value head, and the initial states.
 
-    Backward makes u, w and the memories again. It works on 4 (4 dv + 3 dk + 2 C) bytes a token and value head, and on
-    two memories a chunk, 8 dk dv / C bytes a token (8 KiB for heads of 128), of as many heads at a time as fit SCRATCH.
+    Forward works on 4 (dv + dk + 2 C) bytes a token and value head. Backward makes these and the memories again; it
+    works on 4 (2 dv + 3 dk + 2 C), and on two memories a chunk, 8 dk dv / C bytes a token (8 KiB for heads of 128), of
+    as many heads at a time as fit SCRATCH.
     """
 
     @staticmethod
@@ -417,7 +417,8 @@ class _DeltaRule(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, g, beta, initial)
         ctx.segments = segments
         out, final = torch.empty_like(v), torch.empty_like(initial)
-        _forward(q, k, v, g, beta, initial, *_scratch(q, v), final, out, segments, v.shape[1], keep=False)
+        options = _options(q, v, v.shape[1])
+        _forward(q, k, v, g, beta, initial, *_scratch(q, v), final, out, segments, options, keep=False)
         return out, final
 
     @staticmethod
@@ -425,32 +426,30 @@ class _DeltaRule(torch.autograd.Function):
     def backward(ctx, dout, dfinal):
         saved, segments = ctx.saved_tensors, ctx.segments
         (q, k, v, g, beta, initial), (_, V, dv), (_, H, dk) = saved, saved[2].shape, saved[0].shape
-        (chunks, walks), R = programs(segments.lengths, segments.parents, q.device), V // H
+        (chunks, *walks), R = programs(segments.lengths, segments.parents, q.device), V // H
         scratch = (*_scratch(q, v), torch.empty_like(v))  # u, w, attend, inverse, du
         final, dstart = torch.empty_like(initial), torch.empty_like(initial)  # (n, V, dk, dv)
         dqk = v.new_empty(2, *scratch[1].shape)  # (2, S, V, dk): of q and of k, for each value head
         grads, given = [torch.empty_like(x) for x in (v, g, beta)], (dout.contiguous(), dfinal.contiguous())
         heads = min(V, R * max(1, SCRATCH // (8 * R * dk * dv * max(1, len(chunks)))))
         states, dstates = v.new_empty(2, len(chunks), heads, dk, dv)
-        sizes, options = (V, R, dk, dv), {"BLOCK_V": BLOCK_V, **_options(dk)}
         for first in range(0, V, heads):
             keys, values = slice(first // R, (first + heads) // R), slice(first, first + heads)
             q, k = (x[:, keys] for x in saved[:2])
             v, g, beta, initial = (x[:, values] for x in saved[2:])
             u, w, attend, inverse, du = (x[:, values] for x in scratch)
-            end, dout, dend, dbegin = (x[:, values] for x in (final, *given, dstart))  # end: of no use, needs a place
-            _forward(q, k, v, g, beta, initial, u, w, attend, inverse, end, states, segments, V, keep=True)
+            end, dout, dend, dbegin = (x[:, values] for x in (final, *given, dstart))
+            options = _options(q, v, V)
+            _forward(q, k, v, g, beta, initial, u, w, attend, inverse, end, states, segments, options, keep=True)
             for walk in reversed(walks):  # a prompt's gradient begins with those of its answers
-                if len(walk):
-                    _back_kernel[(len(walk), v.shape[1], triton.cdiv(dv, BLOCK_V))](
-                        q, k, g, w, attend, dout, dend, dbegin, du, dstates, walk, segments.cu_seqlens,
-                        *sizes, **options,
-                    )  # fmt: skip
-            if len(chunks):
-                _gradient_kernel[(len(chunks), v.shape[1])](
-                    q, k, v, g, beta, chunks, u, attend, inverse, states, dstates, dout, du,
-                    *(x[:, values] for x in (*dqk, *grads)), *sizes, **options,
+                _launch(
+                    _back_kernel, (len(walk), v.shape[1], triton.cdiv(dv, BLOCK_V)), q, k, g, w, attend, dout, dend,
+                    dbegin, du, dstates, walk, segments.cu_seqlens, BLOCK_V=BLOCK_V, **options,
                 )  # fmt: skip
+            _launch(
+                _gradient_kernel, (len(chunks), v.shape[1]), q, k, v, g, beta, chunks, u, attend, inverse, states,
+                dstates, dout, du, *(x[:, values] for x in (*dqk, *grads)), BLOCK_V=BLOCK_V, **options,
+            )  # fmt: skip
         dstart.masked_fill_((segments.prefix >= 0)[:, None, None, None], 0.0)  # where an answer starts is not read
         return *dqk.unflatten(2, (H, R)).sum(3), *grads, dstart, None
 
@@ -460,26 +459,30 @@ def _scratch(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return tuple(v.new_empty(*v.shape[:2], width) for width in (v.shape[2], q.shape[2], CHUNKS[0], CHUNKS[0]))
 
 
-def _forward(q, k, v, g, beta, initial, u, w, attend, inverse, final, out, segments: Segments, V: int, keep: bool):
-    """Launches (3) and (4) for the heads that q and v have, of V in all. keep: out is for the memories of chunks."""
-    chunks, walks = programs(segments.lengths, segments.parents, q.device)
-    (_, heads, dv), (_, H, dk) = v.shape, q.shape
-    sizes, options = (V, heads // H, dk, dv), _options(dk)
-    if len(chunks):
-        _chunk_kernel[(len(chunks), heads)](
-            q, k, v, g, beta, chunks, u, w, attend, inverse, *sizes, DV=_power(dv), **options
-        )  # fmt: skip
+def _forward(q, k, v, g, beta, initial, u, w, attend, inverse, final, out, segments, options, *, keep: bool):
+    """Launches (3) and (4) for the heads that q and v have. keep: out is for the memories that chunks start from."""
+    chunks, *walks = programs(segments.lengths, segments.parents, q.device)
+    _launch(
+        _chunk_kernel, (len(chunks), v.shape[1]), q, k, v, g, beta, chunks, u, w, attend, inverse,
+        DV=_power(v.shape[2]), **options,
+    )  # fmt: skip
     for walk, start in zip(walks, (initial, final), strict=True):  # an answer starts from what its prompt has left
-        if len(walk):
-            _scan_kernel[(len(walk), heads, triton.cdiv(dv, BLOCK_V))](
-                q, k, g, u, w, attend, start, final, out, walk, segments.cu_seqlens, *sizes,
-                BLOCK_V=BLOCK_V, KEEP=keep, **options,
-            )  # fmt: skip
+        _launch(
+            _scan_kernel, (len(walk), v.shape[1], triton.cdiv(v.shape[2], BLOCK_V)), q, k, g, u, w, attend, start,
+            final, out, walk, segments.cu_seqlens, BLOCK_V=BLOCK_V, KEEP=keep, **options,
+        )  # fmt: skip
 
 
-def _options(dk: int) -> dict:
-    DK = _power(dk)
-    return {"C": CHUNKS[0], "DK": DK, "enable_fp_fusion": False, "num_warps": 8 if DK > 64 else 4, "num_stages": 1}
+def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    if all(grid):  # one of 0 programs is an error
+        kernel[grid](*arguments, **options)
+
+
+def _options(q: Tensor, v: Tensor, V: int) -> dict:
+    """What all kernels are told: sizes, of V value heads in all, though q and v may have a part of the heads."""
+    (_, heads, dv), (_, H, dk) = v.shape, q.shape
+    sizes = {"V": V, "REPEAT": heads // H, "dk": dk, "dv": dv, "C": CHUNKS[0], "DK": _power(dk)}
+    return {**sizes, "enable_fp_fusion": False, "num_warps": 8 if dk > 64 else 4, "num_stages": 1}
 
 
 def _power(width: int) -> int:
@@ -565,10 +568,10 @@ def delta_rule_step(
     if _choose(backend, inputs[0], v) == "torch":
         return step_reference(*inputs, state)
     out = torch.empty_like(inputs[2])  # (n, V, dv)
-    if n:  # a grid of 0 programs is an error
-        _step_kernel[(n * V, triton.cdiv(dv, BLOCK_V))](
-            *inputs, state, out, V, V // q.shape[1], dk, dv, DK=_power(dk), BLOCK_V=BLOCK_V, enable_fp_fusion=False
-        )  # fmt: skip
+    _launch(
+        _step_kernel, (n * V, triton.cdiv(dv, BLOCK_V)), *inputs, state, out, V, V // q.shape[1], dk, dv,
+        DK=_power(dk), BLOCK_V=BLOCK_V, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 
