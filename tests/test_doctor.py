@@ -179,6 +179,7 @@ FAULTS = {
     "length": dict(rows=rollouts({}, {}, {}, truncated_frac=0.4)),
     "no reward": dict(rows=rollouts({}, {}, {}, reward=0.0, reward_std=0.0, zero_spread_frac=1.0, exact=0.0)),
     "spread": dict(rows=rollouts({}, {}, {}, zero_spread_frac=0.75)),
+    "equal": dict(rows=rollouts({}, zero_spread_frac=1.0, reward=1.0, reward_std=0.0)),
     "sampler": dict(rows=rollouts({}, sampler_gap_mean=0.05)),
     "reward": dict(rows=rollouts({}, {}, {}, reward=0.5)),
     "ratio": dict(rows=rollouts({}, {}, {}, later={"ratio_min": 1.0, "ratio_max": 1.0 + 1e-7})),
@@ -201,16 +202,18 @@ def test_a_healthy_run_has_no_fault_and_asks_why_its_loss_is_0():
     assert names(many, lora_r=0, lr=1e-6) == names(many, model="tiny", facts=FACTS | {"template": False}) == set()
     assert "watch the reward and the ratio" in diagnose(many, TrainConfig(**HEALTHY), **FACTS)["loss"]
     warned = diagnose(many[:1], TrainConfig(**HEALTHY), **FACTS)
-    assert set(warned) == {"loss"}
+    assert set(warned) == {"loss"} and "loss" not in diagnose(FAULTS["equal"]["rows"], TrainConfig(**HEALTHY), **FACTS)
 
 
-def test_what_a_conversation_refuses_is_not_advised():
+def test_what_an_environment_refuses_is_not_advised():
     """Its problems have no answers that --warm-steps could imitate."""
     for name in ("no reward", "truncated"):
-        configs = TrainConfig(**HEALTHY), TrainConfig(**HEALTHY, task="sales")
+        others = {"task": "sales"}, {"environment": "mine.py:Mine"}
+        configs = [TrainConfig(**HEALTHY | other) for other in ({}, *others)]
         said = [diagnose(FAULTS[name]["rows"], config, **FACTS)[name] for config in configs]
-        assert "--warm-steps" in said[0] and "--warm-steps" not in said[1] and "--max-new-tokens" in said[1]
-        assert "  " not in said[1] and ", ," not in said[1]
+        assert "--warm-steps" in said[0] and "--max-new-tokens" in said[0]
+        for text in said[1:]:
+            assert "--warm-steps" not in text and "--max-new-tokens" in text and "  " not in text and ", ," not in text
 
 
 def test_a_reward_that_only_jitters_is_named_after_twenty_rollouts():

@@ -232,6 +232,7 @@ def test_columns_stay_in_place(base):
 @pytest.mark.parametrize("low, high", [(math.nan, 1.0), (1.0, math.nan), (None, 1.0)])
 def test_a_ratio_of_nan_is_shown(low, high):
     """max(0.0, nan) is 0.0 in Python: a broken ratio would look like a perfect one."""
+    assert "| unrewarded 0.25 |" in step_line({**GSPO, "step": 1, "unrewarded_frac": 0.25})
     assert "±nan" in step_line({**GSPO, "step": 1, "ratio_min": low, "ratio_max": high})
 
 

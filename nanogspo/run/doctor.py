@@ -128,7 +128,7 @@ def diagnose(
     p99       of the noise of log(ratio); 0: not measured
     """
     c, low = config, min(config.clip_low, config.clip_high)
-    talks = c.environment == "conversation"  # which has no answers that a warm-up could imitate
+    talks = bool(c.environment)  # then there are no answers that a warm-up could imitate
     starts = [row for row in rows if "reward_s" in row]
     recent, three = starts[-3:], len(starts) >= 3
 
@@ -156,11 +156,16 @@ def diagnose(
         "clip": p99 > low and
             f"the clip range begins at {low:.0e}, below the noise of rounding (p99 {p99:.1e} at this length): rounding "
             "will decide what is clipped; want --clip auto, longer answers or --dtype fp32",
-        "loss": rows and abs(rows[0].get("loss") or 0.0) < 0.05 and
+        "equal": starts and not three and not solved and starts[-1].get("zero_spread_frac") == 1.0 and
+            "nothing is learned from this rollout: the answers of each group all earned the same; want a reward that "
+            "differs between answers, easier problems or a larger --group-size",
+        "loss": rows and equal < 1 and abs(rows[0].get("loss") or 0.0) < 0.05 and
             "a loss near 0 is expected: the advantages of a group sum to 0; watch the reward and the ratio",
         "truncated": cut >= 0.99 and stops and
-            f"every answer was cut off at {c.max_new_tokens} tokens: the model never says that it has ended; want "
-            f"its own chat template, {'' if talks else '--warm-steps 20, '}or a higher --max-new-tokens",
+            (f"no episode came to its end within {c.max_turns} turns of {c.max_new_tokens} tokens; want a higher "
+             "--max-turns or --max-new-tokens" if talks else
+             f"every answer was cut off at {c.max_new_tokens} tokens: the model never says that it has ended; want "
+             "its own chat template, --warm-steps 20, or a higher --max-new-tokens"),
         "length": three and 0.3 < mean("truncated_frac") < 0.99 and
             f"{mean('truncated_frac'):.0%} of the answers are cut off at {c.max_new_tokens} tokens, and rewarded as "
             "they are; want a higher --max-new-tokens, or --mask-truncated",

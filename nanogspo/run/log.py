@@ -101,7 +101,10 @@ class RunLog(contextlib.AbstractContextManager):
         row |= {"eval_low": low, "eval_high": high, "eval_count": count}
         text = f"exact {exact:6.1%} | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
         if "eval_reward_se" in more:
-            text += f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}"
+            known = not math.isnan(more["eval_reward"])
+            text += (
+                f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}" if known else " | no reward given"
+            )
         self._examined(row, text)
         return row
 
@@ -201,6 +204,7 @@ def step_line(row: dict, width: int = 4) -> str:
 
     trunc     the share of answers that were cut off at max_new_tokens
     0-spread  the share of groups whose answers all have the same reward, which teach nothing
+    unrewarded  the share of answers that no reward was given, where there are any
     ratio  the mean over sequences, and after +- the distance of the farthest one from 1
     clip   the share of sequences (GSPO) or tokens (GRPO) whose gradient the clip removed, low and high side together
     """
@@ -223,6 +227,7 @@ def step_line(row: dict, width: int = 4) -> str:
             f"reward {number('reward'):4.2f}",
             f"trunc {number('truncated_frac'):4.2f}",
             f"0-spread {number('zero_spread_frac'):4.2f}",
+            *[f"unrewarded {number('unrewarded_frac'):4.2f}"] * bool(row.get("unrewarded_frac")),
             f"loss {number('loss'):6.3f}",
             f"ratio {number('ratio_mean'):5.3f} ±{spread:.4f}",
             f"clip {number('clip_low_frac') + number('clip_high_frac'):4.2f}",
@@ -238,7 +243,8 @@ def summary(config: TrainConfig, folder: Path, picture, example: str | None, sec
     rows = read_rows(folder / "metrics.jsonl")
     keys = "eval_exact", "eval_token_accuracy"
     exact, losses = ({row["phase"]: row for row in rows if key in row} for key in keys)
-    lines = [f"held-out exact match, {config.eval_size} problems never trained on:"] * bool(exact)
+    what = "episodes that earned 1 or more" if config.environment else "exact match"
+    lines = [f"held-out {what}, {config.eval_size} problems never trained on:"] * bool(exact)
     for phase, row in exact.items():
         note = "  (SFT continued instead of RL, for the same time)" if phase == "control" else ""
         interval = f"95 % interval {row['eval_low']:.1%} to {row['eval_high']:.1%}"

@@ -21,7 +21,9 @@ MUTANTS = {
         ('(1e-3 if c.dtype == "fp32" else 0.1)', "0.1", "fp32 is allowed bf16's gap"),
         ("max(moves[-6:]) < 1e-6", "max(moves[-6:]) < 1e-2", "a ratio that moves as the paper's"),
         ("begin + part + end if scored else part", "part", "a sample without its mask"),
-        ('talks = c.environment == "conversation"', "talks = False", "customers get an advice that is refused"),
+        ("talks = bool(c.environment)", "talks = False", "customers get an advice that is refused"),
+        ('starts[-1].get("zero_spread_frac") == 1.0', "False", "a rollout without a gradient passes in silence"),
+        ('"loss": rows and equal < 1', '"loss": rows', "a loss of 0 is called healthy where nothing is learned"),
         ("self.rows.append(row)", "self.rows = [row]", "three rollouts are never seen"),
     ],
 }

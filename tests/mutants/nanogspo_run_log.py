@@ -4,6 +4,7 @@
 FILE = "nanogspo/run/log.py"
 MUTANTS = {
     "tests/test_log.py": [
+        ("unrewarded {number('unrewarded_frac'):4.2f}", "", "answers without a reward are not seen while it trains"),
         ("centre = (share + z2 / 2) / (1 + z2)", "centre = share", "the textbook interval, which leaves [0, 1]"),
         (
             "None if isinstance(value, float) and not math.isfinite(value) else value",
