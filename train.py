@@ -42,9 +42,8 @@ if __name__ == "__main__":  # flags are read before torch is imported: --help an
 import torch  # noqa: E402
 
 from kernels.seq_logprob import sequence_sums  # noqa: E402
-from nanogspo import checkpoint, distributed, policy  # noqa: E402
+from nanogspo import checkpoint, distributed, policy, sharding  # noqa: E402
 from nanogspo.data import Data, Given, choose_judges, choose_task, read_data  # noqa: E402
-from nanogspo.device import choose_device, choose_dtype  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
 from nanogspo.layers.moe import Routers  # noqa: E402
 from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_histogram, ratio_quantiles, sft_loss  # noqa: E402
@@ -97,12 +96,9 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     # device, seeds
     config = dataclasses.replace(config, **given.settings(config))
     check(config, judged=bool(given.rewards))
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device, torch.float32 if config.model == "tiny" else torch.bfloat16)
-    config = resolve(dataclasses.replace(config, device=device, dtype=dtype))
+    config = resolve(dataclasses.replace(config, **planner.machine(config)))
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed + distributed.rank())  # of dropout
     # tokenizer, the model's outline (shapes without numbers), data, memory
     task = given.task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
@@ -113,7 +109,9 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
         return None
     judges = choose_judges(config, data, outline.config, given, held)
     if config.check:
-        return doctor.check(config, data, Sampler(policy.build(config, task), data.chat, data.task, config, *judges))
+        model = policy.build(config, task)
+        with sharding.gathered(model):
+            return doctor.check(config, data, Sampler(model, data.chat, data.task, config, *judges))
     hub.check_login(config.push_to_hub)
     # folder, model, optimiser
     folder = distributed.first(lambda: held.enter_context(run_folder(config)))
@@ -136,7 +134,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     steps = sum(phase.steps for phase in phases if phase.name != "control")
     resume_step = progress.step if config.resume else None
     log = held.enter_context(RunLog(folder, steps=steps, resume_step=resume_step, tracker=tracker))
-    distributed.check_same(model.named_parameters())
+    distributed.check_same(model.named_parameters(), inputs["files"])
     distributed.first(lambda: checkpoint.atomic_write(folder / "config.yaml", dump(config)))
     sampler, state = Sampler(model, data.chat, data.task, config, *judges), (progress, rollout, frozen, inputs)
     watch = doctor.Watch.of(config, model, data.chat.tokenizer, log, progress)
@@ -240,6 +238,8 @@ class Trainer:
         examples = [self.data.sft_example(cursor + n) for n in distributed.mine(config.batch_size)]
         batches = pack(examples, max_tokens=config.micro_batch_tokens)
         total, metrics = distributed.total(sum(len(batch.targets) for batch in batches)), []
+        distributed.seed(config.seed, self.progress.step)  # of dropout: a resumed run has the same masks
+        sharding.keep_pace(self.model, len(batches))
         for batch in (batch.to(config.device) for batch in batches):
             logp, entropy, right = score(self.model, batch, linear=self.routers)  # (M,), (M,), (M,)
             loss, facts = sft_loss(logp)
@@ -256,17 +256,18 @@ class Trainer:
         False when stopped meanwhile: the answers are thrown away."""
         config, progress = self.config, self.progress
         self.frozen = self.frozen or freeze(self.model, config)
-        self.rollout = self.sampler.rollout(
-            first_problem=progress.rl_cursor,
-            step=progress.step + 1,
-            score_first=not self.proved,
-            on_step=self.log.sampling(config.prompts_per_rollout * config.group_size, self.stop),
-            reference=reference(self.model, self.frozen) if config.beta else None,
-        )
-        if self.rollout is None:
-            return False
-        self.log.samples(self.rollout.samples)
-        self.watch.measure(self.model, self.rollout)
+        with sharding.gathered(self.model):
+            self.rollout = self.sampler.rollout(
+                first_problem=progress.rl_cursor,
+                step=progress.step + 1,
+                score_first=not self.proved,
+                on_step=self.log.sampling(config.prompts_per_rollout * config.group_size, self.stop),
+                reference=reference(self.model, self.frozen) if config.beta else None,
+            )
+            if self.rollout is None:
+                return False
+            self.log.samples(self.rollout.samples)
+            self.watch.measure(self.model, self.rollout)
         progress.rl_cursor += config.prompts_per_rollout * self.rollout.facts["sampling_rounds"]
         return True
 
@@ -280,6 +281,7 @@ class Trainer:
         of_answers = algo in ("gspo", "reinforce")  # the ratios; else of tokens
         ratios_total = trained if of_answers else distributed.total(sum(len(batch.targets) for batch in batches))
         metrics, ratios, log_ratios = [], [], []
+        sharding.keep_pace(self.model, len(batches))
         for batch, old_logp, ref_logp in zip(batches, rollout.old_logp[update], rollout.ref_logp[update], strict=True):
             A, w = (x[batch.index].to(config.device, non_blocking=True) for x in (advantages, weights))  # (N,), (N,)
             batch = batch.to(config.device)
@@ -332,7 +334,7 @@ class Trainer:
         rollout = self.rollout.state() if self.progress.update else None
         progress = dataclasses.asdict(self.progress)
         what = path, self.model, self.optimizer, progress, rollout, self.inputs, self.frozen
-        distributed.first(lambda: runstate.save_state(*what))
+        runstate.save_state(*what)
         program.state = path
 
     def finish(self) -> tuple[pathlib.Path, dict]:

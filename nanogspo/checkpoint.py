@@ -16,11 +16,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from nanogspo import sharding
 from nanogspo.families import ModelConfig, export_config, model_config, text_part
 from nanogspo.inputs import named, read_json, some, tell
 from nanogspo.lora import lora_layers
@@ -45,7 +46,12 @@ COMPARED = 2**20  # numbers of two matrices at a time
 
 
 def load(
-    path_or_repo: str | os.PathLike, *, device="cpu", dtype: torch.dtype = torch.bfloat16, quant: str | None = None
+    path_or_repo: str | os.PathLike,
+    *,
+    device="cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    quant: str | None = None,
+    shard: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
     """A Transformer with the weights of a Hugging Face checkpoint.
 
@@ -54,6 +60,7 @@ def load(
     quant         "nf4" or "int8": pack the linear layers inside the blocks, each as soon as it is read
                   None: as the checkpoint is. bitsandbytes' 4-bit folders keep their packed weights, bit for bit, and
                   whatever layers they left in 16 bits; with "nf4" they do the same
+    shard         spreads the empty model over the processes (sharding.shard): each then reads its own rows only
     returns       the model, in eval mode, frozen if weights are packed; `model.folder` is where its files are
 
     Peak memory: the model's bytes, packed where it is packed, plus the largest tensor that is converted or packed, plus
@@ -70,6 +77,8 @@ def load(
     _check(folder, model, found, quant)
     _tie(folder, model, found, dtype)
     _say_what_else_is_there(folder, model.config, found.skipped)
+    if shard:
+        shard(model)
     _fill(model, found, device, dtype, quant)
     if packed_layers(model):
         model.requires_grad_(False)  # packed weights cannot be trained; an adapter over them can
@@ -192,7 +201,7 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
     for name, stored in found.weights.items():
         if match := experts.EXPERT.fullmatch(name):
             with named(f"{stored.path}: {name}"):
-                experts.put_expert(model, match, stored.read().to(dtype).to(device), quant)
+                experts.put_expert(model, match, lambda stored=stored: stored.read().to(dtype).to(device), quant)
             continue
         parent, leaf = name.rsplit(".", 1)
         module = model.get_submodule(parent)
@@ -203,6 +212,8 @@ def _fill(model: Transformer, found: Found, device, dtype: torch.dtype, quant: s
         elif parent in packs and leaf == "weight":  # rounded to dtype first: the weights that everybody else packs
             with named(f"{stored.path}: {name}"):
                 put(model, parent, quantize_linear(stored.read().to(dtype).to(device), module.bias, quant))
+        elif sharding.is_sharded(into := getattr(module, leaf)):
+            sharding.fill(into, lambda rows, stored=stored: stored.read(rows).to(dtype))
         else:
             module.register_parameter(leaf, nn.Parameter(stored.read().to(dtype).to(device)))
 

@@ -140,9 +140,11 @@ class TrainConfig:
     dtype: str = flag("auto", "of the weights; auto: bf16, or fp32 for tiny and on CPUs without bf16 units", DTYPES)
     quant: str = flag("none", "pack the frozen linear layers under LoRA; none: as the checkpoint is", QUANTS)
     device: str = flag("auto", "auto: cuda when there is one", ("auto", "cpu", "cuda"), group="machine")
+    shard: str = flag("auto", "by torchrun: spread weights over processes; auto: if a whole copy does not fit", AUTO)
     threads: int = flag(0, "CPU threads; 0: torch's own choice", high=1024)
     check: bool = flag(False, "say whether this model's numbers can be trusted here, and end: nothing is trained")
     plan_only: bool = flag(False, "print what the run would take and end: no weights are read, no folder is made")
+    plan_for: str = flag("", "NxGB, such as 2x80: print the plan for N such GPUs instead, with a floor of its time")
     ignore_memory_plan: bool = flag(False, "start although the plan says that the memory cannot suffice")
 
     def __post_init__(self) -> None:
@@ -295,12 +297,12 @@ def parse(config_class: type, argv: list[str], prog: str) -> tuple[Any, set[str]
 
 
 # Said anew at every call, so not in config.yaml
-PER_CALL = {"resume", "out", "accept_changes", "check", "plan_only", "ignore_memory_plan"}
+PER_CALL = {"resume", "out", "accept_changes", "check", "plan_only", "plan_for", "ignore_memory_plan"}
 # What a resumed run may change: how long it goes on, what it saves and evaluates, where and how it is computed
 MAY_CHANGE = PER_CALL | {
     "steps", "eval_every", "eval_size", "eval_samples", "patience", "keep_best", "save_every",
     "keep_saves", "save_merged", "control", "device", "threads", "push_to_hub", "tracker", "tracker_project",
-    "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout",
+    "rollout_rows", "micro_batch_tokens", "gradient_checkpointing", "updates_per_rollout", "shard",
 }  # fmt: skip
 
 
@@ -457,6 +459,11 @@ def check(config: TrainConfig, judged: bool = False) -> None:
         raise ValueError(f"got {got}: packed weights cannot be trained; want an adapter over them, --lora-r 16")
     if config.adapter and not config.lora_r:
         raise ValueError("got --adapter with --lora-r 0 (full fine-tuning), want one or the other")
+    if config.quant != "none" and config.shard == "on":
+        got = f"--shard on with --quant {config.quant}, whose packed weights every process holds whole"
+        raise ValueError(f"got {got}; want --shard auto, or --quant none")
+    if not re.fullmatch(r"([1-9]\d{0,4}x[1-9]\d{0,4})?", config.plan_for):
+        raise ValueError(f"got --plan-for {config.plan_for}, want PROCESSESxGB of a GPU, such as 2x80")
     if not re.fullmatch(r"(.+\.py:\w+|conversation|python)?", config.environment):
         raise ValueError(f"got --environment {config.environment}, want FILE.py:Class")
     if rl:

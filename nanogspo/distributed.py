@@ -1,5 +1,6 @@
-"""One run by many processes: each holds the whole model, samples and trains on its own prompts, and the gradients of an
-update are added up. torchrun starts the processes; no flag changes its meaning.
+"""One run by many processes: each samples and trains on its own prompts, and the gradients of an update are added up.
+torchrun starts the processes; no flag changes its meaning. Each holds the whole model, unless it is sharded
+(sharding.py).
 
     torchrun --standalone --nproc-per-node 2 train.py
 
@@ -14,8 +15,7 @@ leaves one out lets the others wait.
 
 In one process every function gives back what it was given, and torch.distributed is not even started.
 
-Left out: sharding (a model that fits on no device), sending weights, a wrapper like DDP, which would sum at every
-micro-batch.
+Left out: sending weights, a wrapper like DDP, which would sum at every micro-batch.
 
 Source: data parallelism by a sum of gradients, Goyal et al., arXiv:1706.02677.      Tests: tests/test_distributed.py
 """
@@ -67,6 +67,16 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def seed(run: int, step: int) -> None:
+    """Seed torch's own generator for an update: every process and every update draws other numbers, resumed or not."""
+    torch.manual_seed(((run * 1_000_003 + step) * world() + rank()) % 2**63)
+
+
+def local_world() -> int:
+    """Processes on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+
+
 def mine(count: int) -> range:
     """Of `count` things, the numbers of this process's."""
     return range(rank(), count, world())
@@ -114,10 +124,11 @@ def first(make: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up every parameter's gradient over the processes, as one message; a missing one is 0."""
-    if world() == 1:
+    """Add up every parameter's gradient over the processes, as one message; a missing one is 0. Those of a sharded
+    weight have been added up in the backward pass."""
+    parameters = [p for p in parameters if not hasattr(p, "full_tensor")]
+    if world() == 1 or not parameters:
         return
-    parameters = list(parameters)
     flat = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])  # (all,)
     with together():
         dist.all_reduce(flat)
@@ -125,18 +136,20 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         p.grad = grad.view_as(p)
 
 
-def check_same(named: Iterable[tuple[str, Tensor]]) -> None:
+def check_same(named: Iterable[tuple[str, Tensor]], files: dict[str, str] | None = None) -> None:
     """Raises ValueError unless all processes hold the same bits: another file, or another version of a library, on one
-    host would otherwise show as a policy that slowly falls apart."""
+    host would otherwise show as a policy that slowly falls apart. files: hashes of what was read, since processes hold
+    different rows of a sharded weight."""
     if world() == 1:
         return
-    digest = hashlib.sha256()
-    for name, tensor in named:
+    digest = hashlib.sha256(repr(files).encode())
+    for name, tensor in ((name, tensor) for name, tensor in named if not hasattr(tensor, "full_tensor")):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     found = gather(digest.hexdigest())
     if len(set(found)) > 1:
         odd = [r for r, other in enumerate(found) if other != found[0]]
-        raise ValueError(f"got other weights in processes {odd} than in process 0, want the same files on every host")
+        want = "want the same files on every host"
+        raise ValueError(f"got other weights or files in processes {odd} than in process 0, {want}")
 
 
 def _on_cpu(value: Any) -> Any:

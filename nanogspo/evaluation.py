@@ -40,7 +40,7 @@ def examine(
     config, tokens = sampler.config, [len(sampler.chat.prompt(problem)) for problem in problems]
     # no more memory than a rollout: there a group shares its prompt, here every row has its own
     slots = config.max_episode_tokens if config.environment else max(tokens) + config.max_new_tokens - 1
-    rows = max(1, planner.cache_slots(config, max(tokens)) // slots)
+    rows = max(1, planner.cache_slots(config, max(tokens), distributed.world()) // slots)
     samples, facts = sampler.answers(problems, 1, 0.0, EXAM_STREAM, on_step, most=rows)
     if samples is None:
         return 0, {}

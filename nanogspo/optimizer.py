@@ -13,14 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nanogspo import distributed
+from nanogspo import distributed, sharding
 
 
 class Optimizer:
     """AdamW on the trainable parameters of a model. state() and load_state() are flat dictionaries of tensors."""
 
     def __init__(self, model: nn.Module, *, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)):
-        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.model, self.named = model, list(sharding.trained(model).items())
         if not self.named:
             raise ValueError("got a model without trainable parameters; add a LoRA adapter or unfreeze it")
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for _, p in self.named]
@@ -42,7 +42,7 @@ class Optimizer:
         """One update. Returns the gradient's norm before clipping. A norm that is not finite raises FloatingPointError:
         the weights are then still the last good ones."""
         distributed.sum_gradients(self.masters)
-        norm = nn.utils.clip_grad_norm_(self.masters, grad_clip)
+        norm = sharding.whole(nn.utils.clip_grad_norm_(self.masters, grad_clip))
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient's norm is {norm.item()}; the weights are as they were before this update; "
@@ -50,6 +50,7 @@ class Optimizer:
             )
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        sharding.reshard(self.model)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         for (_, p), master in zip(self.named, self.masters, strict=True):
@@ -58,16 +59,17 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs to continue bit for bit: moments, step counts, masters."""
+        """Everything a resumed run needs to continue bit for bit: moments, step counts, masters. Of a sharded model
+        this process's rows (sharding.whole gives all)."""
         out = {}
         for (name, p), master in zip(self.named, self.masters, strict=True):
             out.update({f"{name}.{key}": value for key, value in self.adamw.state[master].items()})
-            if p is not master:
+            if master.dtype != sharding.dtype(self.model, p):
                 out[f"{name}.master"] = master.detach()
         return out
 
     def load_state(self, tensors: dict[str, Tensor], read: Callable[[str, Tensor], None] | None = None) -> None:
-        """What state() returned. Raises ValueError, with nothing changed, when it belongs to other parameters.
+        """What state() returned, whole. Raises ValueError, with nothing changed, when it belongs to other parameters.
 
         read  (name, where to): puts a tensor to its place, so that no two are held twice; `tensors` may then be on the
               meta device. Default: a copy of those in `tensors`
@@ -75,20 +77,21 @@ class Optimizer:
         read = read or (lambda name, into: into.copy_(tensors[name]))
         shapes = {}
         for (name, p), master in zip(self.named, self.masters, strict=True):
-            shapes |= {f"{name}.master": master.shape} if p is not master else {}
+            shapes |= {f"{name}.master": master.shape} if master.dtype != sharding.dtype(self.model, p) else {}
             if f"{name}.step" in tensors:  # not before the first update
                 shapes |= {f"{name}.step": (), f"{name}.exp_avg": master.shape, f"{name}.exp_avg_sq": master.shape}
         given = {name: t.shape for name, t in tensors.items() if t.dtype == torch.float32}
         wrong = sorted(name for name in shapes.keys() | tensors.keys() if shapes.get(name) != given.get(name))
         if wrong:
             raise ValueError(f"got an optimiser state whose {wrong[0]} does not fit its parameter; want the run's own")
-        for (name, p), master in zip(self.named, self.masters, strict=True):
-            if p is not master:
+        for (name, _), master in zip(self.named, self.masters, strict=True):
+            if f"{name}.master" in shapes:
                 read(f"{name}.master", master.data)
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):  # fused AdamW keeps its step count where the parameter is
                 if f"{name}.{key}" in tensors:
-                    state[key] = torch.empty(shapes[f"{name}.{key}"], device=master.device)  # fp32, as the masters
+                    empty = torch.empty((), device=master.device)
+                    state[key] = empty if key == "step" else torch.empty_like(master.detach())  # fp32, as the masters
                     read(f"{name}.{key}", state[key])
             self.adamw.state[master] = state
 

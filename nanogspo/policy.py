@@ -7,12 +7,13 @@ Tests: tests/test_train.py
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
 import torch
 
-from nanogspo import checkpoint, distributed, lora, tiny
+from nanogspo import checkpoint, distributed, lora, sharding, tiny
 from nanogspo.config import TrainConfig, resolve
 from nanogspo.device import DTYPES
 from nanogspo.model import Transformer
@@ -50,13 +51,17 @@ def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Token
 def build(config: TrainConfig, task: Task | None) -> Transformer:
     """The model with its adapter, in training mode."""
     device, dtype, quant = config.device, DTYPES[config.dtype], quantization(config)
+    sharded = config.shard == "on" and distributed.world() > 1
+    shard = functools.partial(sharding.shard, dtype=dtype, full=not config.lora_r) if sharded else None
     if config.model == "tiny":
         _, model = tiny.build(task.characters, seed=config.seed, architecture=config.architecture)
         model.to(device, dtype)
         if quant:
             quantize_model(model, quant)
+        if shard:
+            shard(model)
     else:
-        model = checkpoint.load(config.model, device=device, dtype=dtype, quant=quant)
+        model = checkpoint.load(config.model, device=device, dtype=dtype, quant=quant, shard=shard)
     adapt(model, config)
     model.train()
     model.gradient_checkpointing = config.gradient_checkpointing == "on"
@@ -66,7 +71,8 @@ def build(config: TrainConfig, task: Task | None) -> Transformer:
 
 def save(model: Transformer, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     """adapter/ in PEFT's format for LoRA, model/ for full fine-tuning; both with --save-merged."""
-    distributed.first(lambda: _save(model, config, folder, tokenizer))
+    with sharding.gathered(model):
+        distributed.first(lambda: _save(model, config, folder, tokenizer))
 
 
 def _save(model: Transformer, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_distributed.py
 """
 
+import datetime
+import functools
 import json
 import os
 import socket
@@ -13,10 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from nanogspo import distributed
+from nanogspo import checkpoint, distributed, sharding, tiny
 from nanogspo.config import TrainConfig
+from nanogspo.families import model_config
+from nanogspo.lora import add_lora
+from nanogspo.model import Transformer
+from nanogspo.optimizer import Optimizer
+from nanogspo.packing import Example, pack, score
+from nanogspo.rollout import generate
 from nanogspo.run.log import read_rows
+from nanogspo.storage import state as runstate
+from nanogspo.storage.safetensors import Stored
 from train import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +91,7 @@ print(json.dumps({"rank": rank, "ended": not torch.distributed.is_initialized(),
 """
 
 
-def two(fault="", **changes):
+def two(fault="", script=SCRIPT, **changes):
     """Two processes, as torchrun would start them: their exit codes and what they said on stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,7 +101,7 @@ def two(fault="", **changes):
     argument = json.dumps({"fault": fault, "config": SMALL | changes})
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, argument], cwd=ROOT, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            [sys.executable, "-c", script, argument], cwd=ROOT, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for r in range(2)
@@ -159,7 +170,7 @@ def test_what_processes_say_to_each_other(runs):
     *_, found = runs
     assert [f.pop("rank") for f in found] == [0, 1] and all(f.pop("ended") for f in found)
     assert [f.pop("odd") for f in found] == [
-        "got other weights in processes [1] than in process 0, want the same files on every host"
+        "got other weights or files in processes [1] than in process 0, want the same files on every host"
     ] * 2
     assert [f.pop("mine") for f in found] == [[0, 2, 4], [1, 3]]
     assert found[0] == found[1] == {
@@ -188,3 +199,166 @@ def test_one_process_needs_no_other():
 def test_order_is_restored(world, count):
     things = list("abcdefgh"[:count])
     assert distributed.in_order([things[r::world] for r in range(world)]) == things
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sharding: what two processes do that hold half of every weight each
+
+# name -> dtype, config.json's changes, LoRA
+CASES = {
+    "full": (torch.float32, {}, False),
+    "full bf16, untied": (torch.bfloat16, {"tie_word_embeddings": False}, False),
+    "lora bf16": (torch.bfloat16, {}, True),
+    "experts": (torch.float32, {"model_type": "qwen3_moe", **tiny.EXPERTS}, False),
+}
+SMALLER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 31}
+ON = {"shard": "on", "steps": 4, "warm_steps": 1}
+
+
+def empty(changes):
+    with torch.device("meta"):
+        return Transformer(model_config(tiny.CONFIG | SMALLER | {"moe_intermediate_size": 24} | changes))
+
+
+def filled(folder, dtype, lora, shard=None):
+    """The model in `folder`, with an adapter whose B is not 0."""
+    model = checkpoint.load(folder, dtype=dtype, shard=shard)
+    if lora:
+        add_lora(model, r=2, alpha=4)
+        draw = torch.Generator().manual_seed(5)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(0, 0.1, generator=draw)
+    return model.train()
+
+
+def batches_of(rank, update):
+    """Process 0 has three micro-batches, process 1 one."""
+    draw = torch.Generator().manual_seed(10 * update + rank)
+    tokens = lambda n: torch.randint(1, 31, (n,), generator=draw).tolist()  # noqa: E731
+    examples = [Example.answered(tokens(4), tokens(3 + n)) for n in range(3 - 2 * rank)]
+    return [batch for example in examples for batch in pack([example], max_tokens=99)]
+
+
+def backward(model, batch, scale):
+    (score(model, batch)[0].mean() * scale).backward()
+
+
+def sharded_update(model, optimizer, update):
+    own = batches_of(distributed.rank(), update)
+    sharding.keep_pace(model, len(own))
+    for batch in own:
+        backward(model, batch, -0.25)
+        optimizer.accumulate()
+    return optimizer.step(1e-2, 1e9)  # clipped by a norm, whose terms are added in another order, bits would differ
+
+
+def played_update(model, optimizer, update, lora):
+    """The same by one process that plays both. Sharded, gradients meet after every pass, and empty passes come first;
+    replicas' meet once an update."""
+    sums = [[torch.zeros_like(m) for m in optimizer.masters] for _ in range(3)]
+    for rank in range(2):
+        own = batches_of(rank, update)
+        for n, batch in enumerate(own, 3 - len(own)):
+            backward(model, batch, -0.25)
+            for total, (_, p) in zip(sums[rank if lora else n], optimizer.named, strict=True):
+                total += 0 if p.grad is None else p.grad.float()
+            model.zero_grad()
+    for master, *parts in zip(optimizer.masters, *sums, strict=True):
+        master.grad = sum(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world", lambda: 1)
+        optimizer.step(1e-2, 1e9)
+
+
+def same(model, plain):
+    """Whether two models hold the same bits, as they compute."""
+    with sharding.gathered(model):
+        pairs = zip(model.named_parameters(), plain.named_parameters(), strict=True)
+        return all(n == m and p.dtype == q.dtype and torch.equal(p, q) for (n, p), (m, q) in pairs)
+
+
+def sharded_case(folder, dtype, changes, lora):
+    """Runs in both processes. Returns what holds, by name."""
+    shard, found = functools.partial(sharding.shard, dtype=dtype, full=not lora), {}
+    sizes, read = [], Stored.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stored, "read", lambda s, rows=None: sizes.append((s.shape, t := read(s, rows))) or t)
+        model = filled(folder, dtype, lora, shard)
+    found["rows alone are read"] = sum(t.numel() for _, t in sizes) <= 0.51 * sum(
+        p.numel() for p in empty(changes).parameters()
+    )
+    plain = filled(folder, dtype, lora)
+    optimizer, its = Optimizer(model), Optimizer(plain)
+    held = sum(sharding.local(p).numel() for p in sharding.trained(model).values() if sharding.is_sharded(p))
+    found["half is held"] = lora or held <= 0.51 * sum(p.numel() for p in plain.parameters())
+    found["same at the start"] = same(model, plain)
+    batch = batches_of(0, 9)[0]
+    for update in range(2):  # a pass without gradients leaves the root gathered: it must not be the old one afterwards
+        with torch.no_grad():
+            found[f"scores {update}"] = all(map(torch.equal, score(model, batch), score(plain, batch)))
+        sharded_update(model, optimizer, update)
+        played_update(plain, its, update, lora)
+        found[f"update {update}"] = same(model, plain)
+    prompts, how = [[3, 4, 5], [6, 7]], {"group_size": 2, "max_new_tokens": 6 - 4 * distributed.rank(), "eos_ids": (0,)}
+    with sharding.gathered(model):
+        found["answers"] = generate(model, prompts, **how) == generate(plain, prompts, **how)
+    path = folder / "state.safetensors"
+    runstate.save_state(path, model, optimizer, {}, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "rank", lambda: 0)
+        patch.setattr(distributed, "agree", bool)
+        apart = path.with_name(f"plain{distributed.rank()}{os.environ['RANK']}.safetensors")
+        runstate.save_state(apart, plain, its, {}, None)
+    found["one format"] = path.read_bytes() == apart.read_bytes()
+    for name, other in (("two", filled(folder, dtype, lora, shard)), ("one", filled(folder, dtype, lora))):
+        again = Optimizer(other)
+        runstate.load_state(path, other, again)
+        if name == "two":
+            sharded_update(other, again, 2)
+        else:
+            played_update(plain, its, 2, lora)
+            played_update(other, again, 2, lora)
+        found[f"resumed by {name}"] = same(other, plain) if name == "one" else other
+    found["resumed by two"] = same(found["resumed by two"], plain)
+    with sharding.gathered(model):
+        distributed.first(lambda: checkpoint.save(model, folder / "out"))
+    sharded_update(model, optimizer, 2)  # after a save the rows can be dropped and moved as ever
+    found["goes on"] = same(model, plain)
+    return found
+
+
+def sharded(folder):
+    """Both processes: every case, then a run of train.py."""
+    distributed.WAIT = datetime.timedelta(seconds=20)  # a process that waits in vain is a failure, not a hang
+    found = {}
+    with distributed.started():
+        for name, case in CASES.items():
+            found[name] = sharded_case(Path(folder) / name, *case)
+        print(json.dumps(found), file=sys.stderr)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for name, (dtype, changes, _) in CASES.items():
+        model = empty(changes).to_empty(device="cpu")
+        for module in model.modules():
+            if isinstance(module, nn.Module) and hasattr(module, "eps"):
+                module.weight.data.fill_(1.0)
+        model.init_weights(0, std=0.1)
+        draw = torch.Generator().manual_seed(1)
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.data += 0.2 * torch.randn(p.shape, generator=draw)
+        checkpoint.save(model.to(dtype), folder / name)
+    script = f"from tests.test_distributed import sharded; sharded({str(folder)!r})"
+    codes, said = two(script=script)
+    assert codes == [0, 0], said
+    return folder, [json.loads(text.splitlines()[-1]) for text in said]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_with_half_of_every_weight_are_one_with_all(shards, case):
+    _, found = shards
+    assert found[0][case] == found[1][case] == dict.fromkeys(found[0][case], True)

@@ -28,7 +28,8 @@ LIMITS = {"train.py": 300, "nanogspo/model.py": 200}
 # A row is a file, or all files of a package that have no row of their own; these may import each other, without a cycle
 ORDER = """
     kernels
-    nanogspo.distributed nanogspo.inputs nanogspo.words nanogspo.config nanogspo.device nanogspo.families
+    nanogspo.distributed nanogspo.sharding nanogspo.inputs nanogspo.words nanogspo.config nanogspo.device
+    nanogspo.families
     nanogspo.tasks.base
     nanogspo.storage.files nanogspo.tasks.mix nanogspo.tasks.addition nanogspo.tasks.remote nanogspo.tasks.rewards
     nanogspo.special_tokens nanogspo.templates nanogspo.tokenizer

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 
-from nanogspo import distributed, policy
+from nanogspo import distributed, policy, sharding
 from nanogspo.data import Data
 from nanogspo.evaluation import examine, held_out_loss, sample_answers
 from nanogspo.run.log import RunLog
@@ -25,7 +25,8 @@ class Evaluations:
 
     def examine(self, problems: list, step: int) -> tuple[int, dict[str, float]]:
         """How many of these problems are answered right, 0 if the run is asked to stop; and other numbers."""
-        return examine(self.sampler, problems, self.log.sampling(len(problems), self.stop), step)
+        with sharding.gathered(self.sampler.model):
+            return examine(self.sampler, problems, self.log.sampling(len(problems), self.stop), step)
 
     def make(self, step: int, phase: str, last: bool = False) -> None:
         """Held-out problems or rows, after update `step`. Stopped in the middle it logs nothing, and the resumed run
@@ -35,9 +36,10 @@ class Evaluations:
         if log.has(**where, eval_count=config.eval_size):  # already logged: the run was killed after this row
             return
         if data.held_out:
-            loss, accuracy = held_out_loss(model, data.held_out, config, self.stop)
-            on_step = log.sampling(3, self.stop)
-            answers = sample_answers(model, data.chat, data.held_out, config, on_step) if last else []
+            with sharding.gathered(model):
+                loss, accuracy = held_out_loss(model, data.held_out, config, self.stop)
+                on_step = log.sampling(3, self.stop)
+                answers = sample_answers(model, data.chat, data.held_out, config, on_step) if last else []
             if not distributed.agree(self.stop):
                 self.keep_best(phase, -loss)
                 log.answers(step, answers)

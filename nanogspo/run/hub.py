@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from nanogspo import checkpoint, distributed, policy
+from nanogspo import checkpoint, distributed, policy, sharding
 from nanogspo.config import TrainConfig, dump
 from nanogspo.data import Data
 from nanogspo.model import Transformer
@@ -27,9 +27,10 @@ CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 def save_weights(model: Transformer, config: TrainConfig, data: Data, folder: Path) -> None:
     """policy.save, and where it has merged an adapter a look at what was written."""
     policy.save(model, config, folder, data.chat.tokenizer)
-    if config.lora_r and (config.save_merged or config.model == "tiny") and distributed.rank() == 0:
+    if config.lora_r and (config.save_merged or config.model == "tiny"):
         tokens = data.rows[0].tokens if data.rows else data.chat.prompt(data.task.train_problem(0, config.seed))
-        print(check_merged(model, folder / "model", tokens[:64]))
+        with sharding.gathered(model):
+            print(distributed.first(lambda: check_merged(model, folder / "model", tokens[:64])))
 
 
 @torch.no_grad()

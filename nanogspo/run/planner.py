@@ -5,16 +5,23 @@ Weights, adapter, gradients, optimiser and KV cache are counted exactly: a run i
 refused. Activations, vocabulary tiles and the scores of a decode step are estimates from the shapes (activations: what
 autograd keeps, within a tenth; the backward pass has a few temporaries besides), and only warn.
 
-Reading order: outline, memory_parts, most, too_large, memory_report, approve.      Tests: tests/test_planner.py
+Of several processes (`ranks`) the plan is that of each: a replica, or with --shard on its rows of every weight, and all
+weights whole while it samples. --plan-for asks about another machine, and for the least time of each phase.
+
+Reading order: outline, memory_parts, most, too_large, memory_report, approve; time_floor.
+Tests: tests/test_planner.py, tests/test_recipes.py (the README's table of hardware)
 """
 
 import dataclasses
 
 import torch
 
+from kernels.packed import MAX_ROWS
 from kernels.prepacked import can_prepack_head, nbytes
+from nanogspo import distributed
 from nanogspo.checkpoint import tensor_bytes
 from nanogspo.config import TrainConfig
+from nanogspo.device import choose_device, choose_dtype
 from nanogspo.families import ModelConfig, model_config
 from nanogspo.fast.fused_linear import prepacked_groups
 from nanogspo.lora import describe, lora_layers
@@ -28,8 +35,9 @@ CACHE, PREPACKED, SCORES = "KV cache of a rollout", "prepacked weights", "scores
 GRAPH, WORKSPACES = "CUDA graph of a decode step (estimate)", "library workspaces"
 GRADIENTS, ACTIVATIONS, TILES = "gradients", "activations (estimate)", "vocabulary tiles"
 MOMENTS, MASTERS, REFERENCE = "optimiser (two moments)", "fp32 masters", "reference policy"
-ROLLOUT, UPDATE = (CACHE, PREPACKED, SCORES), (GRADIENTS, ACTIVATIONS, TILES)
-ESTIMATES = (SCORES, GRAPH, WORKSPACES, ACTIVATIONS, TILES)
+WHOLE, GATHERED = "whole weights of a rollout", "gathered layers (estimate)"  # of a sharded model
+ROLLOUT, UPDATE = (CACHE, PREPACKED, SCORES, WHOLE), (GRADIENTS, ACTIVATIONS, TILES, GATHERED)
+ESTIMATES = (SCORES, GRAPH, WORKSPACES, ACTIVATIONS, TILES, GATHERED)
 WORKSPACE = 32 * 2**20  # bytes cuBLAS takes on sm_90 for each stream that multiplies (torch's :4096:2:16:8)
 
 
@@ -46,8 +54,17 @@ def outline(raw: dict, dtype: torch.dtype, quant: str | None) -> Transformer:
     return model
 
 
-def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -> dict[str, int]:
-    """Bytes by part. longest_prompt: tokens."""
+def machine(config: TrainConfig) -> dict[str, object]:
+    """The fields of the configuration that the machine decides: this one, or that of --plan-for."""
+    if config.plan_for:
+        return {"device": "cuda", "dtype": "fp32" if config.dtype == "fp32" else "bf16", "plan_only": True}
+    device = choose_device(config.device)
+    stored = torch.float32 if config.model == "tiny" else torch.bfloat16
+    return {"device": device, "dtype": choose_dtype(config.dtype, device, stored)}
+
+
+def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int, ranks: int = 1) -> dict[str, int]:
+    """Bytes by part, of each of `ranks` processes. longest_prompt: tokens."""
     c = model.config
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted = bool(lora_layers(model))
@@ -55,12 +72,17 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     masters = sum(p.numel() for p in trained if p.element_size() < 4) * 4
     element = model.norm.weight.element_size()
     rl = config.algo != "sft"
-    T = batch_tokens(config, longest_prompt)
+    T = batch_tokens(config, longest_prompt, ranks)
     layers = [T * layer_bytes(config, c, element, kind) for kind in c.layer_types]
     kept = T * c.hidden_size * element  # what gradient checkpointing keeps of a layer: its input
     activations = max(layers) + c.num_layers * kept if config.gradient_checkpointing == "on" else sum(layers)
+    weights = weight_parts(model)
+    if config.shard == "on" and ranks > 1:
+        weights |= sharded_parts(model, weights["weights"], ranks)
+        if not adapted:  # a row of the shard is its own master
+            numbers, masters = -(-numbers // ranks), 0
     parts = {
-        **weight_parts(model),
+        **weights,
         "adapter": tensor_bytes(trained) if adapted else 0,
         GRADIENTS: numbers * 4,
         MOMENTS: numbers * 8,
@@ -74,10 +96,11 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int) -
     # evaluations sample, too
     parts[PREPACKED] = 0 if on_gpu or config.prepack == "off" else prepacked_bytes(model)
     if rl:
-        parts[CACHE] = cache_slots(config, longest_prompt) * slot_bytes(c, element, on_gpu)
-        parts[CACHE] += rollout_rows(config) * row_bytes(c, element)
+        rows = rollout_rows(config, ranks)
+        parts[CACHE] = cache_slots(config, longest_prompt, ranks) * slot_bytes(c, element, on_gpu)
+        parts[CACHE] += rows * row_bytes(c, element)
         copies = 2 if config.temperature == 1 else 3  # logits, those divided by the temperature, probabilities
-        parts[SCORES] = copies * rollout_rows(config) * c.vocab_size * 4
+        parts[SCORES] = copies * rows * c.vocab_size * 4
         parts[GRAPH] = parts[SCORES] if on_gpu else 0  # the pool of all graphs keeps what a step makes, for good
     return {name: size for name, size in parts.items() if size}
 
@@ -95,6 +118,17 @@ def weight_parts(model: Transformer) -> dict[str, int]:
     }
 
 
+def sharded_parts(model: Transformer, whole: int, ranks: int) -> dict[str, int]:
+    """What becomes of `whole` bytes of weights. A layer computes while the next one is gathered; a trained one also has
+    a gradient in its own dtype, and the same in fp32 on its way to the processes."""
+    frozen, element = bool(lora_layers(model)), model.norm.weight.element_size()
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    root = whole // element - sum(layers)  # embedding, head and last norm
+    moving = 0 if frozen else max(root, max(layers)) * (element + 4)
+    rows = whole if frozen else whole // element * 4
+    return {"weights": -(-rows // ranks), WHOLE: whole, GATHERED: (root + 2 * max(layers)) * element + moving}
+
+
 def sampling_parts(model: Transformer, slots: int, device: str) -> dict[str, int]:
     """What sample.py holds. slots: tokens that the KV cache has room for."""
     slot = slot_bytes(model.config, model.norm.weight.element_size(), device == "cuda")
@@ -110,6 +144,7 @@ def most(parts: dict[str, int], without: tuple[str, ...] = ()) -> int:
 
 
 LOWER = {
+    **dict.fromkeys((WHOLE, GATHERED), "LoRA over packed weights: --quant nf4 --lora-r 16"),
     CACHE: "a lower --rollout-rows, --group-size or --max-new-tokens",
     PREPACKED: "--prepack off",
     **dict.fromkeys((SCORES, GRAPH), "a lower --rollout-rows or --group-size"),
@@ -134,25 +169,48 @@ def too_large(parts: dict[str, int], available: int, without: tuple[str, ...] = 
     )
 
 
-def decide_prepacking(config: TrainConfig, model: Transformer, longest_prompt: int, available: float) -> TrainConfig:
+def decide_sharding(
+    config: TrainConfig, model: Transformer, longest_prompt: int, available: float, ranks: int
+) -> TrainConfig:
+    """The config with shard "on" or "off" where it said "auto": on where a replica would take more than FILL of the
+    available bytes even with gradient checkpointing. ValueError for what cannot be sharded."""
+    packed = bool(packed_layers(model))
+    if config.shard == "on" and packed:
+        got = f"--shard on with {config.model}, whose packed weights every process holds whole"
+        raise ValueError(f"got {got}; want --shard auto")
+    if config.shard == "auto" and ranks > 1:
+        lean = dataclasses.replace(config, shard="off", gradient_checkpointing="on", prepack="off")
+        fits = packed or most(memory_parts(lean, model, longest_prompt, ranks)) <= FILL * available
+        config = dataclasses.replace(config, shard="off" if fits else "on")
+    if config.shard == "on" and ranks > 1 and is_copied(config) and not lora_layers(model):
+        got = f"--beta {config.beta:g} with sharded full fine-tuning, whose reference would be a second whole model"
+        raise ValueError(f"got {got}; want --beta 0, --shard off or an adapter (--lora-r 16)")
+    return config
+
+
+def decide_prepacking(
+    config: TrainConfig, model: Transformer, longest_prompt: int, available: float, ranks: int = 1
+) -> TrainConfig:
     """The config with prepack "on" or "off" where it said "auto": off where the copies would not fit. The sums of
     prepacked matmuls are in another order, so a resumed run keeps what was decided."""
     if config.prepack != "auto":
         return config
-    parts = memory_parts(config, model, longest_prompt)
+    parts = memory_parts(config, model, longest_prompt, ranks)
     fits = parts.get(PREPACKED, 0) == 0 or most(parts) <= FILL * available
     if not fits:
         print(f"weights are not prepacked for sampling: {human(parts[PREPACKED])} more, {human(available)} are free")
     return dataclasses.replace(config, prepack="on" if fits else "off")
 
 
-def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt: int, available: int) -> TrainConfig:
+def decide_checkpointing(
+    config: TrainConfig, model: Transformer, longest_prompt: int, available: float, ranks: int = 1
+) -> TrainConfig:
     """The config with gradient_checkpointing "on" or "off" where it said "auto": on where training would otherwise take
     more than FILL of the available bytes. Recomputing costs a third of the time, and changes no bit of a gradient."""
     if config.gradient_checkpointing != "auto":
         return config
     config = dataclasses.replace(config, gradient_checkpointing="off")
-    parts = memory_parts(config, model, longest_prompt)
+    parts = memory_parts(config, model, longest_prompt, ranks)
     needed = sum(size for name, size in parts.items() if name not in ROLLOUT)
     if needed <= FILL * available:
         return config
@@ -166,16 +224,16 @@ def decide_checkpointing(config: TrainConfig, model: Transformer, longest_prompt
 FILL = 0.85  # the rest is for temporaries of the backward pass, and for what an allocator cannot use
 
 
-def rollout_rows(config: TrainConfig) -> int:
+def rollout_rows(config: TrainConfig, ranks: int = 1) -> int:
     """Answers decoded at a time: whole groups, as rollout.generate slices them."""
-    rows = config.prompts_per_rollout * config.group_size
+    rows = -(-config.prompts_per_rollout // ranks) * config.group_size
     most = config.rollout_rows or rows
     return min(rows, max(1, most // config.group_size) * config.group_size)
 
 
-def cache_slots(config: TrainConfig, longest_prompt: int) -> int:
+def cache_slots(config: TrainConfig, longest_prompt: int, ranks: int = 1) -> int:
     """Tokens a rollout's KVCache has room for: a prompt once for its group; an answer's last token is never fed."""
-    rows = rollout_rows(config)
+    rows = rollout_rows(config, ranks)
     if config.environment:  # later turns share no prompt
         return rows * config.max_episode_tokens
     return rows // config.group_size * longest_prompt + rows * (config.max_new_tokens - 1)
@@ -203,13 +261,16 @@ def prepacked_bytes(model: Transformer) -> int:
     return sum(map(nbytes, prepacked_groups(model))) + head
 
 
-def batch_tokens(config: TrainConfig, longest_prompt: int) -> int:
+def batch_tokens(config: TrainConfig, longest_prompt: int, ranks: int = 1) -> int:
     """Tokens of the largest micro-batch, if every prompt is as long as the longest: as packing.pack lays them out."""
     answer = 0 if config.data and config.algo == "sft" else config.max_new_tokens
     alone = longest_prompt + answer - 1  # an example's last token predicts nothing
     prompt = longest_prompt - 1  # a prompt's last token stands before each of its answers
     N, G = config.prompts_per_rollout * config.group_size, config.group_size
     size = config.batch_size if config.algo == "sft" else N // config.updates_per_rollout
+    if ranks > 1:  # in whole groups
+        unit = 1 if config.algo == "sft" else G
+        size = min(size, -(-size // (unit * ranks)) * unit)
     if config.environment:
         return max(config.max_episode_tokens, config.micro_batch_tokens)
     whole = size * alone
@@ -249,7 +310,7 @@ def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, kind: str = "
     return total
 
 
-def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) -> str:
+def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int, ranks: int = 1) -> str:
     """The first thing a run prints: what is trained, with what, and what it will take."""
     c = model.config
     total = weight_count(model)
@@ -271,9 +332,10 @@ def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) 
             f"of at most {config.max_new_tokens} tokens; "
             f"clip -{config.clip_low:.0e} / +{config.clip_high:.0e}, lr {config.lr:.1e}"
         )
-    parts = memory_parts(config, model, longest_prompt)
+    parts = memory_parts(config, model, longest_prompt, ranks)
+    kind = "its rows of every weight" if config.shard == "on" else "a replica"
     lines.append(
-        "  memory: "
+        f"  memory{f' of each of {ranks} processes ({kind})' if ranks > 1 else ''}: "
         + ", ".join(f"{name} {human(size)}" for name, size in parts.items())
         + f"; together {human(sum(parts.values()))}"
     )
@@ -281,18 +343,85 @@ def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int) 
 
 
 def approve(config: TrainConfig, model: Transformer, longest_prompt: int, available: float) -> TrainConfig:
-    """Print what the run will take, and refuse one that cannot fit. Returns the config with checkpointing and
-    prepacking decided."""
-    config = decide_checkpointing(config, model, longest_prompt, available)
-    config = decide_prepacking(config, model, longest_prompt, available)
-    print(memory_report(config, model, longest_prompt))
-    parts = memory_parts(config, model, longest_prompt)
+    """Print what the run will take, and refuse one that cannot fit. Returns the config with sharding, checkpointing and
+    prepacking decided. available: bytes of the GPU, or of this host"""
+    ranks, available = distributed.world(), available / (1 if config.device == "cuda" else distributed.local_world())
+    if config.plan_for:
+        ranks, gigabytes = map(int, config.plan_for.split("x"))
+        available = gigabytes * 1e9
+    config = decide_sharding(config, model, longest_prompt, available, ranks)
+    config = decide_checkpointing(config, model, longest_prompt, available, ranks)
+    config = decide_prepacking(config, model, longest_prompt, available, ranks)
+    print(memory_report(config, model, longest_prompt, ranks))
+    parts = memory_parts(config, model, longest_prompt, ranks)
     refused = too_large(parts, available, ESTIMATES)
     if refused and not config.plan_only and not config.ignore_memory_plan:
         raise ValueError(f"{refused}; or --ignore-memory-plan")
     if note := refused or too_large(parts, available):
         print(f"  {note}")
+    if config.plan_for and gigabytes in CARDS:
+        name, bandwidth, rate = CARDS[gigabytes]
+        floors = time_floor(config, model, longest_prompt, ranks, bandwidth, rate)
+        print(f"  at least ({name}): {', '.join(f'{phase} {seconds:.2g} s' for phase, seconds in floors.items())}")
+    if tips := advice(config, model, longest_prompt, available, ranks):
+        print(f"  {tips}")
     return config
+
+
+# GB -> a usual card of that size; bytes a second, bf16 operations a second: its data sheet
+CARDS = {
+    24: ("RTX 4090", 1.008e12, 165e12),
+    48: ("L40S", 0.864e12, 362e12),
+    80: ("H100 SXM", 3.35e12, 989e12),
+    141: ("H200", 4.8e12, 989e12),
+}
+
+
+def time_floor(
+    config: TrainConfig, model: Transformer, longest_prompt: int, ranks: int, bandwidth: float, rate: float
+) -> dict[str, float]:
+    """Seconds by phase below which no run gets, if all answers are as long as they may be: of a rollout and its updates
+    or of an update of SFT. A decode step reads every weight, and the keys and values of its rows; a token of scoring or
+    training takes 2 operations a weight for each of: forward, again forward with gradient checkpointing, the gradient
+    of the inputs, and that of trained weights. Attention, kernels and messages between processes come on top.
+
+    bandwidth  bytes a second       rate  operations a second
+    """
+    c, lora = model.config, bool(lora_layers(model))
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3)
+    active = weight_count(model) - model.embed_tokens.weight.numel() * (not c.tied)
+    active -= experts * (1 - c.experts_per_token / c.num_experts) if experts else 0
+    training = 2 + (config.gradient_checkpointing == "on") * 2 + 2 + 2 * (not lora)
+    if config.algo == "sft":
+        tokens = -(-config.batch_size // ranks) * (config.max_length if config.data else longest_prompt)
+        return {"update": training * active * tokens / rate}
+    rows, weights = rollout_rows(config, ranks), weight_parts(model)
+    own = -(-config.prompts_per_rollout // ranks)
+    tokens = own * (longest_prompt + config.group_size * config.max_new_tokens)
+    packed = sum(layer.nbytes for layer in packed_layers(model).values())
+    unpacked = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
+    step = weights["weights"] + packed + (unpacked * 2 * model.norm.weight.element_size() if rows > MAX_ROWS else 0)
+    step += cache_slots(config, longest_prompt, ranks) * slot_bytes(c, model.norm.weight.element_size(), True) / 2
+    slices = -(-own * config.group_size // rows)
+    return {
+        "sampling": slices * config.max_new_tokens * step / bandwidth,
+        "scoring": 2 * active * tokens / rate,
+        f"{config.updates_per_rollout} updates": training * active * tokens / rate,
+    }
+
+
+def advice(config: TrainConfig, model: Transformer, longest_prompt: int, available: float, ranks: int) -> str:
+    """A line about what would be faster, or fit; "" for nothing."""
+    if too_large(memory_parts(config, model, longest_prompt, ranks), FILL * available):
+        for more in (n for n in (2, 4, 8, 16, 32) if n > ranks):
+            other = dataclasses.replace(config, shard="off" if packed_layers(model) else "on")
+            if most(memory_parts(other, model, longest_prompt, more)) <= FILL * available:
+                return f"it fits {more} such processes: torchrun --nproc-per-node {more} train.py ..."
+    rows = rollout_rows(config, ranks)
+    on_gpu = packed_layers(model) and config.device == "cuda" and config.algo != "sft"
+    if on_gpu and rows > MAX_ROWS >= config.group_size:
+        return f"--rollout-rows {MAX_ROWS} may sample faster: {rows} rows unpack every layer at every step"
+    return ""
 
 
 def human(size: float) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nanogspo import sharding
 from nanogspo.lora import LoRAExperts
 from nanogspo.model import Transformer
 from nanogspo.quant import STACKED, PackedExperts, dense_weight, linear_layers, put, quantize_linear
@@ -68,20 +69,24 @@ def parts(name: str, stored: Stored, wanted: dict[str, tuple]) -> dict[str, Stor
     return found
 
 
-def put_expert(model: Transformer, match: re.Match, weight: Tensor, quant: str | None) -> None:
+def put_expert(model: Transformer, match: re.Match, read: Callable[[], Tensor], quant: str | None) -> None:
     """One matrix, whose name EXPERT matched, into its stacked layer, which is allocated, or packed, when its first
-    matrix comes."""
+    matrix comes. Of a sharded stack each process reads the experts that it holds."""
     name, e = f"{match[1]}.{match[3]}", int(match[2])
     layer = model.get_submodule(name)
     if quant:
         if not isinstance(layer, PackedExperts):
             layer = PackedExperts(layer.weight, quant)  # still on the meta device
             put(model, name, layer)
-        layer[e] = quantize_linear(weight, None, quant)
+        layer[e] = quantize_linear(read(), None, quant)
         return
+    own = sharding.rows(layer.weight)
+    if not own.start <= e < own.stop:
+        return
+    weight = read()
     if layer.weight.is_meta:
         layer.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=weight.dtype, device=weight.device))
-    layer.weight.data[e] = weight
+    sharding.local(layer.weight)[e - own.start] = weight
 
 
 def stacks(model: Transformer) -> dict[str, STACKED]:

@@ -17,11 +17,14 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanogspo import distributed
 from nanogspo.inputs import some
+from nanogspo.sharding import whole
 from nanogspo.storage.files import whole_file
 
 DTYPES = {  # in the order in which the package lays tensors out: wide ones first, so that all are aligned
@@ -97,13 +100,17 @@ def read_header(path: str | os.PathLike, *, want: str = FETCH) -> tuple[dict[str
 
 
 def raw_bytes(t: Tensor) -> memoryview:
-    """A tensor's bytes, from any device and of any layout; not copied if it is on the CPU and contiguous."""
-    return memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    """A tensor's bytes, from any device and of any layout; not copied if it is on the CPU and contiguous. Of a sharded
+    one all, and all processes have to ask."""
+    flat = whole(t).detach().cpu().contiguous().view(-1).view(torch.uint8)  # (bytes,)
+    return memoryview(np.from_dlpack(flat))  # after .numpy() a storage cannot be freed, which FSDP2 does
 
 
 def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a whole file or nothing, with the very bytes of the package: a header padded to 8, then tensors by dtype
-    and name. What has to be copied is copied one at a time (a full fine-tune's state is 14 bytes a parameter)."""
+    and name. What has to be copied is copied one at a time (a full fine-tune's state is 14 bytes a parameter).
+
+    Sharded tensors are gathered one at a time, too: then all processes call this, and process 0 writes."""
     ranks = list(DTYPES.values())
     names = sorted(tensors, key=lambda name: (ranks.index(tensors[name].dtype), name))
     header, end = {"__metadata__": metadata}, 0
@@ -114,7 +121,7 @@ def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metad
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     try:
-        with whole_file(path) as f:
+        with whole_file(path) if distributed.rank() == 0 else open(os.devnull, "wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 f.write(raw_bytes(tensors[name]))

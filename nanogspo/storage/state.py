@@ -1,4 +1,4 @@
-"""What --resume reads: one safetensors file with weights, optimiser, random state, cursor and the rollout in progress.
+"""What --resume reads: one safetensors file with weights, optimiser, cursor and the rollout in progress.
 
 One file, written atomically, because half a state is worse than none: a kill at any moment leaves the last whole one.
 Tensors go in as tensors, everything else as JSON in the file's metadata; nothing is pickled.
@@ -7,6 +7,9 @@ The JSON also says what the run was made of, its configuration and a hash of eve
 the run that was stopped or says what has changed; and it has a checksum of every tensor, so that a damaged state is
 refused. The program's own version is not part of it: an update of it is no other run. States of versions that saved
 the rollout's tokens as JSON are refused.
+
+A sharded model's state is that of a whole one: its rows are gathered tensor by tensor as they are written, and each
+process reads its own. So a run goes on sharded or not, and between rollouts by any number of processes.
 
 Reading order: Progress, inputs, save_state, load_state, resume.       Tests: tests/test_state.py
 """
@@ -21,6 +24,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from nanogspo import distributed, sharding
 from nanogspo.config import MAY_CHANGE, TrainConfig, load_yaml
 from nanogspo.experience import Experience, from_state
 from nanogspo.inputs import named, some
@@ -122,11 +126,12 @@ def save_state(
     frozen: dict[str, Tensor] | None = None,
 ) -> None:
     """progress: JSON-able counters. rollout: None, or {"examples": [...], "tensors": {...}, "facts": {...}}. made_of:
-    what `inputs` returned when the run started. frozen: the policy at the start of RL, where a copy of it is kept."""
-    tensors = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
+    what `inputs` returned when the run started. frozen: the policy at the start of RL, where a copy of it is kept.
+
+    All processes call it, and process 0 writes."""
+    tensors = {MODEL + name: p.detach().to(sharding.dtype(model, p)) for name, p in sharding.trained(model).items()}
     tensors |= {OPTIMIZER + name: t for name, t in optimizer.state().items()}
     tensors |= {REFERENCE + name: t for name, t in (frozen or {}).items()}
-    tensors |= _random_state()
     facts = {"progress": progress, **(made_of or {"config": {}, "files": {}})}
     if rollout:
         examples = rollout["examples"]
@@ -144,21 +149,19 @@ def save_state(
 
 
 def write_state(path: pathlib.Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    if distributed.rank():  # which has nothing to say but its rows
+        tensors = {name: t for name, t in tensors.items() if sharding.is_sharded(t)}
     # the header comes before the tensors, so each is read once more for its checksum: 1 s per GB, of a save of several
     text = json.dumps({**facts, "checksums": {name: _checksum(t) for name, t in tensors.items()}})
     path.parent.mkdir(parents=True, exist_ok=True)
     # one entry: the package writes several in no fixed order
     write_safetensors(path, tensors, {"state": _sealed(text)})
+    distributed.agree(False)  # nobody reads it before it is written
 
 
 def _sealed(text: str) -> str:
     """A JSON object with its own checksum as the last entry, of 22 characters."""
     return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}'
-
-
-def _random_state() -> dict[str, Tensor]:
-    cuda = {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"rng.cpu": torch.get_rng_state(), **cuda}
 
 
 def _checksum(t: Tensor) -> int:
@@ -171,24 +174,23 @@ def _checksum(t: Tensor) -> int:
 
 
 def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tuple[dict, dict | None]:
-    """Put weights, optimiser and random state back in place; return (progress, rollout).
+    """Put weights and optimiser back in place; return (progress, rollout).
 
     Raises ValueError when the file is missing or damaged, or holds other parameters than the model trains. The model
     and its optimiser are then as they were.
     """
     header, facts = read_facts(path)
-    wanted = {MODEL + name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {MODEL + name: p for name, p in sharding.trained(model).items()}
     differ = sorted({n for n in header if n.startswith(MODEL)} ^ set(wanted))
     for name in sorted(wanted.keys() & header.keys()):
         kind = header[name].dtype, header[name].shape
-        differ += [name] if kind != (wanted[name].dtype, tuple(wanted[name].shape)) else []
+        differ += [name] if kind != (sharding.dtype(model, wanted[name]), tuple(wanted[name].shape)) else []
     if differ:
         raise ValueError(f"{path}: it trained other parameters ({some(differ, 4)}); resume with its own flags")
     # one tensor at a time: once for its checksum, once to its place
-    _refuse(path, [name for name, stored in header.items() if _checksum(stored.read()) != facts["checksums"][name]])
-    tensors = {n: s.read() for n, s in header.items() if n.startswith(ROLLOUT) or n in _random_state()}
-    random = {name: (tensors[name], now) for name, now in _random_state().items() if name in tensors}
-    _refuse(path, [name for name, (t, now) in random.items() if (t.dtype, t.shape) != (now.dtype, now.shape)])
+    sums = lambda: [n for n, stored in header.items() if _checksum(stored.read()) != facts["checksums"][n]]  # noqa: E731
+    _refuse(path, distributed.first(sums))
+    tensors = {n: s.read() for n, s in header.items() if n.startswith(ROLLOUT)}
     rollout = None
     if "rollout" in facts:
         examples = _examples(path, tensors.pop(TOKENS), tensors.pop(LENGTHS))
@@ -197,12 +199,10 @@ def load_state(path: pathlib.Path, model: nn.Module, optimizer: Optimizer) -> tu
     moments = {name.removeprefix(OPTIMIZER): s for name, s in header.items() if name.startswith(OPTIMIZER)}
     with named(path):
         kinds = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in moments.items()}
-        optimizer.load_state(kinds, lambda name, into: into.copy_(moments[name].read()))
+        optimizer.load_state(kinds, lambda name, into: sharding.fill(into, moments[name].read))
     for name, p in wanted.items():
-        p.data.copy_(header[name].read())
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in random:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+        if p.dtype == header[name].dtype:  # else it is a master, which the optimiser has put in place
+            sharding.fill(p, header[name].read)
     return facts["progress"], rollout
 
 
@@ -238,7 +238,7 @@ def read_facts(path: pathlib.Path) -> tuple[dict[str, Stored], dict]:
     if not path.exists():
         raise ValueError(f"{path}: no state to resume from; want the folder of a run that has saved at least once")
     header, metadata = read_header(path, want="it is incomplete or damaged; want a whole copy")
-    if "state" not in metadata or "rng.cpu" not in header:
+    if "state" not in metadata:
         raise ValueError(f"{path}: got a safetensors file that no run saved as its state; want one of this program")
     text = metadata["state"]
     try:
