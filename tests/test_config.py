@@ -104,7 +104,7 @@ def test_a_saved_record_is_read_back_as_it_was(tmp_path_factory, values):
     path.write_text(dump(config), encoding="utf-8")
     # without its own folder: a copy given to --config must not go on with the run it came from
     one_call = {"out": "", "resume": "", "accept_changes": False, "check": False, "plan_only": False}
-    one_call |= {"ignore_memory_plan": False}
+    one_call |= {"ignore_memory_plan": False, "plan_for": ""}
     assert TrainConfig(**load_yaml(path, TrainConfig, "")) == dataclasses.replace(config, **one_call)
     fields = [name for name in FIELDS if name not in one_call]
     assert list(yaml.safe_load(dump(config))) == fields  # in the order they are declared: a file to read

@@ -1,15 +1,21 @@
 """configs/*.yaml: each is read, passes the checks, says why beside its numbers, fits the card it names, and starts.
 
 Run: python -m pytest tests/test_recipes.py -s     prints the memory of each
+     python tests/test_recipes.py                  writes the README's table of hardware anew
 """
 
 import copy
 import dataclasses
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the call without pytest
+
 from test_families import REAL
 
 from lessons.small_chat import small_tokenizer
@@ -39,17 +45,17 @@ def test_a_recipe_fits_its_card_and_says_why(path):
     data = ["--data", "rows.jsonl"] if "task: jsonl" in text else []
     config, given = parse(TrainConfig, ["--config", str(path), *data], "train.py")
     check(config)
-    assert f"python train.py --config configs/{path.name}" in text.splitlines()[0]
+    assert f" train.py --config configs/{path.name}" in text.splitlines()[0]
     outline = planner.outline(published(config.model), torch.bfloat16, quantization(config))
     usual = resolve(dataclasses.replace(config, lr=0.0), weight_count(outline)).lr
     assert config.lr == pytest.approx(usual, rel=0.05) or config.model == "Qwen/Qwen3-8B"  # which rounds up to 0.6 B's
     config = resolve(dataclasses.replace(config, device="cuda", dtype="bf16"), weight_count(outline))
     adapt(outline, config)
-    parts = planner.memory_parts(config, outline, 64)
+    [(ranks, card)] = re.findall(r"(?:(\d+) )?GPUs? of (\d+) GB", text) or [("", "8")]
+    parts = planner.memory_parts(config, outline, 64, int(ranks or 1))
     needed = planner.most(parts) / 1e9
     weights = (parts["weights"] + parts.get("nf4 weights", 0)) / 1e9
     print(f"{path.stem:<22} {needed:5.1f} GB, of which weights {weights:.1f}")
-    [card] = re.findall(r"GPU of (\d+) GB", text) or ["8"]
     assert needed < int(card) * 6 / 7
     numbers = re.findall(r"^(\w+): ([^#\n]*[^#\n ]) *(#.*)?$", text, re.MULTILINE)
     assert {name for name, _, _ in numbers} == given - {"data"}
@@ -126,3 +132,53 @@ def test_a_recipe_makes_its_first_update(path, tmp_path, monkeypatch, tokenizer)
     if recipe.get("lora_r"):
         trained = read_header(folder / "adapter" / "adapter_model.safetensors")[0]
         assert all(tensor.read().any() for name, tensor in trained.items() if "lora_B" in name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the README's table of hardware
+
+README, START, END = (
+    ROOT / "README.md",
+    "<!-- hardware: python tests/test_recipes.py writes this table -->\n",
+    "<!-- end",
+)
+MACHINES = ((1, 24), (1, 48), (1, 80), (2, 80), (8, 80))  # processes, GB
+WAYS = {"full": {"lora_r": 0}, "LoRA": {}, "NF4": {"quant": "nf4"}}
+# 8 prompts of 256 tokens with 8 answers of 1024, which the table's heading says
+SHAPE = {"prompts_per_rollout": 8, "group_size": 8, "max_new_tokens": 1024, "rollout_rows": 16}
+SHAPE |= {"gradient_checkpointing": "on", "device": "cuda", "dtype": "bf16", "model": "of the row"}
+
+
+def hardware_row(name):
+    """What of full fine-tuning, LoRA and LoRA over NF4 fits each machine, and in how many GB a GPU; s: sharded."""
+    cells = {machine: [] for machine in MACHINES}
+    for way, changes in WAYS.items():
+        config = TrainConfig(**SHAPE, **changes)
+        outline = planner.outline(REAL[name][0], torch.bfloat16, quantization(config))
+        adapt(outline, config)
+        for (ranks, card), cell in cells.items():
+            chosen = planner.decide_sharding(config, outline, 256, card * 1e9, ranks)
+            needed = planner.most(planner.memory_parts(chosen, outline, 256, ranks))
+            if needed <= planner.FILL * card * 1e9:
+                cell.append(f"{way} {needed / 1e9:.0f}{' s' * (chosen.shard == 'on')}")
+    return f"| {name} | {' | '.join(', '.join(cell) or '-' for cell in cells.values())} |\n"
+
+
+def hardware_head():
+    names = [f"{ranks} x {card} GB" for ranks, card in MACHINES]
+    return f"| model | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "gemma-2-27b"])
+def test_the_readme_shows_what_fits(name):
+    """Two of the rows: every formula that makes one makes all."""
+    text = README.read_text(encoding="utf-8")
+    assert hardware_row(name) in text, "python tests/test_recipes.py writes it anew"
+    table = text.split(START)[1].split(END)[0]
+    assert hardware_head() in table and re.findall(r"^\| ([\w.-]+) \|", table, re.MULTILINE)[1:] == list(REAL)
+
+
+if __name__ == "__main__":
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    rows = "".join(map(hardware_row, REAL))
+    README.write_text(f"{before}{START}\n{hardware_head()}{rows}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")

@@ -173,14 +173,17 @@ def decide_sharding(
     config: TrainConfig, model: Transformer, longest_prompt: int, available: float, ranks: int
 ) -> TrainConfig:
     """The config with shard "on" or "off" where it said "auto": on where a replica would take more than FILL of the
-    available bytes even with gradient checkpointing. ValueError for what cannot be sharded."""
+    available bytes even with gradient checkpointing, and sharding takes less. (With LoRA it does not: a rollout needs
+    the whole base.) ValueError for what cannot be sharded."""
     packed = bool(packed_layers(model))
     if config.shard == "on" and packed:
         got = f"--shard on with {config.model}, whose packed weights every process holds whole"
         raise ValueError(f"got {got}; want --shard auto")
     if config.shard == "auto" and ranks > 1:
-        lean = dataclasses.replace(config, shard="off", gradient_checkpointing="on", prepack="off")
-        fits = packed or most(memory_parts(lean, model, longest_prompt, ranks)) <= FILL * available
+        lean = dataclasses.replace(config, gradient_checkpointing="on", prepack="off")
+        off, on = (dataclasses.replace(lean, shard=shard) for shard in ("off", "on"))
+        replica, rows = (most(memory_parts(c, model, longest_prompt, ranks)) for c in (off, on))
+        fits = packed or replica <= FILL * available or rows >= replica
         config = dataclasses.replace(config, shard="off" if fits else "on")
     if config.shard == "on" and ranks > 1 and is_copied(config) and not lora_layers(model):
         got = f"--beta {config.beta:g} with sharded full fine-tuning, whose reference would be a second whole model"
