@@ -103,7 +103,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     task = given.task or choose_task(config)
     config, tokenizer, outline = policy.describe(config, task)
     config, data = read_data(config, task, tokenizer, outline.config)
-    memory = available_memory(config.device)
+    memory = 0.0 if config.plan_for else available_memory(config.device)
     config = distributed.first(lambda: planner.approve(config, outline, data.longest_prompt, memory))
     if config.plan_only:
         return None

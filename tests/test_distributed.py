@@ -33,6 +33,8 @@ from nanogspo.storage.safetensors import Stored
 from train import run
 
 ROOT = Path(__file__).resolve().parent.parent
+# its masks are drawn anew for each update, in each process
+DROPOUT = {"model": "tiny", "algo": "sft", "lora_r": 4, "lora_dropout": 0.3, "eval_size": 0, "threads": 1, "seed": 3}
 # 3 prompts and 5 held-out problems: no process has as many as the other
 SMALL = {
     "model": "tiny", "task": "reverse", "max_new_tokens": 8, "prompts_per_rollout": 3, "group_size": 4, "batch_size": 5,
@@ -252,6 +254,9 @@ def sharded(folder):
             found[name] = sharded_case(Path(folder) / name, *case)
         curves.draw_curves = lambda *args, **kwargs: None
         run(TrainConfig(**SMALL, shard="on", out=str(Path(folder) / "run")))
+        for changes in ({"out": "whole", "steps": 4}, {"out": "parts", "steps": 3}, {"resume": "parts", "steps": 4}):
+            paths = {name: str(Path(folder) / value) for name, value in changes.items() if name != "steps"}
+            run(TrainConfig(**DROPOUT | changes | paths))
         print(json.dumps(found), file=sys.stderr)
 
 
@@ -368,6 +373,24 @@ def test_order_is_restored(world, count):
 def test_two_processes_with_half_of_every_weight_are_one_with_all(shards, case):
     _, found = shards
     assert found[0][case] == found[1][case] == dict.fromkeys(found[0][case], True)
+
+
+def test_dropout_of_every_process_goes_on_as_it_would_have(shards):
+    """Of process 1, too, whose generator no state holds."""
+    folder, _ = shards
+    one, other = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one) and len(one) > 10
+
+
+def test_masks_of_dropout_differ_between_updates_and_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    drawn = []
+    with torch.random.fork_rng():
+        for rank, step in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0)):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            distributed.seed(2**63 - 1, step)
+            drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn.pop()) and len({tuple(d.tolist()) for d in drawn}) == 4
 
 
 def test_one_process_goes_on_with_a_sharded_run(shards, tmp_path, monkeypatch):

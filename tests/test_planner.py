@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_planner.py
 import contextlib
 import dataclasses
 import os
+import re
 import weakref
 from unittest.mock import patch
 
@@ -36,8 +37,9 @@ from nanogspo.lora import add_lora
 from nanogspo.model import Transformer
 from nanogspo.optimizer import Optimizer
 from nanogspo.packing import SHARE_PROMPT_FROM, Example, pack, score
-from nanogspo.quant import NF4Linear, put, weight_count
+from nanogspo.quant import NF4Linear, put, quantize_model, weight_count
 from nanogspo.rollout import sample
+from nanogspo.run import planner
 from nanogspo.run.planner import (
     ACTIVATIONS,
     CACHE,
@@ -505,6 +507,120 @@ def test_a_rollout_beyond_all_memory_is_refused_at_once(tmp_path):
     done = script("train.py", "--out", tmp_path / "run", "--group-size", 10**6, "--eval-size", 0)
     assert done.code == 2 and "KV cache of a rollout: 590 GB" in done.err and not (tmp_path / "run").exists()
     assert "got a run" not in script("train.py", "--plan-only").out
+
+
+def test_a_shard_is_planned_by_hand():
+    """fp32 rows are their own masters; a rollout has all weights in bf16 beside them."""
+    model, config = tiny(dtype=torch.bfloat16), TrainConfig(lora_r=0, device="cuda", dtype="bf16")
+    n = sum(p.numel() for p in model.parameters())
+    replica, sharded = (memory_parts(dataclasses.replace(config, shard=shard), model, 10, 4) for shard in ("off", "on"))
+    names = ("weights", "gradients", "optimiser (two moments)", "fp32 masters", "whole weights of a rollout")
+    assert [replica.get(name, 0) for name in names] == [2 * n, 4 * n, 8 * n, 4 * n, 0]
+    assert [sharded.get(name, 0) for name in names] == [n, n, 2 * n, 0, 2 * n]
+    block, root = (sum(p.numel() for p in part) for part in (model.layers[0].parameters(), [model.norm.weight]))
+    root += model.embed_tokens.weight.numel() + (0 if model.config.tied else model.lm_head.weight.numel())
+    assert sharded["gathered layers (estimate)"] == 2 * (root + 2 * block) + 6 * max(root, block)
+    frozen = tiny(dtype=torch.bfloat16, lora_r=4)
+    lora = memory_parts(dataclasses.replace(config, lora_r=4, shard="on"), frozen, 10, 4)
+    assert [lora[name] for name in ("weights", "whole weights of a rollout")] == [n // 2, 2 * n]
+    assert lora["gradients"] == lora["adapter"] == memory_parts(config, frozen, 10)["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("P", "ranks", "rows", "tokens"),
+    # 4 updates of 2 groups; a group is never cut
+    [(8, 1, 32, 8 * 19), (8, 2, 16, 4 * 19), (8, 8, 4, 4 * 19), (6, 4, 8, 4 * 19), (2, 2, 4, 2 * 19)],
+)
+def test_a_process_has_its_own_groups(P, ranks, rows, tokens):
+    config = TrainConfig(prompts_per_rollout=P, group_size=4, max_new_tokens=10, micro_batch_tokens=10**6)
+    assert planner.rollout_rows(config, ranks) == rows
+    assert batch_tokens(config, 10, ranks) == tokens
+    assert batch_tokens(dataclasses.replace(config, algo="sft", batch_size=7), 10, ranks) == -(-7 // ranks) * 19
+
+
+def test_sharding_is_chosen_where_a_replica_does_not_fit_and_a_shard_is_less():
+    def chosen(available, ranks=4, shard="auto", quant=None, **changes):
+        config = TrainConfig(**{"lora_r": 0, "device": "cuda", "shard": shard, "max_new_tokens": 2, **changes})
+        model = tiny(dtype=torch.bfloat16, lora_r=0 if quant else config.lora_r)
+        if quant:
+            quantize_model(model, quant)
+            add_lora(model, r=4, alpha=8)
+        return planner.decide_sharding(config, model, 4, available, ranks).shard
+
+    config = TrainConfig(lora_r=0, device="cuda", max_new_tokens=2, gradient_checkpointing="on")
+    needed = most(memory_parts(config, tiny(dtype=torch.bfloat16), 4, 4)) / planner.FILL
+    assert [chosen(needed * (1 + e)) for e in (-1e-6, 1e-6)] == ["on", "off"]
+    assert [chosen(1.0, ranks=1), chosen(1.0, shard="off"), chosen(1e12, shard="on")] == ["auto", "off", "on"]
+    assert [chosen(1.0, lora_r=4, max_new_tokens=2000), chosen(1.0, quant="nf4", lora_r=4)] == ["off", "off"]
+    with pytest.raises(ValueError, match="packed weights every process holds whole; want --shard auto"):
+        chosen(1.0, shard="on", quant="nf4", lora_r=4)
+    with pytest.raises(ValueError, match="got --beta 0.1 with sharded full fine-tuning"):
+        chosen(1.0, beta=0.1)
+    assert chosen(1.0, beta=0.1, shard="off") == "off"
+
+
+def test_the_least_time_by_hand():
+    """A card of 1 byte and 1 operation a second."""
+    base = {"device": "cuda", "dtype": "bf16", "prompts_per_rollout": 4, "group_size": 2, "max_new_tokens": 10}
+
+    def floor(model, ranks=2, **changes):
+        config = TrainConfig(**base | {"gradient_checkpointing": "off"} | changes)
+        return list(planner.time_floor(config, model, 5, ranks, 1.0, 1.0).values())
+
+    model = tiny(dtype=torch.bfloat16)
+    n, head = sum(p.numel() for p in model.parameters()), model.embed_tokens.weight.numel() * (not model.config.tied)
+    tokens, slot = 2 * (5 + 2 * 10), 2 * 3 * 2 * 32 * 2  # of a process: two groups
+    step = 2 * n + (2 * 5 + 4 * 9) * slot / 2
+    assert floor(model, lora_r=0) == [10 * step, 2 * (n - head) * tokens, 6 * (n - head) * tokens]
+    assert floor(model, lora_r=0, gradient_checkpointing="on")[2] == 8 * (n - head) * tokens
+    sft = floor(model, lora_r=0, algo="sft", batch_size=3, data="x", max_length=7)
+    assert sft == [6 * (n - head) * 2 * 7]
+    rows = {"prompts_per_rollout": 64}
+    nf4 = tiny(dtype=torch.bfloat16)
+    quantize_model(nf4, "nf4")
+    add_lora(nf4, r=4, alpha=8)
+    few, many = (floor(nf4, 1, **rows | {"rollout_rows": n})[0] for n in (64, 128))
+    inside = sum(m.in_features * m.out_features for m in planner.packed_layers(nf4).values())
+    bytes_read = planner.weight_parts(nf4)["weights"] + planner.weight_parts(nf4)["nf4 weights"]
+    assert few == 2 * 10 * (bytes_read + (32 * 5 + 64 * 9) * slot / 2)
+    assert many == 10 * (bytes_read + 4 * inside + (64 * 5 + 128 * 9) * slot / 2)
+    assert floor(nf4, 1)[2] == 4 * (planner.weight_count(nf4) - head) * 2 * tokens
+
+
+def test_a_token_goes_through_some_of_the_experts():
+    raw = {**SHAPE, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model, config = outline(raw, torch.bfloat16, None), TrainConfig(lora_r=0, device="cuda", dtype="bf16")
+    n = sum(p.numel() for p in model.parameters()) - model.embed_tokens.weight.numel() * (not model.config.tied)
+    idle = 3 * 6 * 3 * 64 * 16  # 3 layers, 6 of 8 experts, 3 matrices
+    assert planner.time_floor(config, model, 5, 8, 1.0, 1.0)["scoring"] == 2 * (n - idle) * (5 + 8 * 64)
+
+
+def test_a_plan_for_another_machine(without_weights):
+    flags = ["--model", without_weights, *"--task addition --max-new-tokens 6 --lora-r 0".split()]
+    done = script("train.py", *flags, "--plan-for", "2x80")
+    assert (done.code, done.err) == (0, "") and "; bf16 on cuda, seed 0" in done.out
+    assert "  memory of each of 2 processes (a replica): weights " in done.out
+    assert re.search(r"\n  at least \(H100 SXM\): sampling \S+ s, scoring \S+ s, 4 updates \S+ s\n", done.out)
+    done = script("train.py", *flags, "--plan-for", "2x80", "--shard", "on")
+    assert "(its rows of every weight)" in done.out and "whole weights of a rollout" in done.out
+    done = script("train.py", *flags, "--plan-for", "2x7")
+    assert done.code == 0 and "at least" not in done.out  # of no card that is known
+    done = script("train.py", *flags, "--plan-for", "two")
+    assert done.code == 2 and done.err == "train.py: got --plan-for two, want PROCESSESxGB of a GPU, such as 2x80\n"
+
+
+def test_advice():
+    config = TrainConfig(lora_r=0, device="cuda", dtype="bf16", gradient_checkpointing="on", max_new_tokens=2)
+    model = tiny(dtype=torch.bfloat16)
+    on = dataclasses.replace(config, shard="on")
+    for ranks in (2, 8):
+        enough = most(memory_parts(on, model, 4, ranks)) / planner.FILL
+        assert f"it fits {ranks} such processes" in planner.advice(config, model, 4, enough + 1, 1)
+    assert planner.advice(config, model, 4, 1e12, 1) == planner.advice(config, model, 4, 1.0, 1) == ""
+    quantize_model(model, "nf4")
+    rows = dataclasses.replace(config, prompts_per_rollout=32)
+    assert "--rollout-rows 64 may sample faster: 256 rows" in planner.advice(rows, model, 4, 1e12, 1)
+    assert planner.advice(rows, model, 4, 1e12, 4) == ""
 
 
 @given(st.integers(0, 10**13))

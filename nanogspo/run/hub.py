@@ -46,7 +46,9 @@ def check_merged(model: Transformer, folder: Path, tokens: list[int]) -> str:
         return f"{folder}: not compared with the model, which would take {needed / 1e9:.1f} GB more"
     merged = checkpoint.load(folder, device=weight.device, dtype=weight.dtype)
     row = torch.tensor([tokens], device=weight.device)  # (1, T)
-    want, got = (m.logits(m(row)) for m in (model, merged))  # (1, T, V)
+    was_training = model.training
+    want, got = (m.logits(m(row)) for m in (model.eval(), merged))  # (1, T, V), without dropout
+    model.train(was_training)
     apart = ((want - got).abs().mean() / want.std()).item()
     if not apart <= CLOSE[weight.dtype]:
         raise ValueError(

@@ -25,5 +25,12 @@ MUTANTS = {
         ),
         ("    if len(set(found)) > 1:", "    if False:", "processes begin with other weights"),
         ("        dist.destroy_process_group()", "        pass", "the program ends in an abort"),
+        ("+ step) * world() + rank())", "+ step) * world())", "all processes drop the same inputs"),
+        ("((run * 1_000_003 + step) * world()", "((run * 1_000_003) * world()", "every update drops the same inputs"),
+        (
+            'if not hasattr(p, "full_tensor")]',
+            "if True]",
+            "gradients of shards are added to those of other rows",
+        ),
     ],
 }

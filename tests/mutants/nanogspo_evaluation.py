@@ -23,6 +23,6 @@ MUTANTS = {
         ("math.ceil(round(config.epochs", "math.floor(round(config.epochs", "the last rows of the last epoch left out"),
     ],
     "tests/test_train.py": [
-        ("planner.cache_slots(config, max(tokens))", "10**9", "an exam of 500 rows at a time"),
+        ("planner.cache_slots(config, max(tokens), distributed.world())", "10**9", "an exam of 500 rows at a time"),
     ],
 }

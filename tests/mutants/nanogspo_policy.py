@@ -25,6 +25,6 @@ MUTANTS = {
     ],
     "tests/test_quant.py": [
         ("    if packed_layers(outline) and not config.lora_r:", "    if False:", "full fine-tuning of a 4-bit folder"),
-        ("device=device, dtype=dtype, quant=quant)", "device=device, dtype=dtype)", "--quant is ignored"),
+        ("device=device, dtype=dtype, quant=quant, shard", "device=device, dtype=dtype, shard", "--quant is ignored"),
     ],
 }

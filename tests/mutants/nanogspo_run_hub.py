@@ -4,6 +4,7 @@
 FILE = "nanogspo/run/hub.py"
 MUTANTS = {
     "tests/test_hub.py": [
+        ("(model.eval(), merged)", "(model, merged)", "dropout counts as a fault of the merge"),
         ("if not apart <= CLOSE[weight.dtype]:", "if False:", "a wrong merge is announced"),
         (
             "available_memory(weight.device.type) / 2",

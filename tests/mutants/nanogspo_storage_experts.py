@@ -8,13 +8,13 @@ MUTANTS = {
         ("rows=slice(i * size, (i + 1) * size)", "rows=slice(0, size)", "up is gate"),
         ("stored.shape[1] != rows == stored.shape[2]", "stored.shape[1] == rows", "fused and turned change places"),
         (
-            "        layer[e] = quantize_linear(weight, None, quant)\n",
-            "        layer[0] = quantize_linear(weight, None, quant)\n",
+            "        layer[e] = quantize_linear(read(), None, quant)\n",
+            "        layer[0] = quantize_linear(read(), None, quant)\n",
             "the first expert is the last, and the others have no numbers",
         ),
         (
-            "    layer.weight.data[e] = weight\n",
-            "    layer.weight.data[e - 1] = weight\n",
+            "    sharding.local(layer.weight)[e - own.start] = weight\n",
+            "    sharding.local(layer.weight)[e - own.start - 1] = weight\n",
             "experts are shifted by one",
         ),
         ("if adapter and (merge or", "if False and (merge or", "a merged folder without the adapter"),

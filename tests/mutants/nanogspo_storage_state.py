@@ -8,7 +8,7 @@ MUTANTS = {
         ("{'code' if path.suffix == '.py' else 'read'}", "code", "an older run with a reward of its own cannot go on"),
         ("if scored or i < prompt else ~token", "", "of an episode everything after the prompt is trained on"),
         ("(part[: prompt + 1] >= 0)", "(part[:prompt] >= 0)", "an example whose first scored token is none"),
-        (" if n.startswith(ROLLOUT) or n in _random_state()}", "}", "a run that fits in memory cannot be resumed"),
+        (" if n.startswith(ROLLOUT)}", "}", "a run that fits in memory cannot be resumed"),
         (
             '(weight_files(folder) if kind == "model" else ())',
             'folder.glob("*.safetensors")',
@@ -21,9 +21,8 @@ MUTANTS = {
             "({old[name]} -> {new[name]})",
             "a forged state prints what it likes",
         ),
-        ('    torch.set_rng_state(tensors["rng.cpu"])\n', "", "dropout goes on with other numbers"),
         (
-            "kind != (wanted[name].dtype, tuple(wanted[name].shape))",
+            "kind != (sharding.dtype(model, wanted[name]), tuple(wanted[name].shape))",
             "kind[1] != tuple(wanted[name].shape)",
             "fp32 weights resumed in bf16 without a word",
         ),
@@ -47,7 +46,7 @@ MUTANTS = {
             "[i > prompt and token >= 0 for i, token in",
             "the first token of a saved answer is not scored",
         ),
-        ('_checksum(stored.read()) != facts["checksums"][name]', "False", "a damaged tensor is trained on"),
+        ('_checksum(stored.read()) != facts["checksums"][n]', "False", "a damaged tensor is trained on"),
         (' or text != _sealed(text[:-22] + "}")', "", "damaged JSON is believed"),
         ("lengths[:, 1] < lengths[:, 0]", "lengths[:, 1] <= lengths[:, 0]", "an answer without a token is resumed"),
     ],

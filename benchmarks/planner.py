@@ -1,0 +1,82 @@
+"""The plan against reality: what run/planner.py counts, and what six short runs on this CPU come to.
+
+SFT and GSPO, with LoRA, with all weights and with LoRA over NF4; gradient checkpointing in every other one. A run is a
+process; its peak is what the system says that it had resident at most, less what it had when it began to load weights
+(Python, torch, data). The plan is the one that a run prints, at its fullest moment.
+
+Run: python benchmarks/planner.py DIR      a checkpoint of some 100 M parameters; two minutes on an idle core
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+RUNS = {
+    "SFT, LoRA": {"algo": "sft"},
+    "SFT, full": {"algo": "sft", "lora_r": 0, "gradient_checkpointing": "on"},
+    "SFT, NF4": {"algo": "sft", "quant": "nf4"},
+    "GSPO, LoRA": {"algo": "gspo", "gradient_checkpointing": "on"},
+    "GSPO, full": {"algo": "gspo", "lora_r": 0},
+    "GSPO, NF4": {"algo": "gspo", "quant": "nf4", "gradient_checkpointing": "on"},
+}
+# Answers as long as they may be, as the plan has them: a fresh model never ends one of 16 letters in 24 tokens
+SHAPE = {"task": "reverse", "task_size": 16, "max_new_tokens": 24, "prompts_per_rollout": 8, "group_size": 8, "steps": 2,
+         "updates_per_rollout": 2, "batch_size": 32, "eval_size": 0, "dtype": "fp32", "threads": 1, "prepack": "off",
+         "gradient_checkpointing": "off"}  # fmt: skip
+
+
+def measure(config: dict) -> dict[str, float]:
+    """In a process of its own: bytes planned and bytes used."""
+    import train
+    from nanogspo.config import TrainConfig
+    from nanogspo.run import curves, planner
+    from nanogspo.run.process import peak_memory
+
+    found, approve, build = {}, planner.approve, train.policy.build
+
+    def approved(config, outline, longest, available):
+        config = approve(config, outline, longest, available)
+        found["plan"] = planner.most(planner.memory_parts(config, outline, longest))
+        found["certain"] = planner.most(planner.memory_parts(config, outline, longest), planner.ESTIMATES)
+        return config
+
+    def built(*arguments):
+        found["before"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return build(*arguments)
+
+    planner.approve, train.policy.build = approved, built
+    curves.draw_curves = train.write_report = lambda *arguments, **settings: None
+    train.hub.save_weights = lambda *arguments: None  # a run's last moment, which the plan leaves out
+    train.run(TrainConfig(**config))
+    return found | {"peak": peak_memory("cpu") - found["before"]}
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print("\n" + json.dumps(measure(json.loads(sys.argv[2]))))
+        return
+    worst = 0.0
+    for name, changes in RUNS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = SHAPE | changes | {"model": sys.argv[1], "out": f"{folder}/run"}
+            command = [sys.executable, __file__, sys.argv[1], json.dumps(config)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+        bytes_of = json.loads(done.stdout.splitlines()[-1])
+        apart = bytes_of["plan"] / bytes_of["peak"] - 1
+        worst = max(worst, abs(apart))
+        checkpointing = (SHAPE | changes)["gradient_checkpointing"]
+        row = {part: f"{bytes_of[part] / 1e6:,.0f} MB" for part in ("plan", "certain", "peak", "before")}
+        print(f"{name:<11} checkpointing {checkpointing:<3} {row}: the plan is {apart:+.1%} off", flush=True)
+    print(f"at most {worst:.1%} off")
+
+
+if __name__ == "__main__":
+    main()
