@@ -1,14 +1,14 @@
 """The plan against reality: what run/planner.py counts, and what six short runs on this CPU come to.
 
 SFT and GSPO, with LoRA, with all weights and with LoRA over NF4; gradient checkpointing in every other one. A run is a
-process; its peak is what the system says that it had resident at most, less what it had when it began to load weights
-(Python, torch, data). The plan is the one that a run prints, at its fullest moment.
+process; its peak is what the system says that it had resident at most, without pages of files (the libraries' code, of
+which a run touches more and more), less what it had when it began to load weights (Python, torch, data). The plan is
+the one that a run prints, at its fullest moment.
 
 Run: python benchmarks/planner.py DIR      a checkpoint of some 100 M parameters; two minutes on an idle core
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,12 +31,17 @@ SHAPE = {"task": "reverse", "task_size": 16, "max_new_tokens": 24, "prompts_per_
          "prepack": "off", "gradient_checkpointing": "off"}  # fmt: skip
 
 
+def resident(kind: str) -> int:
+    """Bytes of this process: VmHWM, the most there were; RssAnon and RssFile now, in its own pages and in files'."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[kind].split()[0]) * 1024
+
+
 def measure(config: dict) -> dict[str, float]:
     """In a process of its own: bytes planned and bytes used."""
     import train
     from nanogspo.config import TrainConfig
     from nanogspo.run import curves, planner
-    from nanogspo.run.process import peak_memory
 
     found, approve, build = {}, planner.approve, train.policy.build
 
@@ -47,14 +52,14 @@ def measure(config: dict) -> dict[str, float]:
         return config
 
     def built(*arguments):
-        found["before"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        found["before"] = resident("RssAnon")
         return build(*arguments)
 
     planner.approve, train.policy.build = approved, built
     curves.draw_curves = train.write_report = lambda *arguments, **settings: None
     train.hub.save_weights = lambda *arguments: None  # a run's last moment, which the plan leaves out
     train.run(TrainConfig(**config))
-    return found | {"peak": peak_memory("cpu") - found["before"]}
+    return found | {"peak": resident("VmHWM") - resident("RssFile") - found["before"]}
 
 
 def main() -> None:

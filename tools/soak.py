@@ -4,10 +4,14 @@
                                            resumed, or begun anew if it had saved nothing, and must leave what the run
                                            that nobody killed left: weights, state, samples.jsonl, every field of
                                            metrics.jsonl but clocks and memory
+    python tools/soak.py faults 20         two processes, every other run sharded; at a random moment one is killed, or
+                                           the launcher gets SIGTERM or SIGINT. All processes end within 60 s, and the
+                                           run is resumed, and leaves what the run without a fault left
     python tools/soak.py rollouts 500      a run of 500 tiny rollouts with reward processes: its memory and its open
                                            files near its end are at most 5 % above those after 50
 
-Exit code 0 if all hold.      Tests: none, this is one. About 20 minutes for 50 kills, 5 for 500 rollouts, on one core.
+Exit code 0 if all hold.      Tests: none, this is one. About 20 minutes for 50 kills, 5 for 500 rollouts, on one core;
+10 for 20 faults, on two.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +63,8 @@ def chat_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "train.py", *map(str, arguments)]
+def start(*arguments: object, before: Sequence[str] = ()) -> subprocess.Popen:
+    command = [sys.executable, *before, "train.py", *map(str, arguments)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
 
@@ -119,11 +124,57 @@ def kills(count: int, scratch: Path) -> int:
     return int(bad > 0)
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "60")
+
+
+def children(process: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def faults(count: int, scratch: Path) -> int:
+    flags = [*RUNS["gspo"].split(), "--shard"]
+    shards, bad, moments, want, seconds = ("off", "on"), 0, random.Random(0), {}, {}
+    for shard in shards:
+        began = time.perf_counter()
+        finished(start(*flags, shard, "--out", scratch / shard, before=TORCHRUN))
+        seconds[shard], want[shard] = time.perf_counter() - began, left(scratch / shard)
+    for n in range(count):
+        shard, fault = shards[n % 2], ("process 0 killed", "process 1 killed", "SIGTERM", "SIGINT")[n // 2 % 4]
+        folder, moment = scratch / f"fault-{n}", moments.uniform(0.4, 0.95) * seconds[shard]
+        launcher = start(*flags, shard, "--out", folder, before=TORCHRUN)
+        time.sleep(moment)
+        processes, began = children(launcher.pid), time.perf_counter()
+        if launcher.poll() is None and fault.endswith("killed") and len(processes) == 2:
+            os.kill(processes[int(fault[8])], signal.SIGKILL)
+        elif launcher.poll() is None:
+            launcher.send_signal(getattr(signal, fault, signal.SIGTERM))
+        try:
+            _, said = launcher.communicate(timeout=120)
+            took = time.perf_counter() - began
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            took = float("inf")
+        over = [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+        state = (folder / "state" / "state.safetensors").exists()
+        if not state:
+            shutil.rmtree(folder, ignore_errors=True)
+        finished(start(*flags, shard, "--resume" if state else "--out", folder, before=TORCHRUN))
+        got = left(folder)
+        differ = sorted(name for name in want[shard].keys() | got.keys() if want[shard].get(name) != got.get(name))
+        bad += bool(differ) or took > 60 or bool(over)
+        how = "resumed" if state else "begun anew"
+        when = f"at {moment:.1f} of {seconds[shard]:.1f} s, code {launcher.returncode}, ended in {took:.1f} s"
+        print(f"{n}, shard {shard}: {fault} {when}, {how}: {differ or over or 'equal'}", flush=True)
+        shutil.rmtree(folder)
+    print(f"{count - bad} of {count} equal")
+    return int(bad > 0)
+
+
 def used(process: int) -> tuple[int, int]:
     """Resident bytes and open files of a process and its children."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True, check=False)
     bytes_, files = 0, 0
-    for pid in (process, *map(int, listed.stdout.split())):
+    for pid in (process, *children(process)):
         bytes_ += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         files += len(os.listdir(f"/proc/{pid}/fd"))
     return bytes_, files
@@ -148,11 +199,11 @@ def rollouts(count: int, scratch: Path) -> int:
 
 
 if __name__ == "__main__":
-    parser, trials = argparse.ArgumentParser(), {"kills": kills, "rollouts": rollouts}
+    parser, trials = argparse.ArgumentParser(), {"kills": kills, "faults": faults, "rollouts": rollouts}
     parser.add_argument("trial", choices=trials)
     parser.add_argument("count", type=int)
     asked = parser.parse_args()
-    if asked.count < (least := {"kills": 1, "rollouts": 100}[asked.trial]):
+    if asked.count < (least := {"kills": 1, "faults": 1, "rollouts": 100}[asked.trial]):
         parser.error(f"got {asked.trial} {asked.count}, want {least} or more")
     with tempfile.TemporaryDirectory() as made:
         sys.exit(trials[asked.trial](asked.count, Path(made)))

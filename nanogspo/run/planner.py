@@ -176,6 +176,8 @@ def decide_sharding(
     available bytes even with gradient checkpointing, and sharding takes less. (With LoRA it does not: a rollout needs
     the whole base.) ValueError for what cannot be sharded."""
     packed = bool(packed_layers(model))
+    if config.shard == "on" and ranks == 1:
+        print("one process holds all weights: --shard on has no effect (torchrun starts several)")
     if config.shard == "on" and packed:
         got = f"--shard on with {config.model}, whose packed weights every process holds whole"
         raise ValueError(f"got {got}; want --shard auto")
