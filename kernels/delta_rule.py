@@ -72,8 +72,9 @@ from torch.autograd.function import once_differentiable
 from kernels.attention import Segments
 from kernels.backend import choose, or_torch, same_device, tl, triton
 
-# The triangular solve costs C^2 a token, the states 1 / C of one; 64 is what everybody uses, 128 was not measured. If
-# no sequence is longer, chunks are smaller: a row of answers of 10 tokens is a quarter of the work in chunks of 16.
+# Triangles and their solve cost C a token or more, memories 1 / C of one: on a CPU heads of 64 are 1.3 times as fast in
+# chunks of 32 as in those of 64, heads of 32 1.8 times, heads of 128 no faster. If no sequence is longer, chunks are
+# smaller: a row of answers of 10 tokens is a quarter of the work in chunks of 16.
 CHUNKS = (16, 32, 64)
 
 # ----------------------------------------------------------------------------
@@ -96,14 +97,14 @@ class Plan:
     last: Tensor
 
 
-def chunk_size(lengths: tuple[int, ...]) -> int:
-    return next(C for C in CHUNKS if C == CHUNKS[-1] or C >= max(lengths))
+def longest_chunk(dk: int, dv: int) -> int:
+    return CHUNKS[-1] if max(dk, dv) > 64 else CHUNKS[-2]
 
 
 @lru_cache(maxsize=64)  # all layers of a row ask for the same
-def plan(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.device) -> Plan:
-    """The chunks of segments of these lengths, behind these parents."""
-    C = chunk_size(lengths)
+def plan(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.device, longest: int) -> Plan:
+    """The chunks of segments of these lengths, behind these parents; of at most `longest` tokens."""
+    C = next(C for C in CHUNKS if C >= min(longest, max(lengths)))
     starts = [0, *accumulate(lengths)]
     chunks, ends = [], []  # (round, chunk before it or None, first token, end); (last chunk or None, first sequence)
     for i, parent in enumerate(parents):
@@ -149,7 +150,8 @@ def delta_rule_reference(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, segments: Segments, initial: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Equations (2) to (4): (S, V, dv) and the final states (n, V, dk, dv). All of one dtype, fp32 or fp64."""
-    chunks, V = plan(segments.lengths, segments.parents, q.device), v.shape[1]
+    longest, V = longest_chunk(q.shape[2], v.shape[2]), v.shape[1]
+    chunks = plan(segments.lengths, segments.parents, q.device, longest)
     C = chunks.token.shape[1]
     if not chunks.before:
         return v, initial

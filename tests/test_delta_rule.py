@@ -86,10 +86,10 @@ def close(got: list[Tensor], want: list[Tensor], eps: float) -> None:
             assert (a.double() - b).abs().max() <= 300 * eps * max(1.0, b.abs().max()), name
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_values_and_gradients_are_the_rule_s(row):
-    """fp32; and in fp64, where nothing but the formula can differ."""
-    xs = inputs(row[0], 0)
+@pytest.mark.parametrize("row, dk", [*((row, 5) for row in ROWS), (ROWS[2], 65)], ids=str)
+def test_values_and_gradients_are_the_rule_s(row, dk):
+    """fp32; and in fp64, where nothing but the formula can differ. Wide heads have chunks of 64, others of 32."""
+    xs = inputs(row[0], 0, dk=dk)
     for dtype in (torch.float32, torch.float64):
         want, got = both(xs, *row, dtype)
         assert got[0].dtype == got[1].dtype == dtype

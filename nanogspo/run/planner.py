@@ -16,6 +16,7 @@ import dataclasses
 
 import torch
 
+from kernels.delta_rule import longest_chunk
 from kernels.packed import MAX_ROWS
 from kernels.prepacked import can_prepack_head, nbytes
 from nanogspo import distributed
@@ -296,9 +297,10 @@ def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, kind: str = "
     heads = (queries + keys) * c.qk_norm
     total = 4 * c.num_heads  # log-sum-exp of the scores, which are made again
     if kind == "linear":  # fp32, kernels/delta_rule.py: five tensors as wide as keys, four as values, six triangles and
-        # three memories a chunk of 64; then what convolution, norm and gate keep. Counted, within a tenth
+        # three memories a chunk; then what convolution, norm and gate keep. Counted, within a tenth
         attended, heads, dk, dv = 0, 0, c.linear_key_dim, c.linear_value_dim
-        total = 4 * c.linear_value_heads * (5 * dk + 4 * dv + 6 * 64 + 3 * dk * dv // 64)
+        chunk = longest_chunk(dk, dv)
+        total = 4 * c.linear_value_heads * (5 * dk + 4 * dv + 6 * chunk + 3 * dk * dv // chunk)
         total += element * (6 * linear_channels(c) + 4 * c.linear_value_heads * dv)
     if config.device == "cuda":  # each kernel keeps its inputs; the norms after attention and MLP feed only a sum
         total += element * ((norms + 2) * C + heads + attended + 3 * width)  # gate, up, product
