@@ -154,7 +154,7 @@ def delta_rule_reference(
     chunks = plan(segments.lengths, segments.parents, q.device, longest)
     C = chunks.token.shape[1]
     if not chunks.before:
-        return v, initial
+        return v, initial.contiguous()
     q, k, v, g, beta = (_Chunked.apply(x, chunks.token, chunks.place).transpose(1, 2) for x in (q, k, v, g, beta))
     strict = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)  # (C, C)
     D = (g[..., None] * strict).cumsum(-2).masked_fill(strict.T, -torch.inf).exp()  # (N, V, C, C)
@@ -407,17 +407,17 @@ def programs(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.d
 
 
 class _DeltaRule(torch.autograd.Function):
-    """Saves its inputs: 4 (2 dk H / V + dv + 2) bytes a token and value head, and the initial states.
+    """Saves its inputs: 4 (2 dk H / V + dv + 2) bytes a token and value head, and initial states that are no zeros.
 
-    Forward works on 4 (dv + dk + 2 C) bytes a token and value head. Backward makes these and the memories again; it
-    works on 4 (2 dv + 3 dk + 2 C), and on two memories a chunk, 8 dk dv / C bytes a token (8 KiB for heads of 128), of
-    as many heads at a time as fit SCRATCH.
+    Forward works on 4 (dv + dk + 2 C) bytes a token and value head. Backward makes these and the memories again, and
+    works on backward_bytes: 2.7 kB, and two memories a chunk (8 KiB a token) of as many heads at a time as fit SCRATCH,
+    for heads of 128.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, segments):
         ctx.save_for_backward(q, k, v, g, beta, initial)
-        ctx.segments = segments
+        ctx.segments, initial = segments, initial.contiguous()
         out, final = torch.empty_like(v), torch.empty_like(initial)
         options = _options(q, v, v.shape[1])
         _forward(q, k, v, g, beta, initial, *_scratch(q, v), final, out, segments, options, keep=False)
@@ -426,7 +426,7 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dfinal):
-        saved, segments = ctx.saved_tensors, ctx.segments
+        saved, segments = [x.contiguous() for x in ctx.saved_tensors], ctx.segments
         (q, k, v, g, beta, initial), (_, V, dv), (_, H, dk) = saved, saved[2].shape, saved[0].shape
         (chunks, *walks), R = programs(segments.lengths, segments.parents, q.device), V // H
         scratch = (*_scratch(q, v), torch.empty_like(v))  # u, w, attend, inverse, du
@@ -454,6 +454,12 @@ class _DeltaRule(torch.autograd.Function):
             )  # fmt: skip
         dstart.masked_fill_((segments.prefix >= 0)[:, None, None, None], 0.0)  # where an answer starts is not read
         return *dqk.unflatten(2, (H, R)).sum(3), *grads, dstart, None
+
+
+def backward_bytes(S: int, V: int, dk: int, dv: int) -> int:
+    """What the kernels' backward of a row of S tokens works on, at most, besides the gradients that it returns."""
+    C = CHUNKS[0]
+    return 4 * S * V * (2 * dv + 3 * dk + 2 * C) + min(SCRATCH, 8 * V * dk * dv * -(-S // C))
 
 
 def _scratch(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -535,15 +541,15 @@ def delta_rule(
     if sum(segments.lengths) != S:
         raise ValueError(f"got {S} tokens and segments of {sum(segments.lengths)}, want as many")
     wide = torch.promote_types(v.dtype, torch.float32)
-    if initial is None:
-        initial = torch.zeros(n, V, dk, dv, dtype=wide, device=v.device)
+    if initial is None:  # one 0: a real zero for each number would be kept for backward, 2 MiB a sequence and layer
+        initial = torch.zeros((), dtype=wide, device=v.device).expand(n, V, dk, dv)
     if initial.shape != (n, V, dk, dv):
         raise ValueError(f"got initial states {tuple(initial.shape)}, want {(n, V, dk, dv)}")
     same_device(q=q, segments=segments.cu_seqlens, initial=initial)
     inputs = [x.to(wide) for x in (q, k, v, g, beta)]
     if _choose(backend, inputs[0], v) == "torch":
         return delta_rule_reference(*inputs, segments, initial.to(wide))
-    return _DeltaRule.apply(*(x.contiguous() for x in (*inputs, initial.to(wide))), segments)
+    return _DeltaRule.apply(*(x.contiguous() for x in inputs), initial.to(wide), segments)
 
 
 def delta_rule_step(

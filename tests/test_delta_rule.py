@@ -168,13 +168,29 @@ def test_triton_gradients_do_not_cross_sequences(triton_alone):
         assert torch.equal(a[17:], b) and not b.isnan().any(), name
 
 
+def test_triton_s_backward_works_on_what_it_says(triton_alone, monkeypatch):
+    """Every tensor that it makes: those of backward_bytes, the gradients of v, g and beta, and two sets of states."""
+    leaves = [x.float().requires_grad_() for x in inputs([16, 16], 12)]
+    made, empty_like, new_empty = [], torch.empty_like, Tensor.new_empty
+    out, final = delta_rule(*leaves[:5], segments([16, 16]), initial=leaves[5], backend="triton")
+    monkeypatch.setattr(torch, "empty_like", lambda x: made.append((y := empty_like(x)).nbytes) or y)
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: made.append((y := new_empty(*a, **k)).nbytes) or y)
+    torch.autograd.grad(out.sum() + final.sum(), leaves)
+    returned = sum(x.nbytes for x in leaves[2:5]) + 2 * final.nbytes
+    assert sum(made) - returned == module.backward_bytes(32, 2, 5, 3)
+
+
 def test_triton_keeps_its_inputs_alone_for_backward(triton_alone):
-    """4 (2 dk H / V + dv + 2) bytes a token and value head, and the initial states."""
-    q, k, v, g, beta, initial = (x.float().requires_grad_() for x in inputs([3], 11, H=1, V=2, dk=5, dv=3))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        delta_rule(q, k, v, g, beta, segments([3]), initial=initial, backend="triton")
-    assert sum(x.nbytes for x in kept) == 3 * 2 * 4 * (2 * 5 // 2 + 3 + 2) + initial.nbytes
+    """4 (2 dk H / V + dv + 2) bytes a token and value head, and the initial states, or one 0."""
+    *xs, initial = (x.float().requires_grad_() for x in inputs([3], 11, H=1, V=2, dk=5, dv=3))
+    for start in (initial, None):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            out, _ = delta_rule(*xs, segments([3]), initial=start, backend="triton")
+        bytes_kept = sum(x.untyped_storage().nbytes() for x in kept)
+        assert bytes_kept == 3 * 2 * 4 * (2 * 5 // 2 + 3 + 2) + (4 if start is None else initial.nbytes)
+    want = torch.autograd.grad(delta_rule(*xs, segments([3]), initial=0 * initial, backend="triton")[0].sum(), xs)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.sum(), xs), want, strict=True))
 
 
 @settings(max_examples=8)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.attention
+import kernels.delta_rule
 import kernels.glu
 import kernels.rms_norm
 import kernels.rope
@@ -73,6 +74,8 @@ SHAPE = {
     "query_pre_attn_scalar": 32,
     "sliding_window": 4096,
 }
+LINEAR = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+          "linear_value_head_dim": 24}  # fmt: skip
 FAMILIES = pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2", "gemma3_text"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -152,22 +155,26 @@ def test_activations_are_what_autograd_keeps_within_a_tenth(family, dtype, lora_
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="wants Triton's interpreter, which plays the GPU here")
-@pytest.mark.parametrize("family, lora_r", [("qwen3", 0), ("qwen3", 4), ("gemma3_text", 4)])
+@pytest.mark.parametrize("family, lora_r", [("qwen3", 0), ("qwen3", 4), ("gemma3_text", 4), ("qwen3_5_text", 0)])
 def test_activations_of_a_gpu_are_what_its_kernels_keep(family, lora_r):
     """The Triton kernels save their inputs, in the dtype they have, where torch's operations save fp32 copies."""
     [batch] = pack([Example([n] * 17, [False] * 16 + [True]) for n in range(2)], max_tokens=2 * 16)
     config, sizes = TrainConfig(lora_r=lora_r, device="cuda"), []
     for layers in (1, 3):
-        shape = model_config({**SHAPE, "model_type": family, "num_hidden_layers": layers})
+        linear = {**LINEAR, "layer_types": ["linear_attention"] * layers} if family == "qwen3_5_text" else {}
+        shape = model_config({**SHAPE, **linear, "model_type": family, "num_hidden_layers": layers})
         model = Transformer(shape).init_weights(0).bfloat16()
         if lora_r:
             add_lora(model, r=lora_r, alpha=32)
         with contextlib.ExitStack() as stack:
-            for module in (kernels.attention, kernels.glu, kernels.rms_norm, kernels.rope):
+            for module in (kernels.attention, kernels.delta_rule, kernels.glu, kernels.rms_norm, kernels.rope):
                 stack.enter_context(patch.object(module, "choose", lambda backend, x: backend or "triton"))
             sizes.append(kept(model.train(), batch))
     a_layer = (sizes[1] - sizes[0]) / 2 / len(batch.tokens)
-    assert layer_bytes(config, shape, 2) == pytest.approx(a_layer, rel=0.02)
+    layer, T = layer_bytes(config, shape, 2, shape.layer_types[0]), batch_tokens(config, 17)
+    assert layer == pytest.approx(a_layer, rel=0.02)
+    working = kernels.delta_rule.backward_bytes(T, 2, 16, 24) if family == "qwen3_5_text" else 0
+    assert memory_parts(config, model, 17)["activations (estimate)"] == 3 * T * layer + working
 
 
 def test_a_layer_of_qwen3_0_6b_on_a_gpu():

@@ -16,7 +16,7 @@ import dataclasses
 
 import torch
 
-from kernels.delta_rule import longest_chunk
+from kernels.delta_rule import backward_bytes, longest_chunk
 from kernels.packed import MAX_ROWS
 from kernels.prepacked import can_prepack_head, nbytes
 from nanogspo import distributed
@@ -77,6 +77,8 @@ def memory_parts(config: TrainConfig, model: Transformer, longest_prompt: int, r
     layers = [T * layer_bytes(config, c, element, kind) for kind in c.layer_types]
     kept = T * c.hidden_size * element  # what gradient checkpointing keeps of a layer: its input
     activations = max(layers) + c.num_layers * kept if config.gradient_checkpointing == "on" else sum(layers)
+    if config.device == "cuda" and "linear" in c.layer_types:
+        activations += backward_bytes(T, c.linear_value_heads, c.linear_key_dim, c.linear_value_dim)
     weights = weight_parts(model)
     if config.shard == "on" and ranks > 1:
         weights |= sharded_parts(model, weights["weights"], ranks)
@@ -296,12 +298,16 @@ def layer_bytes(config: TrainConfig, c: ModelConfig, element: int, kind: str = "
     attended = 2 * queries + 2 * keys  # q k v, out
     heads = (queries + keys) * c.qk_norm
     total = 4 * c.num_heads  # log-sum-exp of the scores, which are made again
-    if kind == "linear":  # fp32, kernels/delta_rule.py: five tensors as wide as keys, four as values, six triangles and
-        # three memories a chunk; then what convolution, norm and gate keep. Counted, within a tenth
-        attended, heads, dk, dv = 0, 0, c.linear_key_dim, c.linear_value_dim
-        chunk = longest_chunk(dk, dv)
-        total = 4 * c.linear_value_heads * (5 * dk + 4 * dv + 6 * chunk + 3 * dk * dv // chunk)
-        total += element * (6 * linear_channels(c) + 4 * c.linear_value_heads * dv)
+    if kind == "linear":
+        attended, heads, dk, dv, V = 0, 0, c.linear_key_dim, c.linear_value_dim, c.linear_value_heads
+        if config.device == "cuda":  # q, k, v as the rule reads them, q and k of any length, z twice, gates
+            total = 4 * (4 * c.linear_key_heads * dk + V * (3 * dv + 5))
+            total += element * (2 * linear_channels(c) + 3 * V * dv)  # convolution, norm, out_proj
+        else:  # fp32, kernels/delta_rule.py: five tensors as wide as keys, four as values, six triangles and three
+            # memories a chunk; then what convolution, norm and gate keep. Counted, within a tenth
+            chunk = longest_chunk(dk, dv)
+            total = 4 * V * (5 * dk + 4 * dv + 6 * chunk + 3 * dk * dv // chunk)
+            total += element * (6 * linear_channels(c) + 4 * V * dv)
     if config.device == "cuda":  # each kernel keeps its inputs; the norms after attention and MLP feed only a sum
         total += element * ((norms + 2) * C + heads + attended + 3 * width)  # gate, up, product
         total += 4 * norms  # 1 / rms of each row

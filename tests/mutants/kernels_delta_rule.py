@@ -119,6 +119,8 @@ MUTANTS = {
             "the value heads of a key head are torn apart",
         ),
         (".unflatten(2, (H, R)).sum(3)", ".unflatten(2, (R, H)).sum(2)", "gradients go to the wrong key heads"),
+        (".expand(n, V, dk, dv)", ".repeat(n, V, dk, dv)", "zeros that nobody gave are kept for backward"),
+        ("min(SCRATCH, 8 * V * dk", "min(SCRATCH, 4 * V * dk", "one memory a chunk is planned, there are two"),
         (
             "dstart.masked_fill_((segments.prefix >= 0)[:, None, None, None], 0.0)",
             "dstart",

@@ -34,6 +34,12 @@ MUTANTS = {
             "what config.json says of packed weights is not read",
         ),
         ("- min(rollout, update)", "", "a rollout and an update counted as if they were there together"),
+        ("V * (3 * dv + 5)", "V * (dv + 5)", "a gate that keeps nothing"),
+        (
+            "activations += backward_bytes(T,",
+            "activations += 0 * backward_bytes(T,",
+            "what backward of a linear layer works on is free",
+        ),
         ("    if needed <= available:", "    if True:", "a run that cannot fit is started"),
         ("    needed = most(parts, without)", "    needed = most(parts)", "a run is refused for an estimate"),
         ("if config.temperature == 1 else 3", "if True else 3", "scores divided by the temperature are another copy"),
