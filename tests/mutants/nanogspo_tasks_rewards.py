@@ -10,7 +10,7 @@ MUTANTS = {
         ('[{"role": "assistant", "content": text}] if chat else text', "text", "conversations arrive as text"),
         ("SimpleNamespace(**(STATE | state))", "SimpleNamespace(**state)", "trainer_state has only what the run says"),
         ("    if len(values) != len(group.answers):\n", "    if False:\n", "a list of another length is taken"),
-        ("    if isinstance(value, str | dict):\n", "    if isinstance(value, dict):\n", "text is a number"),
+        ("    if isinstance(value, str | dict | list | tuple):\n", "    if isinstance(value, dict):\n", "text is a number"),
         ("if isinstance(value, dict) and not part:", "if isinstance(value, dict):", "dicts in dicts end the run"),
         ("        except (Exception, SystemExit) as error:\n            return", "        except Exception as error:\n            return", "sys.exit() in a reward ends the process"),
         ("functools.cache(import_file)", "import_file", "a file is imported for each of its functions"),
