@@ -122,4 +122,6 @@ def local(t: Tensor) -> Tensor:
 
 def fill(into: Tensor, read: Callable[[slice | None], Tensor]) -> None:
     """Put a tensor to its place. read: what gives some of its rows, or all."""
-    local(into).copy_(read(rows(into) if is_sharded(into) else None))
+    own = local(into)
+    if own.numel():  # of fewer rows than processes some hold none, which safetensors refuses to read
+        own.copy_(read(rows(into) if is_sharded(into) else None))
