@@ -7,6 +7,7 @@ A decode step has few rows, so its cost is reading weights and launching matmuls
 
     PrepackedLinear      on a CPU, bf16 or wide fp32     one matmul, on copies in oneDNN's order (kernels/prepacked.py)
     ConcatenatedLinear   on a GPU, bf16 or fp32          one matmul, no copy: the weights become parts of one tensor
+                         (not of a sharded model)
     FusedAdapters        else, where adapters are        a matmul for each layer, one for the A of all adapters
 
 The head becomes fp32 on a CPU, because its scores are. Training multiplies each layer on its own (model.separate).
@@ -36,6 +37,7 @@ from nanogspo.layers.moe import MoE
 from nanogspo.lora import LoRALinear
 from nanogspo.model import MLP, Attention, Transformer, separate
 from nanogspo.quant import PackedLinear
+from nanogspo.sharding import is_sharded
 
 
 class FusedLinears:
@@ -46,7 +48,7 @@ class FusedLinears:
         self.model, self._fused = model, {}
         for module, names in groups(model):
             layers = [getattr(module, name) for name in names]
-            self._fused[module, names] = fuse(layers, model.norm.weight.dtype, model.prepack)
+            self._fused[module, names] = fuse(layers, model.norm.weight.dtype, model.prepack, not is_sharded(model))
         head = model.head_weight
         self._head = PrepackedLinear([Layer(head.float())]) if model.prepack and can_prepack_head(head) else None
 
@@ -81,16 +83,18 @@ def prepacked_groups(model: Transformer) -> Iterator[list[Layer]]:
             yield layers
 
 
-def fuse(layers: list[nn.Module], dtype: torch.dtype, prepack: bool = True):
+def fuse(layers: list[nn.Module], dtype: torch.dtype, prepack: bool = True, move: bool = True):
     """These layers of one x as something with .linear(x); None where each is best on its own.
 
     dtype    the model's, in which copies of adapters are kept
     prepack  False: no copies of weights
+    move     False: weights stay where they are. FSDP2 gathers into the memory that it allocated for them, so one that
+             was moved would keep the numbers of this rollout for the rest of the run
     """
     plain = [weights_of(layer) for layer in layers]
     if prepack and all(layer is not None and can_prepack(layer.weight) for layer in plain):
         return PrepackedLinear(plain)
-    if all(layer is not None and can_concatenate(layer.weight) for layer in plain):
+    if move and all(layer is not None and can_concatenate(layer.weight) for layer in plain):
         return ConcatenatedLinear(plain)
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear) and not layer.merged]
     return FusedAdapters(layers, dtype) if adapted else None
