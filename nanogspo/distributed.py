@@ -36,7 +36,10 @@ WAIT = datetime.timedelta(hours=2)  # for the slowest rollout; a process that di
 
 @contextlib.contextmanager
 def started() -> Iterator[None]:
-    """Together with the other processes, if torchrun has started several. All but process 0 then print nothing."""
+    """Together with the other processes, if torchrun has started several. All but process 0 then print nothing.
+
+    A process that has ended is no bug of the others, in whatever collective they wait for it: a gather, or one of FSDP2
+    within a pass. ConnectionError, an OSError, ends them in one line."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -46,17 +49,12 @@ def started() -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
             yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):  # gloo names a file of its source
+            raise
+        raise ConnectionError("another process of this run has ended; it, or torchrun, says why") from error
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A process that has ended is no bug of this one. ConnectionError, an OSError, ends the program in one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError("another process of this run has ended; it, or torchrun, says why") from error
 
 
 def rank() -> int:
@@ -87,8 +85,7 @@ def gather(value: Any) -> list:
     if world() == 1:
         return [value]
     values = [None] * world()
-    with together():
-        dist.all_gather_object(values, _on_cpu(value))
+    dist.all_gather_object(values, _on_cpu(value))
     return values
 
 
@@ -117,8 +114,7 @@ def first(make: Callable[[], Any]) -> Any:
     if world() == 1:
         return make()
     values = [None if rank() else make()]
-    with together():
-        dist.broadcast_object_list(values)
+    dist.broadcast_object_list(values)
     return values[0]
 
 
@@ -130,8 +126,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if world() == 1 or not parameters:
         return
     flat = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])  # (all,)
-    with together():
-        dist.all_reduce(flat)
+    dist.all_reduce(flat)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = grad.view_as(p)
 

@@ -102,8 +102,7 @@ def dtype(model: nn.Module, p: Tensor) -> torch.dtype:
 
 def whole(t: Tensor) -> Tensor:
     """A tensor of all its rows: every process has to ask for it."""
-    with distributed.together():
-        return t.full_tensor() if is_sharded(t) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def rows(t: Tensor) -> slice:

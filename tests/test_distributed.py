@@ -69,6 +69,13 @@ if fault == "reward":
             raise ValueError("the reward broke")
         return judge(self, *args)
     Sampler.own_scores = broken
+if fault == "loss":  # in the middle of a pass, whose collectives are FSDP2's
+    loss = train.policy_loss
+    def broken(*args, **kwargs):
+        if rank == 1:
+            raise ValueError("the loss broke")
+        return loss(*args, **kwargs)
+    train.policy_loss = broken
 found, build = {}, train.policy.build
 def laws(*args):  # in the middle of set_up, where all processes are together
     tensor = torch.arange(3.0) * (rank + 1)
@@ -348,10 +355,11 @@ def test_what_processes_say_to_each_other(runs):
     }  # fmt: skip
 
 
-def test_a_fault_of_one_process_ends_all(tmp_path):
-    codes, said = two("reward", out=str(tmp_path / "run"))
-    assert codes == [1, 1] and "ValueError: the reward broke" in said[1], said
-    assert "another process of this run has ended" in said[0], said
+@pytest.mark.parametrize(("fault", "shard"), [("reward", "off"), ("loss", "on")])
+def test_a_fault_of_one_process_ends_all(tmp_path, fault, shard):
+    codes, said = two(fault, out=str(tmp_path / "run"), shard=shard, warm_steps=0, eval_size=0)
+    assert codes == [1, 1] and f"ValueError: the {fault} broke" in said[1], said
+    assert "ConnectionError: another process of this run has ended" in said[0], said
 
 
 def test_one_process_needs_no_other():

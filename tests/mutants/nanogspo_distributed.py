@@ -4,7 +4,7 @@
 FILE = "nanogspo/distributed.py"
 MUTANTS = {
     "tests/test_distributed.py": [
-        ("        dist.all_reduce(flat)", "        pass", "every process trains on its own answers alone"),
+        ("    dist.all_reduce(flat)", "    pass", "every process trains on its own answers alone"),
         (
             "return range(rank(), count, world())",
             "return range(count)",
@@ -19,8 +19,8 @@ MUTANTS = {
         ),
         ("values = [None if rank() else make()]", "values = [make()]", "every process writes"),
         (
-            "    except RuntimeError as error:\n        raise ConnectionError",
-            "    except ZeroDivisionError as error:\n        raise ConnectionError",
+            "    except RuntimeError as error:\n",
+            "    except ZeroDivisionError as error:\n",
             "a process that ends is a traceback of the other",
         ),
         ("    if len(set(found)) > 1:", "    if False:", "processes begin with other weights"),
