@@ -315,7 +315,23 @@ FLIPS = {
     "attn_softcap": 0.5,
     "final_softcap": 1.0,
 }
+EXPERTS = {"moe_layers": (True, True), "num_experts": 5, "experts_per_token": 2, "expert_size": 6}
+DELTA_NET = {
+    "conv_width": 3,
+    "linear_key_heads": 2,
+    "linear_value_heads": 4,
+    "linear_key_dim": 4,
+    "linear_value_dim": 6,
+}
+FLIPS_OF = {  # flags of models that have these settings besides
+    "moe_layers": (EXPERTS, (True, False)),
+    "experts_per_token": (EXPERTS, 3),
+    "shared_expert_size": (EXPERTS, 6),
+    "norm_topk": (EXPERTS, True),
+    "layer_types": (DELTA_NET, ("full", "linear")),
+}
 SHAPES = {"vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"}
+SHAPES |= {"num_experts", "expert_size", *DELTA_NET}
 NOT_ARITHMETIC = {
     "family",
     "max_positions",
@@ -325,21 +341,24 @@ NOT_ARITHMETIC = {
     "source",
 }  # names, limits and what to stop at
 IN_OTHER_TESTS = {"sliding_window"}  # test_a_sliding_layer_reaches_window_minus_one_back
-# tests/test_moe.py
-IN_OTHER_TESTS |= {"moe_layers", "num_experts", "experts_per_token", "expert_size", "shared_expert_size", "norm_topk"}
-# tests/test_delta_net.py
-IN_OTHER_TESTS |= {"conv_width", "linear_key_heads", "linear_value_heads", "linear_key_dim", "linear_value_dim"}
 
 
 def test_every_field_is_a_shape_a_flag_or_no_arithmetic():
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert fields == FLIPS.keys() | SHAPES | NOT_ARITHMETIC | IN_OTHER_TESTS
+    assert fields == FLIPS.keys() | FLIPS_OF.keys() | SHAPES | NOT_ARITHMETIC | IN_OTHER_TESTS
 
 
 @pytest.mark.parametrize("flag", FLIPS)
 def test_every_flag_moves_the_logits(flag):
     tokens = references.tokens(1, 12) % 11
     off, on = perturbed(small()), perturbed(small(**{flag: FLIPS[flag]}))
+    assert (logits(off, tokens) - logits(on, tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flag", FLIPS_OF)
+def test_every_flag_of_experts_and_delta_net_moves_the_logits(flag):
+    tokens, (besides, value) = references.tokens(1, 12) % 11, FLIPS_OF[flag]
+    off, on = perturbed(small(**besides)), perturbed(small(**besides | {flag: value}))
     assert (logits(off, tokens) - logits(on, tokens)).abs().max() > 1e-3
 
 
