@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_recipes.py -s     prints the memory of each
 
 import copy
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the call 
 from test_families import REAL
 
 from lessons.small_chat import small_tokenizer
+from nanogspo import checkpoint
 from nanogspo.config import ROOT, TrainConfig, check, load_yaml, parse, resolve
 from nanogspo.families import model_config
 from nanogspo.model import Transformer
@@ -34,8 +36,31 @@ RECIPES = [path for path in ALL if not path.stem.startswith("tiny")]
 PLAIN = {"algo", "task", "model", "eval_every", "eval_size", "grad_clip", "warmup_updates", "warm_steps", "save_every"}
 
 
+A3B = {"vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "norm_topk_prob": True,
+       "mlp_only_layers": [], "tie_word_embeddings": False, "decoder_sparse_step": 1, "rms_norm_eps": 1e-6}  # fmt: skip
+A3B |= {"intermediate_size": 6144, "max_position_embeddings": 40960}
+QWEN3 = {"model_type": "qwen3_moe", "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+         "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}  # fmt: skip
+NEXT = {"model_type": "qwen3_next", "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
+        "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "full_attention_interval": 4,
+        "shared_expert_intermediate_size": 512, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}  # fmt: skip
+EXPERTS = {"Qwen3-30B-A3B": A3B | QWEN3, "Qwen3-Coder-30B-A3B": A3B | QWEN3, "Qwen3-Next-80B-A3B": A3B | NEXT}
+
+
 def published(model):
-    return REAL[re.sub("-(Instruct|it)$", "", model.split("/")[1])][0]
+    name = re.sub("-(Instruct|it)$", "", model.split("/")[1])
+    return EXPERTS[name] if name in EXPERTS else REAL[name][0]
+
+
+@functools.cache  # 30B-A3B and its Coder are one plan; of experts it takes a second and more
+def plan(raw, config, ranks):
+    """The usual learning rate, and the bytes by part."""
+    outline = planner.outline(json.loads(raw), torch.bfloat16, quantization(config))
+    usual = resolve(dataclasses.replace(config, lr=0.0), weight_count(outline)).lr
+    config = resolve(dataclasses.replace(config, device="cuda", dtype="bf16"), weight_count(outline))
+    adapt(outline, config)
+    return usual, planner.memory_parts(config, outline, 64, ranks)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -46,13 +71,11 @@ def test_a_recipe_fits_its_card_and_says_why(path):
     config, given = parse(TrainConfig, ["--config", str(path), *data], "train.py")
     check(config)
     assert f" train.py --config configs/{path.name}" in text.splitlines()[0]
-    outline = planner.outline(published(config.model), torch.bfloat16, quantization(config))
-    usual = resolve(dataclasses.replace(config, lr=0.0), weight_count(outline)).lr
-    assert config.lr == pytest.approx(usual, rel=0.05) or config.model == "Qwen/Qwen3-8B"  # which rounds up to 0.6 B's
-    config = resolve(dataclasses.replace(config, device="cuda", dtype="bf16"), weight_count(outline))
-    adapt(outline, config)
     [(ranks, card)] = re.findall(r"(?:(\d+) )?GPUs? of (\d+) GB", text) or [("", "8")]
-    parts = planner.memory_parts(config, outline, 64, int(ranks or 1))
+    usual, parts = plan(
+        json.dumps(published(config.model)), dataclasses.replace(config, model="some/model"), int(ranks or 1)
+    )
+    assert config.lr == pytest.approx(usual, rel=0.05) or config.model == "Qwen/Qwen3-8B"  # which rounds up to 0.6 B's
     needed = planner.most(parts) / 1e9
     weights = (parts["weights"] + parts.get("nf4 weights", 0)) / 1e9
     print(f"{path.stem:<22} {needed:5.1f} GB, of which weights {weights:.1f}")
@@ -64,10 +87,10 @@ def test_a_recipe_fits_its_card_and_says_why(path):
 
 
 def test_every_size_of_the_guides_has_a_recipe():
-    """Qwen2.5 and Qwen3 from 0.5B to 72B, Gemma 2 and 3 by size; the rates fall with the square root of size."""
+    """Qwen2.5 and Qwen3 from 0.5B to 80B-A3B, Gemma 2 and 3 by size; the rates fall with the square root of size."""
     configs = [parse(TrainConfig, ["--config", str(path), "--data", "x"], "train.py")[0] for path in RECIPES]
     named = {config.model.split("/")[1] for config in configs}
-    assert {re.sub("-(Instruct|it)$", "", name) for name in named} == set(REAL)
+    assert {re.sub("-(Instruct|it)$", "", name) for name in named} == set(REAL) | set(EXPERTS)
     rates = {c.model: c.lr for c in configs if "Qwen2.5" in c.model}
     ordered = sorted(rates, key=lambda name: float(re.search(r"-([\d.]+)B", name)[1]))
     assert [rates[name] for name in ordered] == sorted(rates.values(), reverse=True)
@@ -78,6 +101,9 @@ def test_every_size_of_the_guides_has_a_recipe():
 
 FEW = {"prompts_per_rollout": 1, "max_new_tokens": 18, "steps": 1, "eval_size": 0, "warm_steps": 1}  # what bounds cost
 MODEL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 408}
+SMALLER = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "full_attention_interval": 2,
+           "shared_expert_intermediate_size": 32, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+           "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +118,13 @@ def tiny_folder(folder, published, tokenizer):
     grouped = text.get("num_key_value_heads", 1) != text.get("num_attention_heads", 2)
     layers = 6 if "gemma3" in text["model_type"] else 2  # five with a window and one without
     text |= {**MODEL, "num_key_value_heads": 1 if grouped else 2, "num_hidden_layers": layers}
+    text |= {name: size for name, size in SMALLER.items() if name in text}
     raw["eos_token_id"] = list(tokenizer.eos_ids)
     config = model_config(raw)
     model = Transformer(config).init_weights(0, std=0.1)
+    if config.num_experts:  # a file has an expert's matrices one by one
+        checkpoint.save(model.to(torch.bfloat16), folder, tokenizer=tokenizer)
+        return folder
     names = {name: name if name == "lm_head.weight" else config.module_prefix + name for name in model.state_dict()}
     tensors = {names[name]: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     if raw is not text:
