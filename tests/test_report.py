@@ -31,6 +31,9 @@ def a_run(folder, updates=8, group=4, text="1"):
         hist = [0] * 27
         hist[13 if step % 4 == 2 else 18] = 16
         row = {**GSPO, "step": step, "phase": "gspo", "ratio_hist": hist, "grad_norm": 1.0, "peak_mem_bytes": 4e8}
+        row |= {"reward_s": 0.1} if step % 4 == 2 else {}
+        for n, name in enumerate(("experts_max_load", "router_entropy", "experts_unused", "experts_flipped")):
+            row[f"{name}_by_layer"] = [10 * n + step, 10 * n, 10 * n + 1]
         rows.append(row | {"ratio_p01": 0.99, "ratio_p50": 1.0, "ratio_p99": 1.01, "reward": min(1.0, step / updates)})
     rows += [{"step": 2, "doctor": "truncated", "says": "every answer was cut off"}]
     samples = [
@@ -161,6 +164,11 @@ def test_a_browser_opens_it(tmp_path):
     assert "<title>broken" not in dom
     assert "every answer was cut off" in dom and dom.count("<rect") >= 8 and dom.count('class="answer"') == 4
     assert "&lt;b&gt;bold&lt;/b&gt;" in dom and dom.count("<path") >= 8
+    # 8 updates are 2 rollouts, of which the second has a mean of 7.5 in the first of 3 layers
+    assert re.findall(r'<canvas width="(\d+)" height="(\d+)"', dom) == [("2", "3")] * 4
+    assert re.findall(r"white (\d+), orange ([\d.]+); update 2 to 9", dom) == [
+        ("0", "7.5"), ("10", "17.5"), ("20", "27.5"), ("30", "37.5"),
+    ]  # fmt: skip
 
 
 @in_a_browser
