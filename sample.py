@@ -119,7 +119,7 @@ def answers(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]], conf
         part = ids[first : first + size]
         made = [Answer(first + p) for p in range(len(part)) for _ in range(G)]
         how = {"group_size": G, "first_prompt": first, **settings(tokenizer, config)}
-        for rows, tokens, _, finished in decode(model, part, fused, **how):
+        for rows, tokens, _, finished, _ in decode(model, part, fused, **how):
             for row, token, end in zip(rows, tokens, finished, strict=True):
                 made[row].tokens.append(token)
                 made[row].finished = end
@@ -130,7 +130,7 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompt: list[int], config: 
     """Pieces of text as they become certain. A character may span several tokens (most emoji do), so what decodes to
     the replacement character is held back until it is whole."""
     ids, shown = [], ""
-    for _, tokens, _, _ in decode(model, [prompt], group_size=1, **settings(tokenizer, config)):
+    for _, tokens, *_ in decode(model, [prompt], group_size=1, **settings(tokenizer, config)):
         ids += tokens
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):

@@ -46,6 +46,7 @@ from nanogspo import checkpoint, distributed, policy, sharding  # noqa: E402
 from nanogspo.data import Data, Given, choose_judges, choose_task, read_data  # noqa: E402
 from nanogspo.experience import Experience  # noqa: E402
 from nanogspo.layers.moe import Routers  # noqa: E402
+from nanogspo.model import separate  # noqa: E402
 from nanogspo.objectives import combine, kl_to_reference, policy_loss, ratio_histogram, ratio_quantiles, sft_loss  # noqa: E402
 from nanogspo.optimizer import Optimizer, learning_rate  # noqa: E402
 from nanogspo.packing import MicroBatch, pack, score  # noqa: E402
@@ -140,7 +141,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     watch = doctor.Watch.of(config, model, data.chat.tokenizer, log, progress)
     stop = StopRequest()
     evaluations = Evaluations(data, sampler, log, folder, stop)
-    tools = folder, log, watch, evaluations, stop, started
+    tools = folder, log, watch, evaluations, stop, started, Routers(model.config)
     trainer = Trainer(config, data, sampler, model, optimizer, phases, *state, *tools)
     if changed:
         log.changed(progress.step, changed)
@@ -168,7 +169,7 @@ class Trainer:
     evaluations: Evaluations
     stop: StopRequest
     started: float
-    routers: Routers = dataclasses.field(default_factory=Routers)  # of experts: watched, and kept even
+    routers: Routers  # of experts: watched, and kept even
     proved: bool = False  # True once separately scored old log-probs have given ratios of exactly 1; not saved
 
     def loop(self) -> None:
@@ -241,7 +242,7 @@ class Trainer:
         distributed.seed(config.seed, self.progress.step)  # of dropout: a resumed run has the same masks
         sharding.keep_pace(self.model, len(batches))
         for batch in (batch.to(config.device) for batch in batches):
-            logp, entropy, right = score(self.model, batch, linear=self.routers)  # (M,), (M,), (M,)
+            logp, entropy, right = score(self.model, batch, linear=self.routers.watch(separate))  # (M,), (M,), (M,)
             loss, facts = sft_loss(logp)
             weight = len(logp) / total  # the weights of an update sum to 1
             ((loss + self.routers.balance(config.router_aux_loss)) * weight).backward()
@@ -282,10 +283,12 @@ class Trainer:
         ratios_total = trained if of_answers else distributed.total(sum(len(batch.targets) for batch in batches))
         metrics, ratios, log_ratios = [], [], []
         sharding.keep_pace(self.model, len(batches))
-        for batch, old_logp, ref_logp in zip(batches, rollout.old_logp[update], rollout.ref_logp[update], strict=True):
+        parts = (part[update] for part in (rollout.old_logp, rollout.ref_logp, rollout.experts))
+        for batch, old_logp, ref_logp, experts in zip(batches, *parts, strict=True):
             A, w = (x[batch.index].to(config.device, non_blocking=True) for x in (advantages, weights))  # (N,), (N,)
             batch = batch.to(config.device)
-            logp, entropy, _ = score(self.model, batch, temperature=config.temperature, linear=self.routers)  # (M,) all
+            routing = self.routers.watch(separate, experts, config.router_replay)
+            logp, entropy, _ = score(self.model, batch, temperature=config.temperature, linear=routing)  # (M,) all
             # None: no weight has moved yet, so this forward pass is also the old one
             old_logp = logp.detach() if old_logp is None else old_logp.to(config.device)  # (M,)
             (low, high), terms = self.watch.clip, {}

@@ -116,6 +116,7 @@ class TrainConfig:
     router_aux_loss: float = flag(
         0.0, "weight of the load-balancing loss of experts; it is not in the logged loss", high=1
     )
+    router_replay: bool = flag(False, "train with the experts that the old weights chose for each token (R2)")
     beta: float = flag(0.0, "weight of the KL divergence (k3) from the policy at the start of RL", high=1000)
     lr: float = flag(0.0, "AdamW learning rate; 0: by algorithm, adapter and model size", high=1, group="optimiser")
     warmup_updates: int = flag(5, "updates over which the learning rate rises from 0")
@@ -451,7 +452,8 @@ def check(config: TrainConfig, judged: bool = False) -> None:
     if config.environment == "conversation" and (tiny or not rl):
         got = f"--task {', '.join(config.task)} with {'--model tiny' if tiny else '--algo sft'}"
         raise ValueError(f"got {got}: customers are talked to, turn by turn; want RL of an instruct --model")
-    for name in ("reward", "environment", "system", "max_prompt_tokens", "beta", "dynamic_sampling", "mask_truncated"):
+    of_rl = "reward", "environment", "system", "max_prompt_tokens", "beta", "dynamic_sampling", "mask_truncated"
+    for name in (*of_rl, "router_replay"):
         if not rl and getattr(config, name):
             raise ValueError(f"got {flag_name(name)} with --algo sft, which samples no answers; want --algo gspo")
     if config.quant != "none" and not config.lora_r:
@@ -479,6 +481,8 @@ def check_rl(config: TrainConfig) -> None:
     if config.group_size < 2:
         why = "an answer alone in its group has advantage 0; want 2 or more (8 is usual)"
         raise ValueError(f"got --group-size {config.group_size} with {algo}: {why}")
+    if config.router_replay and algo == "reinforce":
+        raise ValueError("got --router-replay with --algo reinforce, which scores no old policy; want gspo or grpo")
     if config.clip == "auto" and not algo.startswith("gspo"):
         raise ValueError(f"got --clip auto with {algo}, want --algo gspo: a token's range is far above noise")
     if updates == 1 and algo != "reinforce":

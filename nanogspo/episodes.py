@@ -24,6 +24,8 @@ import random
 import re
 from collections.abc import Callable
 
+from torch import Tensor
+
 from nanogspo.chat import Chat
 from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig
@@ -46,6 +48,7 @@ class Episode:
     tokens: list[int] = dataclasses.field(default_factory=list)
     loss_mask: list[bool] = dataclasses.field(default_factory=list)
     logp: list[float] = dataclasses.field(default_factory=list)  # of sampled tokens
+    experts: list[Tensor] = dataclasses.field(default_factory=list)  # likewise, a tensor a turn: rollout.Answer
     history: list[dict] = dataclasses.field(default_factory=list)  # the assistant's messages
     rewards: list[float] = dataclasses.field(default_factory=list)  # of the steps that gave one
     parts: dict[str, float] = dataclasses.field(default_factory=dict)  # of the rewards that were dicts
@@ -82,6 +85,7 @@ class Episode:
         """The model's turn."""
         self.add(answer.tokens, True)
         self.logp += answer.logp
+        self.experts += [] if answer.experts is None else [answer.experts]
         self.history.append(assistant_message(text))
         self.messages.append(self.history[-1])
 

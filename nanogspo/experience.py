@@ -15,6 +15,7 @@ Tests: tests/test_experience.py, tests/test_train.py, tests/test_state.py
 """
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from kernels.seq_logprob import sequence_sums
 from nanogspo import distributed
-from nanogspo.model import Transformer
+from nanogspo.layers.moe import Routing, flips
+from nanogspo.model import Transformer, separate
 from nanogspo.objectives import answer_weights
 from nanogspo.packing import Example, MicroBatch, pack, score
 
@@ -40,6 +42,8 @@ class Experience:
     times: dict = dataclasses.field(default_factory=dict)  # likewise, in the row of its first update; not saved
     samples: list[dict] = dataclasses.field(default_factory=list)  # rows of samples.jsonl
     ref_logp: list[list[Tensor | None]] = dataclasses.field(default_factory=list)  # likewise; None: no reference
+    # likewise; (S, L, k) int16 that the old weights sent a packed row's S tokens to; None: no experts, or not scored
+    experts: list[list[Tensor | None]] = dataclasses.field(default_factory=list)
     group_size: int = 1
 
     def weights(self, update: int, average: str, max_new_tokens: int) -> tuple[Tensor, int, float]:
@@ -56,10 +60,10 @@ class Experience:
     def state(self) -> dict:
         """What storage/state.py saves."""
         tensors = {"advantages": self.advantages}
-        for name, logp in (("old_logp", self.old_logp), ("ref_logp", self.ref_logp)):
-            later = [part.cpu() for batches in logp[1:] for part in batches if part is not None]  # the first is made
-            [later] = distributed.joined(later)
-            tensors |= {name: torch.cat(later)} if later else {}  # (scored tokens of these,)
+        for name in ("old_logp", "ref_logp", "experts"):
+            parts = [part for batches in getattr(self, name)[1:] for part in batches if part is not None]
+            [later] = distributed.joined([part.cpu() for part in parts])  # without the first update, which is made
+            tensors |= {name: torch.cat(later)} if later else {}  # (scored tokens of these,), or (all tokens, L, k)
         shape = {"group_size": self.group_size, "processes": distributed.world()}
         return {"examples": self.examples, "facts": self.facts | shape, "tensors": tensors}
 
@@ -90,13 +94,21 @@ def experience(
     minibatches = split_minibatches(examples, advantages, updates, max_tokens, reference is not None, **own)
 
     @torch.no_grad()
-    def scored(batches: list[MicroBatch], wanted: bool) -> list[Tensor | None]:
-        return [score(model, b.to(device), temperature=temperature)[0] if wanted else None for b in batches]
+    def scored(batches: list[MicroBatch], wanted: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Log-probs and experts of each."""
+        logp, experts = [None] * len(batches), [None] * len(batches)
+        for i, batch in enumerate(batches if wanted else ()):
+            routing = Routing(separate)
+            logp[i], _, _ = score(model, batch.to(device), temperature=temperature, linear=routing)
+            experts[i] = routing.experts
+        return logp, experts
 
-    old_logp = [scored(batches, score_old and (update or score_first)) for update, batches in enumerate(minibatches)]
+    old = [scored(batches, score_old and (update or score_first)) for update, batches in enumerate(minibatches)]
     with reference or nullcontext():
-        ref_logp = [scored(batches, reference is not None) for batches in minibatches]
-    return Experience(examples, advantages, minibatches, old_logp, ref_logp=ref_logp, group_size=group_size)
+        ref_logp = [scored(batches, reference is not None)[0] for batches in minibatches]
+    old_logp, experts = map(list, zip(*old, strict=True))
+    how = {"ref_logp": ref_logp, "experts": experts, "group_size": group_size}
+    return Experience(examples, advantages, minibatches, old_logp, **how)
 
 
 def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
@@ -109,21 +121,20 @@ def from_state(saved: dict, *, updates: int, max_tokens: int) -> Experience:
     how = examples, tensors["advantages"], updates, max_tokens, "ref_logp" in tensors
     by_rank = [split_minibatches(*how, group_size=G, rank=rank) for rank in range(world)]
     minibatches = by_rank[distributed.rank()]
-    sizes = [[len(b.targets) for batches in part[1:] for b in batches] for part in by_rank]
 
-    def cut(name: str) -> list[list[Tensor | None]]:
+    def cut(name: str, of: str = "targets") -> list[list[Tensor | None]]:
         if name not in tensors:
             return [[None] * len(batches) for batches in minibatches]
+        sizes = [[len(getattr(b, of)) for batches in part[1:] for b in batches] for part in by_rank]
         if sum(map(sum, sizes)) != len(tensors[name]):
-            got = f"got a saved rollout with {len(tensors[name])} old log-probs, want {sum(map(sum, sizes))}"
+            got = f"got a saved rollout with {len(tensors[name])} rows of {name}, want {sum(map(sum, sizes))}"
             raise ValueError(f"{got}: another version of this program saved it; finish the run with that one")
         own = tensors[name].split([sum(part) for part in sizes])[distributed.rank()]
         pieces = iter(own.split(sizes[distributed.rank()]))
         return [[None] * len(minibatches[0]), *([next(pieces) for _ in batches] for batches in minibatches[1:])]
 
-    old_logp, ref_logp = cut("old_logp"), cut("ref_logp")
-    how = {"ref_logp": ref_logp, "group_size": G}
-    return Experience(examples, tensors["advantages"], minibatches, old_logp, facts, **how)
+    how = {"ref_logp": cut("ref_logp"), "experts": cut("experts", "tokens"), "group_size": G}
+    return Experience(examples, tensors["advantages"], minibatches, cut("old_logp"), facts, **how)
 
 
 def split_minibatches(
@@ -155,24 +166,32 @@ def split_minibatches(
     return minibatches
 
 
-def sampler_gap(experience: Experience, sampled: list[list[float]]) -> dict[str, float]:
+def sampler_gap(
+    experience: Experience, sampled: Sequence[list[float]], experts: Sequence[Tensor | None] = ()
+) -> dict[str, float]:
     """How far the log-probs that answers were drawn with are from those they were scored with.
 
         sampler_gap_max          largest difference of an answer's means: the unit of log(ratio)
         sampler_gap_mean         mean of |difference| over tokens
         sampler_gap_token_max    largest of these
+        experts_flipped_sampler  share of (token, layer) with other experts: where there are experts
 
     About 1e-7 in fp32; in bf16 the first is 1e-3 over long answers and up to 0.08 over a few tokens, which is why the
     one log-prob never stands in for the other. Over all updates but the first, which are scored in any case.
     """
-    gaps, means = [torch.zeros(0)], [torch.zeros(1)]
-    for batches, old in zip(experience.minibatches[1:], experience.old_logp[1:], strict=True):
-        for batch, logp in zip(batches, old, strict=True):
+    gaps, means, flipped = [torch.zeros(0)], [torch.zeros(1)], []
+    columns = (x[1:] for x in (experience.minibatches, experience.old_logp, experience.experts))
+    for batches, *parts in zip(*columns, strict=True):
+        for batch, logp, routed in zip(batches, *parts, strict=True):
+            if routed is not None:
+                drawn = torch.cat([experts[i] for i in batch.index.tolist()])  # (M, L, k)
+                flipped.append(flips(routed.cpu()[batch.scored], drawn).float().flatten())  # (M L,)
             drawn = torch.tensor([lp for i in batch.index.tolist() for lp in sampled[i]])  # (M,)
             gaps.append(logp.cpu() - drawn)
             means.append(sequence_sums(gaps[-1], batch.cu_scored) / batch.lengths)  # (N,)
     gap, mean = torch.cat(gaps).abs(), torch.cat(means).abs()
     facts = {"sampler_gap_max": mean.max().item()}
+    facts |= {"experts_flipped_sampler": torch.cat(flipped).mean().item()} if flipped else {}
     return facts | (
         {"sampler_gap_mean": gap.mean().item(), "sampler_gap_token_max": gap.max().item()} if len(gap) else {}
     )

@@ -287,7 +287,7 @@ def _experts(row: Family, text: dict, L: int, where: str) -> dict:
     def size(key: str, low: int = 1, high: int = 2**24, **options) -> int:
         return need(text, key, int, low=low, high=high, where=where, **options)
 
-    E = size("num_local_experts" if "num_local_experts" in text else "num_experts", high=2**16)
+    E = size("num_local_experts" if "num_local_experts" in text else "num_experts", high=2**15)  # Routing: int16
     step, dense = size("decoder_sparse_step", default=1), need(text, "mlp_only_layers", list, default=[], where=where)
     norm_topk = need(text, "norm_topk_prob", bool, default=False, where=where)
     return {

@@ -36,6 +36,8 @@ def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Token
         files = checkpoint.resolve(config.model, want="config")
         tokenizer, raw = load_tokenizer(files), checkpoint.read_config(files)
     outline = planner.outline(raw, DTYPES[config.dtype], quantization(config))
+    if config.router_replay and not outline.config.num_experts:
+        raise ValueError(f"got --router-replay with --model {config.model}, which has no experts; want it left out")
     if packed_layers(outline) and not config.lora_r:
         raise ValueError(f"got --lora-r 0 with {config.model}, whose weights are packed in 4 bits; want --lora-r 16")
     config = resolve(config, weight_count(outline))

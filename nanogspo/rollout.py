@@ -36,6 +36,7 @@ from kernels.sample import sample as sample_token
 from nanogspo.cache import KVCache
 from nanogspo.fast.cuda_graph import CapturedStep, can_capture
 from nanogspo.fast.fused_linear import FusedLinears
+from nanogspo.layers.moe import Routing
 from nanogspo.model import Transformer
 
 
@@ -47,10 +48,11 @@ class Answer:
     tokens: list[int] = field(default_factory=list)  # the stop token included when there was one
     logp: list[float] = field(default_factory=list)
     finished: bool = False  # False: cut off at max_new_tokens
+    experts: Tensor | None = None  # (len(tokens), L, k) int16, of the pass that each token was drawn after
 
 
-# rows still running, their tokens, their log-probs, whether each ends here
-Step = tuple[list[int], list[int], list[float], list[bool]]
+# rows still running, their tokens, their log-probs, whether each ends here, experts (rows, L, k) of a model with these
+Step = tuple[list[int], list[int], list[float], list[bool], Tensor | None]
 
 
 def generate(
@@ -83,7 +85,7 @@ def generate(
         raise ValueError(f"got group_size {group_size}, want at least 1")
     answers = [Answer(p) for p in range(len(prompts)) for _ in range(group_size)]
     per_slice = max(1, max_rows // group_size) if max_rows else max(1, len(prompts))
-    complete = 0
+    complete, routed = 0, []
     fused = FusedLinears(model)  # once for all slices; anew for each rollout, because the weights have moved
     for first in range(0, len(prompts), per_slice):
         part = prompts[first : first + per_slice]
@@ -97,7 +99,8 @@ def generate(
             streams=streams[first : first + per_slice],
             **settings,
         )
-        for rows, tokens, logp, finished in steps:
+        for rows, tokens, logp, finished, experts in steps:
+            routed += [] if experts is None else [([first * group_size + row for row in rows], experts)]
             for row, token, lp, end in zip(rows, tokens, logp, finished, strict=True):
                 answer = answers[first * group_size + row]
                 answer.tokens.append(token)
@@ -107,6 +110,11 @@ def generate(
             if on_step and on_step(complete, len(answer.tokens)):
                 steps.close()  # now, not when it is collected: it has to put the model back into training mode
                 return answers
+    if routed:  # answer by answer, each in the order of its tokens
+        order = torch.tensor([row for rows, _ in routed for row in rows]).argsort(stable=True)  # (drawn tokens,)
+        experts = torch.cat([part for _, part in routed])[order].split([len(answer.tokens) for answer in answers])
+        for answer, own in zip(answers, experts, strict=True):
+            answer.experts = own
     return answers
 
 
@@ -144,20 +152,25 @@ def decode(
         capacity = max_new_tokens - 1  # nothing follows an answer's last token
         cache = KVCache(model.config, segments, group_size, capacity, dtype=model.norm.weight.dtype)
         cache.capturable = can_capture(cache)
-        hidden = model(tokens[None], segments=segments, cache=cache, linear=fused)[0]  # (S, C)
-        logits = fused.logits(hidden[segments.cu_seqlens[1:].long() - 1])  # (P, V)
+        routing, last = Routing(fused), segments.cu_seqlens[1:].long() - 1  # (P,)
+        hidden = model(tokens[None], segments=segments, cache=cache, linear=routing)[0]  # (S, C)
+        logits, experts = fused.logits(hidden[last]), routing.experts  # (P, V), (S, L, k)
+        experts = None if experts is None else experts[last].repeat_interleave(group_size, dim=0)  # (N, L, k)
 
         # the first token of every answer
         streams = streams or [(first_prompt + p, 0, 0) for p in range(len(prompts))]
         uniforms = [draw_uniforms(seed, n, max_new_tokens, group_size, *where) for n, *where in streams]
         uniforms = torch.cat(uniforms, dim=1)  # (T, N)
-        batch = DecodeBatch(cache, uniforms.to(device), (temperature, top_k, top_p), sorted(eos_ids))
+        batch = DecodeBatch(cache, uniforms.to(device), (temperature, top_k, top_p), sorted(eos_ids), experts)
         batch.sample_next(logits.repeat_interleave(group_size, dim=0))  # (N, V)
 
         # one more at every step. What `step` reads and writes keeps its address and size until rows are compacted:
         # the cache has all its slots from the start, and how many are in use is a number on the device
         def step() -> None:
-            hidden = model(batch.tokens[None], cache=cache, linear=fused)  # (1, n, C)
+            routing = Routing(fused)
+            hidden = model(batch.tokens[None], cache=cache, linear=routing)  # (1, n, C)
+            if batch.experts is not None:
+                batch.experts.copy_(routing.experts)
             batch.sample_next(fused.logits(hidden[0]))  # (n, V)
 
         next_step = CapturedStep(step, cache, enabled=cache.capturable)
@@ -169,7 +182,9 @@ def decode(
             if not all(map(math.isfinite, kept)):
                 advice = "its weights have diverged; train with a lower --lr"
                 raise FloatingPointError(f"the model's scores are not finite numbers any more; {advice}")
-            yield [rows[n] for n in active], [int(drawn[n]) for n in active], kept, [ends[n] > 0 for n in active]
+            experts = None if batch.experts is None else batch.experts[active].cpu()  # (active, L, k)
+            ended = [ends[n] > 0 for n in active]
+            yield [rows[n] for n in active], [int(drawn[n]) for n in active], kept, ended, experts
             active = [n for n in active if not ends[n]]
             if not active or not left:
                 return
@@ -205,18 +220,20 @@ class DecodeBatch:
     """The rows that are decoded together: the token each has drawn last, and how the next one is drawn.
 
     drawn   (3, n) float64: every row's token, its log-prob, and 1 where it is a stop token
+    experts (n, L, k) int16 that the pass before this token sent each row to; None of a model without
 
     `sample_next` reads and writes tensors that stay where they are and takes no number from Python, so that a CUDA
     graph can capture it (fast/cuda_graph.py); `compact` moves them.
     """
 
-    def __init__(self, cache: KVCache, uniforms: Tensor, settings: tuple, stop: Sequence[int]):
+    def __init__(self, cache: KVCache, uniforms: Tensor, settings: tuple, stop: Sequence[int], experts: Tensor | None):
         device, N = uniforms.device, uniforms.shape[1]
         self.cache, self.settings = cache, settings  # of `sample`: temperature, top_k, top_p
         self.uniforms, self.number = uniforms, torch.zeros(1, dtype=torch.int64, device=device)  # (T, n), (1,)
         self.stop = torch.tensor(stop, dtype=torch.int64, device=device)  # (ids,)
         self.tokens = torch.zeros(N, dtype=torch.int64, device=device)  # (n,)
         self.drawn = torch.zeros(3, N, dtype=torch.float64, device=device)  # (3, n)
+        self.experts = experts
 
     @property
     def size(self) -> int:
@@ -239,6 +256,7 @@ class DecodeBatch:
         kept = torch.tensor(rows, device=self.tokens.device)  # (m,)
         self.cache.compact(kept)
         self.tokens, self.drawn, self.uniforms = self.tokens[kept], self.drawn[:, kept], self.uniforms[:, kept]
+        self.experts = None if self.experts is None else self.experts[kept]
 
 
 # The batch is compacted once this fraction of its rows, or less, is active. Copying their cache costs about a step.

@@ -46,6 +46,7 @@ class Sample:
     truncated: bool
     notes: dict = dataclasses.field(default_factory=dict)  # what samples.jsonl says besides
     own: float = math.nan  # the reward that an environment gave
+    experts: Tensor | None = None  # (sampled tokens, L, k): rollout.Answer
 
     @property
     def ids(self) -> list[int]:
@@ -129,7 +130,7 @@ class Sampler:
         # a function may log a metric of any name
         rollout.facts = merged(facts) | rollout_facts(groups) | {"sampling_rounds": len(facts)}
         if config.algo != "reinforce":
-            gaps = distributed.gather(sampler_gap(rollout, [s.logp for s in samples]))
+            gaps = distributed.gather(sampler_gap(rollout, *zip(*((s.logp, s.experts) for s in samples), strict=True)))
             rollout.facts |= {name: max(gap.get(name, 0.0) for gap in gaps) for name in gaps[0]}
         rollout.times = self.times(groups, rollout, time.perf_counter() - scoring)
         columns = samples, [r for g in kept for r in g.rewards], advantages.tolist()
@@ -255,12 +256,14 @@ class Sampler:
 
 
 def of_answer(chat: Chat, prompt: list[int], answer: Answer) -> Sample:
-    return Sample(Example.answered(prompt, answer.tokens), answer.logp, chat.text(answer.tokens), not answer.finished)
+    facts = answer.logp, chat.text(answer.tokens), not answer.finished
+    return Sample(Example.answered(prompt, answer.tokens), *facts, experts=answer.experts)
 
 
 def of_episode(e: Episode) -> Sample:
     notes = {"messages": e.messages, **({"failed": {"environment": e.failed}} if e.failed else {})}
-    return Sample(Example(e.tokens, e.loss_mask), e.logp, e.text, e.truncated, notes, e.reward)
+    experts = torch.cat(e.experts) if e.experts else None  # (sampled tokens, L, k)
+    return Sample(Example(e.tokens, e.loss_mask), e.logp, e.text, e.truncated, notes, e.reward, experts)
 
 
 def row_of(problem: Problem) -> dict:

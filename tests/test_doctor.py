@@ -23,8 +23,8 @@ from nanogspo.run.doctor import (
     diagnose,
     kernel_gap,
     noise_floor,
-    packed_logp,
-    padded_logp,
+    packed,
+    padded,
     render,
 )
 from nanogspo.run.log import read_rows
@@ -63,7 +63,7 @@ def test_every_way_of_scoring_gives_an_answer_its_own_log_probs(models):
     """Micro-batches that are sorted, shared and cut; padded rows, whole and in parts: fp32 sums in another order, which
     are about twenty roundings of numbers up to 4 apart."""
     examples = examples_of([3, 1, 7, 2, 7])
-    ways = [packed_logp(models[0], examples, 64, 0.7), *(padded_logp(models[0], examples, n, 0.7) for n in (60, 10**6))]
+    ways = [packed(models[0], examples, 64, 0.7)[0], *(padded(models[0], examples, n, 0.7)[0] for n in (60, 10**6))]
     for e, *three in zip(examples, *ways, strict=True):
         hidden = models[0](torch.tensor([e.tokens]))[0]
         logp = (models[0].logits(hidden) / 0.7).log_softmax(-1)
@@ -77,8 +77,8 @@ def test_the_noise_floor_is_the_mean_over_an_answers_tokens(monkeypatch):
     """With log-probs that we make up: answer n, when it is padded, is -0.03 n off at one token, 0.01 n at the other."""
     calls, zeros = [], [torch.zeros(2) for _ in range(101)]
     made_up = [torch.tensor([-0.03 * n, 0.01 * n]) for n in range(101)]
-    monkeypatch.setattr(doctor, "packed_logp", lambda *given: calls.append(given) or zeros)
-    monkeypatch.setattr(doctor, "padded_logp", lambda *given: calls.append(given) or made_up)
+    monkeypatch.setattr(doctor, "packed", lambda *given: calls.append(given) or (zeros, []))
+    monkeypatch.setattr(doctor, "padded", lambda *given: calls.append(given) or (made_up, []))
     noise = noise_floor("model", examples_of([2] * 101), 64, 0.7)
     assert len(calls) == 3 and all(given[2:] == (64, 0.7) for given in calls)
     assert (noise.same, noise.answers, noise.length) == (0.0, 101, 2.0)

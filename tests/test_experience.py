@@ -79,6 +79,6 @@ def test_another_versions_rollout_is_refused():
     state = experience(model, examples, torch.arange(1.0, 9.0), **how, temperature=1.0, device="cpu").state()
     state["tensors"]["old_logp"] = torch.zeros(99)
     with pytest.raises(
-        ValueError, match="got a saved rollout with 99 old log-probs, want .*; finish the run with that"
+        ValueError, match="got a saved rollout with 99 rows of old_logp, want .*; finish the run with that"
     ):
         from_state(state, **how)

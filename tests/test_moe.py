@@ -22,7 +22,7 @@ from nanogspo import checkpoint
 from nanogspo.cache import KVCache
 from nanogspo.families import model_config
 from nanogspo.layers.moe import MoE, Routers, route
-from nanogspo.model import Transformer
+from nanogspo.model import Transformer, separate
 from nanogspo.rollout import generate
 from nanogspo.storage.experts import STACK, each
 from nanogspo.storage.names import SKIP
@@ -167,9 +167,9 @@ def test_checkpointing_changes_no_bit_and_counts_nothing_twice():
     model, tokens = ours("qwen2_moe"), references.tokens(1, 15)
     results = []
     for model.gradient_checkpointing in (False, True):
-        routers = Routers()
+        routers = Routers(model.config)
         for _ in range(2):
-            loss = model(tokens, linear=routers).square().sum() + routers.balance()
+            loss = model(tokens, linear=routers.watch(separate)).square().sum() + routers.balance()
             grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         results.append((grads, routers.metrics()))
     model.gradient_checkpointing = False
@@ -179,11 +179,11 @@ def test_checkpointing_changes_no_bit_and_counts_nothing_twice():
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
 def test_the_balance_loss_is_that_of_transformers(name):
-    tokens, routers = references.tokens(2, 20), Routers()
+    tokens, routers = references.tokens(2, 20), Routers(ours(name).config)
     want = reference(name)(input_ids=tokens, output_router_logits=True)
     module = transformers.models.qwen3_moe.modeling_qwen3_moe
     want = module.load_balancing_loss_func(want.router_logits, E, K)
-    ours(name)(tokens, linear=routers)
+    ours(name)(tokens, linear=routers.watch(separate))
     got = routers.balance()
     assert (got - want).abs() <= 1e-5
     gate = next(m for m in ours(name).modules() if isinstance(m, MoE)).gate.weight
@@ -191,7 +191,7 @@ def test_the_balance_loss_is_that_of_transformers(name):
 
 
 def test_metrics_of_routers_that_are_known():
-    """Two layers of 4 experts, 1 a token, 8 tokens in two passes: one layer even, one that sends all to expert 2."""
+    """Two layers of 4 experts, 1 a token, 12 tokens in passes of 4 and 8: one even, one sends all to expert 2."""
     config = model_config({"model_type": "qwen3_moe", "vocab_size": 5, "hidden_size": 4, "intermediate_size": 4,
                            "num_hidden_layers": 2, "num_attention_heads": 1, "head_dim": 2, "num_experts": 4,
                            "num_experts_per_tok": 1, "moe_intermediate_size": 2})  # fmt: skip
@@ -199,20 +199,31 @@ def test_metrics_of_routers_that_are_known():
     even.gate.weight.data.copy_(torch.eye(4) * 50)
     stuck.gate.weight.data.copy_(torch.eye(4)[[1, 1, 2, 1]] * 0)
     stuck.gate.weight.data[2] = 3.0
-    routers = Routers()
-    assert routers.balance() == 0.0 and routers.metrics() == {}  # a dense model
-    for _ in range(2):
-        for moe in (even, stuck):
-            routers(moe, ("gate",), torch.eye(4)[None])
+    dense = Routers(model_config(config.source | {"mlp_only_layers": [0, 1]}))
+    dense.watch(separate)
+    assert dense.balance() == 0.0 and dense.metrics() == {}
+    routers = Routers(config)
+
+    def one_pass(*layers, times=1):
+        routing = routers.watch(separate)
+        for moe in layers:
+            routing.route(moe, routing(moe, ("gate",), torch.eye(4).repeat(times, 1))[0])
+
+    for times in (1, 2):
+        one_pass(even, stuck, times=times)
         loss = routers.balance().item()
         assert routers.balance() == 0.0  # asked for once
+    assert routers.sums[:, :4].tolist() == [[3, 3, 3, 3], [0, 0, 12, 0]]
     facts = routers.metrics()
-    assert routers.metrics() == {}  # each is of the tokens since the last
-    routers(even, ("gate",), torch.eye(4)[None])
-    assert routers.balance(0.0) == 0.0 and routers.metrics()["experts_unused"] == 0  # of the pass since then
+    assert not routers.sums.any()  # each is of the tokens since the last
+    one_pass(stuck, even)
+    assert routers.balance(0.0) == 0.0 and routers.metrics()["experts_unused"] == 0.375  # of the pass since then
     p = torch.tensor([0.0, 0, 3, 0]).softmax(0)
     entropy = -(p * p.log()).sum()
     assert facts["experts_unused"] == 3 / 8 and facts["experts_max_load"] == 2.5
+    assert facts["experts_unused_by_layer"] == [0, 0.75] and facts["experts_max_load_by_layer"] == [1, 4]
+    assert facts["router_entropy_by_layer"] == pytest.approx([0, entropy.item()], abs=1e-5)
+    assert facts["experts_flipped_by_layer"] == [0, 0]  # there was nothing to compare with
     assert math.isclose(facts["router_entropy"], entropy / 2, rel_tol=1e-5)
     f, P = torch.tensor([1, 1, 5, 1]) / 8, (torch.full((4,), 0.25) + p) / 2
     assert math.isclose(loss, 4 * (f * P).sum(), rel_tol=1e-5)

@@ -15,6 +15,7 @@ from nanogspo.config import ROOT, TrainConfig, load_yaml
 from nanogspo.families import model_config
 from nanogspo.layers.moe import MoE, Routers
 from nanogspo.lora import LoRAExperts, add_lora, lora_layers
+from nanogspo.model import separate
 from nanogspo.packing import Example, pack, score
 from nanogspo.run.log import read_rows
 from nanogspo.run.planner import layer_bytes
@@ -77,11 +78,11 @@ def test_scoring_and_training_have_equal_bits(adapter):
     [batch] = pack([Example.answered(prompt, [3, 4 + i, 0]) for i in range(5)], max_tokens=999)
     with torch.no_grad():
         old, _, _ = score(model, batch, temperature=0.8)
-    routers = Routers()
-    new, _, _ = score(model, batch, temperature=0.8, linear=routers)
+    routers = Routers(model.config)
+    new, _, _ = score(model, batch, temperature=0.8, linear=routers.watch(separate))
     routers.balance(0.0)
     assert torch.equal(old, new)
-    loads = routers.load  # (L, E)
+    loads = routers.sums[:, : -Routers.COLUMNS]  # (L, E)
     new.sum().backward()
     assert (loads == 0).any() or adapter  # a few tokens do not meet all of 8
     for block, load in zip(model.layers, loads, strict=True):

@@ -17,28 +17,32 @@ A stacked layer, plain, packed (quant.py) or with an adapter (lora.py), has
     stack                       what kernels/moe.py multiplies with
     with_update(y, x, groups)   y, or y and what an adapter adds
 
-Routers watches routers: which experts are used, and the loss that evens it out. It is a `linear` argument of
-Transformer.forward.
+Routing is a `linear` argument of Transformer.forward that keeps which experts the tokens of one pass were sent to, or
+sends them to given ones. Routers adds up an update's passes: metrics, and the loss that evens experts out.
 
-Reading order: route, ExpertLinear, Experts, MoE, Routers.   Lesson: lessons/16_experts.md   Tests: tests/test_moe.py
-Source: Switch, arXiv 2101.03961; Qwen1.5-MoE (shared expert); Qwen3, arXiv 2505.09388.
+Reading order: route, ExpertLinear, Experts, MoE, Routing, Routers.
+Lesson: lessons/16_experts.md   Tests: tests/test_moe.py, tests/test_router_replay.py
+Source: Switch, arXiv 2101.03961; Qwen1.5-MoE (shared expert); Qwen3, arXiv 2505.09388; routing replay: GSPO, arXiv
+2507.18071, section 5.3.
 Letters: T tokens, N = T k rows, E experts, k experts per token, C width, F width of an expert.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.glu import glu
 from kernels.moe import Groups, combine, grouped_linear, sort_by_expert, spread
+from nanogspo import distributed
 from nanogspo.families import ModelConfig
 
 ROUTER = ("gate", "shared_expert_gate")  # leaf names; small, and an error there sends tokens elsewhere: never packed
 
 
-def route(logits: Tensor, k: int, norm_topk: bool) -> tuple[Tensor, Tensor]:
-    """(2) and (3): logits (T, E) -> weights (T, k) in the logits' dtype, index (T, k) int64, likeliest first."""
-    weights, index = logits.softmax(-1, dtype=torch.float32).topk(k)  # (T, k), (T, k)
+def route(logits: Tensor, k: int, norm_topk: bool, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(2) and (3): logits (T, E) -> weights (T, k) in the logits' dtype, index (T, k) int64, likeliest first. An index
+    that is given stays as it is: its weights are those of these logits, so a router learns from them."""
+    p = logits.softmax(-1, dtype=torch.float32)  # (T, E)
+    weights, index = p.topk(k) if index is None else (p.gather(-1, index), index)  # (T, k), (T, k)
     if norm_topk:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights.to(logits.dtype), index
@@ -103,26 +107,68 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, linear) -> Tensor:
         logits, *opens = linear(self, self.INPUTS, x)  # (B, T, E), (B, T, 1)
-        weights, index = route(logits.flatten(0, -2), self.k, self.norm_topk)  # (B T, k) twice
+        choose = linear.route if isinstance(linear, Routing) else MoE.route
+        weights, index = choose(self, logits.flatten(0, -2))  # (B T, k) twice
         groups = sort_by_expert(index, logits.shape[-1])
         out = self.experts(x.flatten(0, -2), weights, groups).view(x.shape)  # (B, T, C)
         return out + torch.sigmoid(opens[0]) * self.shared_expert(x, linear) if opens else out
 
+    def route(self, logits: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return route(logits, self.k, self.norm_topk, index)
 
-class Routers:
-    """What routers do with the tokens of one update: pass it as `linear`, call `balance` after each forward pass and
-    `metrics` after the update."""
 
-    def __init__(self):
-        self.logits: dict[nn.Module, Tensor] = {}  # of the last forward pass: MoE -> (B, T, E)
-        self.load, self.entropy, self.tokens = 0, 0.0, 0  # (L, E) pairs, (L,) sum over tokens, their number
+class Routing:
+    """The `linear` argument of one forward pass of T tokens, which keeps what its routers choose.
+
+    linear  what multiplies the layers: model.separate, or a rollout's FusedLinears
+    before  (T, L, k) integers, the experts of the same tokens in an earlier pass: L layers with experts
+    replay  send the tokens to `before`, wherever these routers would send them
+    """
+
+    def __init__(self, linear, before: Tensor | None = None, replay: bool = False):
+        self.linear, self.before, self.replay = linear, before, replay and before is not None
+        self.layers: dict[nn.Module, int] = {}  # number of each MoE
+        self.chosen: list[Tensor] = []  # (T, k) a layer: the likeliest ones, also where others are replayed
+        self.scores: list[Tensor] | None = None  # (T, E) a layer, for Routers
 
     def __call__(self, module: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
-        out = [getattr(module, name)(x) for name in names]
-        # within a backward pass gradient checkpointing runs blocks again: what is kept then would keep their graphs
-        if isinstance(module, MoE) and torch._C._current_graph_task_id() < 0:
-            self.logits[module] = out[0]
-        return out
+        return self.linear(module, names, x)
+
+    def route(self, moe: MoE, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What MoE.route returns."""
+        layer = self.layers.setdefault(moe, len(self.layers))
+        weights, index = moe.route(logits)
+        if layer == len(self.chosen):  # else a backward pass runs a block again (checkpointing): keep no second graph
+            self.chosen.append(index)
+            if self.scores is not None:
+                self.scores.append(logits)
+        return moe.route(logits, self.before[:, layer].long()) if self.replay else (weights, index)
+
+    @property
+    def experts(self) -> Tensor | None:
+        """(T, L, k) int16, the `before` of a later pass; None of a model without experts."""
+        return torch.stack(self.chosen, 1).to(torch.int16) if self.chosen else None
+
+
+def flips(one: Tensor, other: Tensor) -> Tensor:
+    """(T, L, k) twice -> (T, L) bool: whether a token's set of experts differs. Their order does not matter."""
+    return (one.sort(-1).values != other.sort(-1).values).any(-1)
+
+
+class Routers:
+    """What routers do with the tokens of one update: `watch` is the `linear` of a forward pass, `balance` is called
+    after each, `metrics` after the update."""
+
+    COLUMNS = 3  # of sums, behind the pairs of E experts: entropy, flips, tokens
+
+    def __init__(self, config: ModelConfig):
+        self.sums = torch.zeros(sum(config.moe_layers), config.num_experts + self.COLUMNS, dtype=torch.float64)
+        self.routing: Routing | None = None  # of the last forward pass
+
+    def watch(self, linear, before: Tensor | None = None, replay: bool = False) -> Routing:
+        self.routing = Routing(linear, before, replay)
+        self.routing.scores = []
+        return self.routing
 
     def balance(self, weight: float = 1.0) -> Tensor | float:
         """The load-balancing loss of the last forward pass times a weight; counts for `metrics` with any weight.
@@ -134,26 +180,40 @@ class Routers:
 
         Source: Switch, equations 4 to 6, as transformers' load_balancing_loss_func has it. Here in fp32.
         """
-        if not self.logits:
+        routing = self.routing
+        if not routing or not routing.scores:
             return 0.0
-        (moe, *_), logits = self.logits, [z if weight else z.detach() for z in self.logits.values()]
-        self.logits, k = {}, moe.k
-        p = torch.stack([z.flatten(0, -2) for z in logits]).softmax(-1, dtype=torch.float32)  # (L, T, E)
-        index = p.detach().topk(k).indices.flatten(1)  # (L, T k)
-        load = F.one_hot(index, p.shape[2]).sum(1).float()  # (L, E)
-        self.load, self.tokens = self.load + load, self.tokens + p.shape[1]
-        self.entropy = self.entropy - torch.special.xlogy(p, p).detach().sum((1, 2))  # (L,)
-        return weight * (load.mean(0) / p.shape[1] * p.mean((0, 1))).sum() * p.shape[2] if weight else 0.0
+        chosen, before, scores = torch.stack(routing.chosen, 1), routing.before, routing.scores  # (T, L, k)
+        routing.scores = None  # their graph
+        p = torch.stack([z if weight else z.detach() for z in scores]).softmax(-1, dtype=torch.float32)  # (L, T, E)
+        (L, T, E), index = p.shape, (before.long() if routing.replay else chosen).transpose(0, 1).flatten(1)  # (L, T k)
+        load = p.new_zeros(L, E).scatter_add_(1, index, torch.ones_like(index, dtype=p.dtype))  # (L, E)
+        flipped = flips(chosen, chosen if before is None else before).sum(0)  # (L,)
+        entropy = -torch.special.xlogy(p, p).detach().sum((1, 2))  # (L,)
+        columns = torch.stack([entropy, flipped, torch.full_like(entropy, T)], 1)  # (L, COLUMNS)
+        self.sums = self.sums.to(p.device) + torch.cat([load, columns], 1)
+        return weight * (load.mean(0) / T * p.mean((0, 1))).sum() * E if weight else 0.0
 
-    def metrics(self) -> dict[str, float]:
-        """Averages over layers, of all tokens since the last call; {} without experts. unused: the share of experts
-        that no token met; max_load: the pairs of the busiest expert, 1 if all are even; entropy of p, at most ln E."""
-        if not self.tokens:
+    def metrics(self) -> dict[str, float | list[float]]:
+        """Averages over layers, and a list with a number for each (NAME_by_layer), of all tokens of all processes since
+        the last call; {} without experts.
+
+            experts_unused    the share of experts that no token met
+            experts_max_load  the pairs of the busiest expert, 1 if all are even
+            router_entropy    of p, at most ln E
+            experts_flipped   the share of tokens whose routers choose other experts than under the weights that scored
+                              them first; 0 in SFT, and in the first update of a rollout, whose own pass that is
+        """
+        if not len(self.sums):
             return {}
-        facts = {
-            "experts_unused": (self.load == 0).float().mean().item(),
-            "experts_max_load": (self.load.amax(1) / self.load.mean(1)).mean().item(),
-            "router_entropy": (self.entropy / self.tokens).mean().item(),
+        sums = distributed.total(self.sums).float()  # (L, E + COLUMNS)
+        load, (entropy, flipped, tokens) = sums[:, : -self.COLUMNS], sums[:, -self.COLUMNS :].T  # (L, E), (L,) thrice
+        by_layer = {
+            "experts_unused": (load == 0).float().mean(1),
+            "experts_max_load": load.amax(1) / load.mean(1),
+            "router_entropy": entropy / tokens,
+            "experts_flipped": flipped / tokens,
         }
-        self.__init__()
-        return facts
+        self.sums = torch.zeros_like(self.sums)
+        means = {name: x.mean().item() for name, x in by_layer.items()}
+        return means | {f"{name}_by_layer": [round(v, 5) for v in x.tolist()] for name, x in by_layer.items()}

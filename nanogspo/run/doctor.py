@@ -13,6 +13,9 @@ changes are that nobody made. The same answers are scored three times before any
 A clip range below the 99th percentile of that noise is decided by rounding as soon as weights have moved, because new
 weights round anew. `auto_clip` takes K times as much.
 
+With experts two questions more: how many tokens does that rounding send to other ones, and how much of the noise is
+left if they go where they went before (--router-replay)?
+
 Reading order: Noise, noise_floor, auto_clip, diagnose, Watch, check.
 Lessons: lessons/18_noise_clip_and_length.md, 19_reading_a_run.md       Tests: tests/test_doctor.py
 """
@@ -20,8 +23,10 @@ Lessons: lessons/18_noise_clip_and_length.md, 19_reading_a_run.md       Tests: t
 import dataclasses
 import functools
 import sys
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import HAVE_TRITON, INTERPRETED
@@ -30,7 +35,8 @@ from nanogspo import distributed
 from nanogspo.config import TrainConfig, resolve
 from nanogspo.data import Data
 from nanogspo.experience import Experience
-from nanogspo.model import Transformer
+from nanogspo.layers.moe import Routing, flips
+from nanogspo.model import Transformer, separate
 from nanogspo.packing import Example, pack, score
 from nanogspo.quant import weight_count
 from nanogspo.run.log import RunLog
@@ -52,46 +58,90 @@ class Noise:
     p99: float
     answers: int
     length: float  # tokens of an answer, on average
+    flipped: float = 0.0  # share of (token, layer) whose experts differ between packed and padded
+    by_replay: tuple[float, float] | None = None  # p99 without and with the packed rows' experts in padded rows
 
     def __str__(self) -> str:
         again = "exactly 0" if self.same == 0 else f"{self.same:.1e}, want exactly 0 (scoring is not deterministic)"
-        return (
+        text = (
             f"noise floor of {self.answers} answers of {self.length:.1f} tokens: scored twice alike {again}, "
             f"packed and padded |log ratio| p50 {self.p50:.1e}, p99 {self.p99:.1e}, of a token {self.token:.1e} at most"
         )
+        if self.by_replay is None:
+            return text
+        without, replayed = self.by_replay
+        changed = f"{self.flipped:.2%} of (token, layer) change experts"
+        return f"{text}; {changed}, p99 {without:.1e} without and {replayed:.1e} with --router-replay"
+
+
+# of each example: float32 log-probs of its scored tokens (M,); and, of a model with experts, those that all its tokens
+# but the last were sent to, (tokens - 1, L, k)
+Scored = tuple[list[Tensor], list[Tensor]]
 
 
 @torch.no_grad()
-def packed_logp(model: Transformer, examples: list[Example], max_tokens: int, temperature: float) -> list[Tensor]:
-    """[(tokens of an answer,), ...] float32 log-probs of each example's scored tokens, as training scores them."""
-    found, device = {}, model.embed_tokens.weight.device
+def packed(model: Transformer, examples: list[Example], max_tokens: int, temperature: float) -> Scored:
+    """Examples as training scores them."""
+    found, experts, device = {}, {}, model.embed_tokens.weight.device
     for batch in pack(examples, max_tokens=max_tokens):
-        logp = score(model, batch.to(device), temperature=temperature)[0].cpu()  # (M,)
-        found |= dict(zip(batch.index.tolist(), logp.split(batch.lengths.tolist()), strict=True))
-    return [found[i] for i in range(len(examples))]
+        routing, index, parents = Routing(separate), batch.index.tolist(), batch.segments.parents
+        logp = score(model, batch.to(device), temperature=temperature, linear=routing)[0].cpu()  # (M,)
+        found |= dict(zip(index, logp.split(batch.lengths.tolist()), strict=True))
+        if routing.experts is not None:
+            parts = routing.experts.cpu().split(batch.segments.lengths)  # (tokens of a segment, L, k) each
+            own = [s for s in range(len(parts)) if s not in parents]  # not the prompts that several share
+            whole = [torch.cat([parts[parents[s]], parts[s]]) if parents[s] >= 0 else parts[s] for s in own]
+            experts |= dict(zip(index, whole, strict=True))
+    return [found[i] for i in range(len(examples))], [experts[i] for i in range(len(experts))]
 
 
 @torch.no_grad()
-def padded_logp(model: Transformer, examples: list[Example], max_tokens: int, temperature: float) -> list[Tensor]:
-    """The same from rows padded on the right to the longest, max_tokens at a time or one row: dense attention."""
-    device, T, found = model.embed_tokens.weight.device, max(len(e.tokens) for e in examples), []
+def padded(
+    model: Transformer, examples: list[Example], max_tokens: int, temperature: float, before: Sequence[Tensor] = ()
+) -> Scored:
+    """Examples as rows padded on the right to the longest, max_tokens at a time or one row: dense attention.
+    before: the experts to send tokens to, instead of the likeliest."""
+    device, T, found, experts = model.embed_tokens.weight.device, max(len(e.tokens) for e in examples), [], []
     rows, how = max(1, max_tokens // T), {"temperature": temperature, "softcap": model.config.final_softcap or None}
-    for part in (examples[first : first + rows] for first in range(0, len(examples), rows)):
+    for first in range(0, len(examples), rows):
+        part = examples[first : first + rows]
         tokens = torch.tensor([e.tokens + [0] * (T - len(e.tokens)) for e in part], device=device)  # (N, T)
         scored = torch.tensor([e.loss_mask + [False] * (T - len(e.tokens)) for e in part], device=device)  # (N, T)
-        hidden = model(tokens)[:, :-1][scored[:, 1:]]  # (M, C)
+        fills = [F.pad(x, (0, 0, 0, 0, 0, T - len(x))) for x in before[first : first + rows]]  # (T, L, k) each
+        routing = Routing(separate, torch.cat(fills).to(device) if fills else None, replay=True)
+        hidden = model(tokens, linear=routing)[:, :-1][scored[:, 1:]]  # (M, C)
         logp = token_logprob(hidden, model.head_weight, tokens[:, 1:][scored[:, 1:]], **how)[0].cpu()  # (M,)
         found += logp.split(scored[:, 1:].sum(1).tolist())
-    return found
+        if routing.experts is not None:
+            chosen = routing.experts.cpu().split(T)  # (T, L, k) each
+            experts += [x[: len(e.tokens) - 1] for x, e in zip(chosen, part, strict=True)]
+    return found, experts
 
 
-def noise_floor(model: Transformer, examples: list[Example], max_tokens: int, temperature: float) -> Noise:
-    """Score N examples twice in micro-batches of max_tokens, and once as padded rows."""
-    one, again = (packed_logp(model, examples, max_tokens, temperature) for _ in range(2))
-    other = padded_logp(model, examples, max_tokens, temperature)
+def noise_floor(
+    model: Transformer, examples: list[Example], max_tokens: int, temperature: float, replay: bool = False
+) -> Noise:
+    """Score N examples twice in micro-batches of max_tokens, and once as padded rows; with experts also as padded rows
+    whose tokens go where those of the micro-batches went. replay: of these two, that is the run's noise."""
+    how = model, examples, max_tokens, temperature
+    (one, experts), (again, _), (other, others) = packed(*how), packed(*how), padded(*how)
+    ways = [other, padded(*how, experts)[0]] if experts else [other]
+    quantiles = [noise_quantiles(one, way) for way in ways]
+    facts = largest(one, again), largest(one, ways[replay]), *quantiles[replay], len(one), sum(map(len, one)) / len(one)
+    if not experts:
+        return Noise(*facts)
+    return Noise(*facts, share_of_flips(experts, others), (quantiles[0][1], quantiles[1][1]))
+
+
+def noise_quantiles(one: list[Tensor], other: list[Tensor]) -> list[float]:
+    """p50 and p99 of an answer's |log(ratio)|."""
     apart = torch.stack([(a - b).mean().abs() for a, b in zip(one, other, strict=True)]).sort().values  # (N,)
-    p50, p99 = (apart[round(p * (len(apart) - 1))].item() for p in (0.5, 0.99))
-    return Noise(largest(one, again), largest(one, other), p50, p99, len(apart), sum(map(len, one)) / len(one))
+    return [apart[round(p * (len(apart) - 1))].item() for p in (0.5, 0.99)]
+
+
+def share_of_flips(one: list[Tensor], other: list[Tensor]) -> float:
+    """How many of all pairs of a token and a layer have other experts."""
+    return flips(torch.cat(one), torch.cat(other)).float().mean().item()
 
 
 def largest(one: list[Tensor], other: list[Tensor]) -> float:
@@ -226,12 +276,14 @@ class Watch:
         if not auto and seconds > SECONDS:
             self.noise = Noise(0.0, 0.0, 0.0, 0.0, 0, 0.0)
             return self.log.say(f"noise floor not measured: it would take {seconds:.0f} s; --check measures it")
-        measure = functools.partial(noise_floor, model, some, config.micro_batch_tokens, config.temperature)
+        how = config.micro_batch_tokens, config.temperature, config.router_replay
+        measure = functools.partial(noise_floor, model, some, *how)
         self.noise = distributed.first(measure) if auto else measure()
         if auto:
             self.progress.clip, _ = auto_clip(self.noise.p99)
         low, high = self.clip
         note = {"noise_p50": self.noise.p50, "noise_p99": self.noise.p99, "clip_low": low, "clip_high": high}
+        note |= {"experts_flipped": self.noise.flipped} if self.noise.by_replay else {}
         self.log.says(self.progress.step, "noise", f"{self.noise}; clip -{low:.1e} / +{high:.1e}", **note)
 
     @property
@@ -291,13 +343,17 @@ def check(config: TrainConfig, data: Data, sampler: Sampler) -> None:
         problems = [data.task.train_problem(n, config.seed) for n in range(max(1, ANSWERS // config.group_size))]
         samples, _ = sampler.answers(problems, config.group_size, T, 0, lambda complete, tokens: False)
         examples, sampled = [s.example for s in samples], [torch.tensor(s.logp) for s in samples]
-    noise = noise_floor(model, examples, config.micro_batch_tokens, T)
+        drawn = [s.experts for s in samples if s.experts is not None]
+    noise = noise_floor(model, examples, config.micro_batch_tokens, T, config.router_replay)
     print(f"{noise} ({config.dtype} on {config.device})")
     print(f"Triton's log-prob kernel against torch: {kernel_gap(model, examples[0], T)}")
     if sampled:
         low, high = auto_clip(noise.p99)
-        one = packed_logp(model, examples, config.micro_batch_tokens, T)
+        one, experts = packed(model, examples, config.micro_batch_tokens, T)
         print(f"sampler against scorer: {largest(one, sampled):.1e} a token at most")
+        if experts:
+            own = [x[e.loss_mask[1:]] for x, e in zip(experts, examples, strict=True)]  # (sampled tokens, L, k) each
+            print(f"sampler against scorer: {share_of_flips(own, drawn):.2%} of (token, layer) change experts")
         print(f"clip -{config.clip_low:.1e} / +{config.clip_high:.1e}; --clip auto would take -{low:.1e} / +{high:.1e}")
     facts = facts_of(config, model, tokenizer)
     for sentence in diagnose([], config, **facts, p99=noise.p99 if sampled else 0.0).values():

@@ -33,6 +33,7 @@ DTYPES = {  # in the order in which the package lays tensors out: wide ones firs
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
 }

@@ -301,7 +301,8 @@ def resume(
         got = f"got another {missing[0]} in the middle of a rollout, which was scored for the run's own"
         raise ValueError(f"{got}; want that one until the rollout's updates are made")
     names = {"advantages", *needed.values(), *(sizes.keys() & {"old_logp", "ref_logp"})}
-    sound = sizes == dict.fromkeys(names, (1, torch.float32))
+    routed = {name: (3, torch.int16) for name in sizes if name == "experts"}
+    sound = sizes == dict.fromkeys(names, (1, torch.float32)) | routed
     sound = sound and len(rollout["tensors"]["advantages"]) == len(rollout["examples"])
     _refuse(path, [] if sound and progress.update < cut <= len(rollout["examples"]) else ["rollout"])
     return progress, from_state(rollout, updates=cut, max_tokens=config.micro_batch_tokens), changed

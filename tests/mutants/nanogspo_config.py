@@ -10,6 +10,14 @@ MUTANTS = {
             "an environment is asked the words of another task",
         ),
     ],
+    "tests/test_router_replay.py": [
+        ('(*of_rl, "router_replay")', "of_rl", "an SFT that replays nothing"),
+        (
+            'if config.router_replay and algo == "reinforce":',
+            "if False:",
+            "a run without old log-probs that replays nothing",
+        ),
+    ],
     "tests/test_config.py": [
         ("            base.pop(other, None)", "            pass", "a flag cannot say --epochs where a file says steps"),
         (

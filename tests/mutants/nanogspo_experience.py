@@ -3,6 +3,19 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/experience.py"
 MUTANTS = {
+    "tests/test_router_replay.py": [
+        ("experts[i] = routing.experts", "pass", "nothing is kept that could be replayed"),
+        (
+            "flips(routed.cpu()[batch.scored], drawn)",
+            "flips(routed.cpu()[: len(drawn)], drawn)",
+            "the experts of the row's first tokens",
+        ),
+        (
+            'for name in ("old_logp", "ref_logp", "experts"):',
+            'for name in ("old_logp", "ref_logp"):',
+            "a resumed rollout goes on without replay",
+        ),
+    ],
     "tests/test_experience.py": [
         ("gap, mean = torch.cat(gaps).abs()", "gap, mean = torch.cat(gaps)", "gaps of both signs that cancel"),
         (

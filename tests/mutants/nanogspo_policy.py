@@ -3,6 +3,13 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/policy.py"
 MUTANTS = {
+    "tests/test_router_replay.py": [
+        (
+            "if config.router_replay and not outline.config.num_experts:",
+            "if False:",
+            "a dense model that replays nothing",
+        ),
+    ],
     "tests/test_own.py": [
         ("for path in kept[:-count] if", "for path in [] if", "saves are never pruned"),
         ("for path in kept[:-count] if", "for path in kept[count:] if", "the newest saves are pruned"),

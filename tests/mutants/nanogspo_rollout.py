@@ -34,10 +34,38 @@ MUTANTS = {
         ("np.array([0, 0, answer, turn]", "np.array([answer, turn, 0, 0]", "streams of turns that overlap"),
         ("np.array([0, 0, answer, turn]", "np.array([0, 0, 0, turn]", "all answers draw alike from the second turn on"),
     ],
+    "tests/test_router_replay.py": [
+        (
+            "                batch.experts.copy_(routing.experts)\n",
+            "                pass\n",
+            "every token is said to be sent where the prompt's last one was",
+        ),
+        (
+            "self.experts = None if self.experts is None else self.experts[kept]",
+            "self.experts = None if self.experts is None else self.experts[: len(rows)]",
+            "experts of rows that have left the batch",
+        ),
+        (
+            "[row for rows, _ in routed for row in rows]).argsort(stable=True)",
+            "[n for n, (rows, _) in enumerate(routed) for _ in rows]).argsort(stable=True)",
+            "step by step instead of answer by answer",
+        ),
+        (
+            "[first * group_size + row for row in rows], experts)]",
+            "rows, experts)]",
+            "every slice's experts go to the first one's answers",
+        ),
+        (
+            "experts[last].repeat_interleave(group_size, dim=0)",
+            "experts[last].repeat(group_size, 1, 1)",
+            "answers begin with another prompt's experts",
+        ),
+        ("batch.experts[active].cpu()", "batch.experts[: len(active)].cpu()", "experts of rows that have finished"),
+    ],
     "tests/test_rollout.py": [
         (
-            "fused.logits(hidden[segments.cu_seqlens[1:].long() - 1])",
-            "fused.logits(hidden[segments.cu_seqlens[:-1].long()])",
+            "last = Routing(fused), segments.cu_seqlens[1:].long() - 1",
+            "last = Routing(fused), segments.cu_seqlens[:-1].long()",
             "the first token is drawn after the prompt's first",
         ),
         (
@@ -55,8 +83,8 @@ MUTANTS = {
         ("before >= top_p", "before > top_p", "one token too many where the mass is met exactly"),
         ("end or len(answer.tokens) == max_new_tokens", "end", "answers that are cut off are never counted"),
         (
-            "                return answers\n    return",
-            "                break\n    return",
+            "                return answers\n    if routed",
+            "                break\n    if routed",
             "stopped, and the next slice of prompts begins",
         ),
         (

@@ -3,6 +3,13 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/sampler.py"
 MUTANTS = {
+    "tests/test_router_replay.py": [
+        (
+            "torch.cat(e.experts) if e.experts else None",
+            "e.experts[-1] if e.experts else None",
+            "only the last turn's experts",
+        ),
+    ],
     "tests/test_sampler.py": [
         (
             '"effective_groups": sum(group.teaches for group in groups)',

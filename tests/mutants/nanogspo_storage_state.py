@@ -3,6 +3,13 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/storage/state.py"
 MUTANTS = {
+    "tests/test_router_replay.py": [
+        (
+            'routed = {name: (3, torch.int16) for name in sizes if name == "experts"}',
+            "routed = {}",
+            "a rollout with experts cannot be resumed",
+        ),
+    ],
     "tests/test_state.py": [
         ('r"(?:gsm8k|conversation):', 'r"(?:conversation):', "rows of gsm8k may change under a resumed run"),
         ("{'code' if path.suffix == '.py' else 'read'}", "code", "an older run with a reward of its own cannot go on"),

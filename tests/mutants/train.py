@@ -3,6 +3,18 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "train.py"
 MUTANTS = {
+    "tests/test_router_replay.py": [
+        (
+            "self.routers.watch(separate, experts, config.router_replay)",
+            "self.routers.watch(separate, experts)",
+            "the flag does nothing",
+        ),
+        (
+            "self.routers.watch(separate, experts, config.router_replay)",
+            "self.routers.watch(separate)",
+            "no token is ever flipped",
+        ),
+    ],
     "tests/test_train.py": [
         (
             "            if distributed.agree(self.stop):\n                return\n            if phase.name",
@@ -62,8 +74,8 @@ MUTANTS = {
             "RL starts without a warm-up of its learning rate",
         ),
         (
-            "score(self.model, batch, temperature=config.temperature, linear=self.routers)",
-            "score(self.model, batch, linear=self.routers)",
+            "score(self.model, batch, temperature=config.temperature, linear=routing)",
+            "score(self.model, batch, linear=routing)",
             "new and old log-probs at different temperatures",
         ),
         (
