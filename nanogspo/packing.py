@@ -155,7 +155,7 @@ def score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob and entropy of every scored token under the model: the one scorer behind old and new log-probs.
 
-    linear   as in Transformer.forward: `separate`, or Routers, which multiplies the same and watches
+    linear   as in Transformer.forward: `separate`, or a Routing around it, which keeps or replays experts
     returns  (M,) fp32 logp, (M,) fp32 entropy, both differentiable in the model's parameters; (M,) bool, True where the
              token is the model's own first choice
     """

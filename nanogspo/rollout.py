@@ -13,7 +13,7 @@ in training, where it stands once in the packed row for all its answers (packing
 Token ids are kept as drawn (the stop token too: the model has to learn to produce it) and are never re-tokenised.
 The log-probs kept here are a *measurement*. "Old" log-probs for the ratio come from the training forward
 (packing.score): averaged over an answer, cached decoding and a full forward differ by 1e-3 and more in bf16, beyond
-GSPO's clip range.
+GSPO's clip range. So are the experts kept here: --router-replay replays those of the training forward.
 
 Sampling inverts the cumulative distribution with one uniform number per row and step, all drawn up front, and every
 prompt has its own generator. A row's randomness therefore depends neither on which other rows are still running nor on

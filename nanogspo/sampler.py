@@ -131,7 +131,7 @@ class Sampler:
         rollout.facts = merged(facts) | rollout_facts(groups) | {"sampling_rounds": len(facts)}
         if config.algo != "reinforce":
             gaps = distributed.gather(sampler_gap(rollout, *zip(*((s.logp, s.experts) for s in samples), strict=True)))
-            rollout.facts |= {name: max(gap.get(name, 0.0) for gap in gaps) for name in gaps[0]}
+            rollout.facts |= {name: max(gap.get(name, 0.0) for gap in gaps) for own in gaps for name in own}
         rollout.times = self.times(groups, rollout, time.perf_counter() - scoring)
         columns = samples, [r for g in kept for r in g.rewards], advantages.tolist()
         for s, reward, A in zip(*columns, strict=True):
