@@ -135,7 +135,11 @@ CASES = {
     "full bf16, untied": (torch.bfloat16, {"tie_word_embeddings": False}, False),
     "lora bf16": (torch.bfloat16, {}, True),
     # the gate of the shared expert has one row: process 1 holds none of it
-    "experts": (torch.float32, {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 24} | tiny.EXPERTS, False),
+    "experts": (
+        torch.float32,
+        {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 24} | tiny.EXPERTS,
+        False,
+    ),
 }
 # Half of a vector has 16 numbers: AdamW's kernel rounds what is left beside whole registers in another way
 SMALLER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 32, "vocab_size": 31}

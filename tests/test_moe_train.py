@@ -73,7 +73,7 @@ def test_scoring_and_training_have_equal_bits(adapter):
     if adapter:
         add_lora(model, r=2, alpha=4.0)
         for layer in lora_layers(model).values():
-            layer.lora_B.weight.data.normal_(0, 0.1)
+            layer.lora_B.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     prompt = list(range(1, 11)) * 2
     [batch] = pack([Example.answered(prompt, [3, 4 + i, 0]) for i in range(5)], max_tokens=999)
     with torch.no_grad():
@@ -88,7 +88,11 @@ def test_scoring_and_training_have_equal_bits(adapter):
     for block, load in zip(model.layers, loads, strict=True):
         layer = block.mlp.experts.down_proj
         grad = layer.lora_B.weight.grad if isinstance(layer, LoRAExperts) else layer.weight.grad
-        assert torch.equal(grad.flatten(1).abs().amax(1) > 0, load > 0)
+        trained, met = grad.flatten(1).abs().amax(1) > 0, load > 0  # (E,) both
+        if block is model.layers[-1]:  # nothing reads what it makes of tokens that are not scored
+            assert trained.any() and not (trained & ~met).any()
+        else:
+            assert torch.equal(trained, met)
         assert adapter or block.mlp.gate.weight.grad.abs().max() > 0
         assert isinstance(block.mlp, MoE)
 
