@@ -10,11 +10,7 @@ MUTANTS = {
             'all(row["eval_exact"] == GSPO[seed]["eval_exact"]',
             "equal results pass for the same weights",
         ),
-        (
-            "if not name.startswith((",
-            'if name.endswith(("weight",',
-            "a start that differs in its optimiser is another start",
-        ),
+        ('startswith(("optimizer.", ', "startswith((", "a start that differs in its optimiser is another start"),
         ('metadata={"Source": source(runs)}', "metadata={}", "a picture of older numbers"),
         ('f"{updates[0]}" + f" to {updates[-1]}" *', 'f"{updates[0]}" + "" *', "updates of one seed stand for all"),
     ],
