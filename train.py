@@ -94,7 +94,7 @@ def set_up(config: TrainConfig, held: contextlib.ExitStack, given: Given) -> "Tr
     """Everything before the first update. What is cheap to check comes first: no weights are read and no folder is made
     for a run that is refused. None with --plan-only and --check."""
     started = time.perf_counter()
-    # device, seeds
+    # device
     config = dataclasses.replace(config, **given.settings(config))
     check(config, judged=bool(given.rewards))
     config = resolve(dataclasses.replace(config, **planner.machine(config)))
@@ -239,8 +239,8 @@ class Trainer:
         examples = [self.data.sft_example(cursor + n) for n in distributed.mine(config.batch_size)]
         batches = pack(examples, max_tokens=config.micro_batch_tokens)
         total, metrics = distributed.total(sum(len(batch.targets) for batch in batches)), []
-        distributed.seed(config.seed, self.progress.step)  # of dropout: a resumed run has the same masks
         sharding.keep_pace(self.model, len(batches))
+        distributed.seed(config.seed, self.progress.step)  # of dropout: a resumed run has the same masks
         for batch in (batch.to(config.device) for batch in batches):
             logp, entropy, right = score(self.model, batch, linear=self.routers.watch(separate))  # (M,), (M,), (M,)
             loss, facts = sft_loss(logp)

@@ -54,7 +54,8 @@ def build(config: TrainConfig, task: Task | None) -> Transformer:
     """The model with its adapter, in training mode."""
     device, dtype, quant = config.device, DTYPES[config.dtype], quantization(config)
     sharded = config.shard == "on" and distributed.world() > 1
-    shard = functools.partial(sharding.shard, dtype=dtype, full=not config.lora_r) if sharded else None
+    how = {"dtype": dtype, "full": not config.lora_r, "device": device}
+    shard = functools.partial(sharding.shard, **how) if sharded else None
     if config.model == "tiny":
         _, model = tiny.build(task.characters, seed=config.seed, architecture=config.architecture)
         model.to(device, dtype)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nanogspo import distributed
 
 
-def shard(model: nn.Module, dtype: torch.dtype, full: bool) -> None:
+def shard(model: nn.Module, dtype: torch.dtype, full: bool, device: str) -> None:
     """Spread a model over the processes. One on the meta device gets rows without numbers, for `fill`.
 
     dtype  in which it computes
@@ -39,7 +39,6 @@ def shard(model: nn.Module, dtype: torch.dtype, full: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model.to(dtype).to(torch.float32 if full else dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     how = {"mesh": init_device_mesh(device, (distributed.world(),)), "mp_policy": policy}
     model.shards = [*model.layers, model]

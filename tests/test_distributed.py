@@ -34,8 +34,9 @@ from nanogspo.storage.safetensors import Stored
 from train import run
 
 ROOT = Path(__file__).resolve().parent.parent
-# its masks are drawn anew for each update, in each process
-DROPOUT = {"model": "tiny", "algo": "sft", "lora_r": 4, "lora_dropout": 0.3, "eval_size": 0, "threads": 1, "seed": 3}
+# Its masks are drawn anew for each update, in each process; of which the first has three micro-batches, the other two
+DROPOUT = {"model": "tiny", "algo": "sft", "lora_r": 4, "lora_dropout": 0.3, "eval_size": 0, "threads": 1, "seed": 3,
+           "batch_size": 5, "micro_batch_tokens": 8}  # fmt: skip
 # 3 prompts and 5 held-out problems: no process has as many as the other
 SMALL = {
     "model": "tiny", "task": "reverse", "max_new_tokens": 8, "prompts_per_rollout": 3, "group_size": 4, "batch_size": 5,
@@ -210,7 +211,7 @@ def same(model, plain):
 
 def sharded_case(folder, dtype, changes, lora):
     """Runs in both processes. Returns what holds, by name."""
-    shard, found = functools.partial(sharding.shard, dtype=dtype, full=not lora), {}
+    shard, found = functools.partial(sharding.shard, dtype=dtype, full=not lora, device="cpu"), {}
     sizes, read = [], Stored.read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stored, "read", lambda s, rows=None: sizes.append((s.shape, t := read(s, rows))) or t)
@@ -270,9 +271,10 @@ def sharded(folder):
             found[name] = sharded_case(Path(folder) / name, *case)
         curves.draw_curves = lambda *args, **kwargs: None
         run(TrainConfig(**SMALL, shard="on", out=str(Path(folder) / "run")))
-        for changes in ({"out": "whole", "steps": 4}, {"out": "parts", "steps": 3}, {"resume": "parts", "steps": 4}):
-            paths = {name: str(Path(folder) / value) for name, value in changes.items() if name != "steps"}
-            run(TrainConfig(**DROPOUT | changes | paths))
+        for where, name, steps, shard in (
+            ("out", "whole", 4, "off"), ("out", "parts", 3, "on"), ("resume", "parts", 4, "off")
+        ):  # fmt: skip
+            run(TrainConfig(**DROPOUT | {where: str(Path(folder) / name)}, steps=steps, shard=shard))
         print(json.dumps(found), file=sys.stderr)
 
 
@@ -393,7 +395,7 @@ def test_two_processes_with_half_of_every_weight_are_one_with_all(shards, case):
 
 
 def test_dropout_of_every_process_goes_on_as_it_would_have(shards):
-    """Of process 1, too, whose generator no state holds."""
+    """Of process 1, too, whose generator no state holds, and which makes an empty pass where weights are sharded."""
     folder, _ = shards
     one, other = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one) and len(one) > 10

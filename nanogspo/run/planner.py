@@ -393,10 +393,11 @@ CARDS = {
 def time_floor(
     config: TrainConfig, model: Transformer, longest_prompt: int, ranks: int, bandwidth: float, rate: float
 ) -> dict[str, float]:
-    """Seconds by phase below which no run gets, if all answers are as long as they may be: of a rollout and its updates
-    or of an update of SFT. A decode step reads every weight, and the keys and values of its rows; a token of scoring or
-    training takes 2 operations a weight for each of: forward, again forward with gradient checkpointing, the gradient
-    of the inputs, and that of trained weights. Attention, kernels and messages between processes come on top.
+    """Seconds by phase below which no run gets, if all prompts are as long as the longest and all answers as long as
+    they may be: of a rollout and its updates, or of an update of SFT. A decode step reads every weight, and the keys
+    and values of its rows; a token of scoring or training takes 2 operations a weight for each of: forward, again
+    forward with gradient checkpointing, the gradient of the inputs, and that of trained weights. The first update's
+    forward pass scores its own answers. Attention, kernels and messages between processes come on top.
 
     bandwidth  bytes a second       rate  operations a second
     """
@@ -406,7 +407,7 @@ def time_floor(
     active -= experts * (1 - c.experts_per_token / c.num_experts) if experts else 0
     training = 2 + (config.gradient_checkpointing == "on") * 2 + 2 + 2 * (not lora)
     if config.algo == "sft":
-        tokens = -(-config.batch_size // ranks) * (config.max_length if config.data else longest_prompt)
+        tokens = -(-config.batch_size // ranks) * (longest_prompt + (0 if config.data else config.max_new_tokens))
         return {"update": training * active * tokens / rate}
     rows, weights = rollout_rows(config, ranks), weight_parts(model)
     own = -(-config.prompts_per_rollout // ranks)
@@ -416,9 +417,10 @@ def time_floor(
     step = weights["weights"] + packed + (unpacked * 2 * model.norm.weight.element_size() if rows > MAX_ROWS else 0)
     step += cache_slots(config, longest_prompt, ranks) * slot_bytes(c, model.norm.weight.element_size(), True) / 2
     slices = -(-own * config.group_size // rows)
+    scored = (config.algo != "reinforce") * (1 - 1 / config.updates_per_rollout) + (config.beta > 0)
     return {
         "sampling": slices * config.max_new_tokens * step / bandwidth,
-        "scoring": 2 * active * tokens / rate,
+        "scoring": scored * 2 * active * tokens / rate,
         f"{config.updates_per_rollout} updates": training * active * tokens / rate,
     }
 
@@ -427,8 +429,8 @@ def advice(config: TrainConfig, model: Transformer, longest_prompt: int, availab
     """A line about what would be faster, or fit; "" for nothing."""
     if too_large(memory_parts(config, model, longest_prompt, ranks), FILL * available):
         for more in (n for n in (2, 4, 8, 16, 32) if n > ranks):
-            other = dataclasses.replace(config, shard="off" if packed_layers(model) else "on")
-            if most(memory_parts(other, model, longest_prompt, more)) <= FILL * available:
+            ways = [dataclasses.replace(config, shard=s) for s in (("off",) if packed_layers(model) else ("off", "on"))]
+            if min(most(memory_parts(way, model, longest_prompt, more)) for way in ways) <= FILL * available:
                 return f"it fits {more} such processes: torchrun --nproc-per-node {more} train.py ..."
     rows = rollout_rows(config, ranks)
     on_gpu = packed_layers(model) and config.device == "cuda" and config.algo != "sft"
