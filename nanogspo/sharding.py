@@ -14,7 +14,8 @@ what this costs.
 
 Every function does nothing to a model that is not sharded.
 
-Left out: packed weights (buffers, which FSDP2 does not shard): each process holds all of them.
+Left out: packed weights (buffers, which FSDP2 does not shard): each process holds all of them. Matmuls that share an
+input are not fused on a GPU (fast/fused_linear.py).
 
 Source: ZeRO, arXiv:1910.02054, section 5; PyTorch FSDP, arXiv:2304.11277.      Tests: tests/test_distributed.py
 Lesson: lessons/20_many_processes.md

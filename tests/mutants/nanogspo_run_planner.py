@@ -80,21 +80,6 @@ MUTANTS = {
         ("element * ((norms + 2) * C +", "element * (2 * norms * C +", "norms that feed a sum keep their result"),
         ("parts[GRAPH] = parts[SCORES] if on_gpu else 0", "parts[GRAPH] = 0", "a graph's pool takes nothing"),
         ("parts[WORKSPACES] = 2 * WORKSPACE if on_gpu else 0", "parts[WORKSPACES] = 0", "libraries take nothing"),
-    ],
-    "tests/test_quant.py": [
-        (
-            "sum(layer.nbytes for layer in packed)",
-            "sum(layer.weight.nbytes for layer in packed)",
-            "scales and tables not counted",
-        ),
-        ('"one layer unpacked": widest * model', '"one layer unpacked": 0 * model', "unpacking takes no memory"),
-    ],
-    "tests/test_train_objectives.py": [
-        (
-            "REFERENCE: tensor_bytes(trained) if is_copied(config) else 0",
-            "REFERENCE: 0",
-            "a copy of the model that no plan counts",
-        ),
         ("rows = whole if frozen else whole // element * 4", "rows = whole", "rows of trained weights counted in bf16"),
         (
             "numbers, masters = -(-numbers // ranks), 0",
@@ -112,5 +97,23 @@ MUTANTS = {
         (" + 2 + 2 * (not lora)", " + 2 + 2 * lora", "frozen weights get gradients"),
         ("if rows > MAX_ROWS else 0)", "if True else 0)", "a few rows unpack every layer"),
         ("experts * (1 - c.experts_per_token / c.num_experts)", "0", "a token goes through every expert"),
+        (" * (1 - 1 / config.updates_per_rollout)", "", "the first update's answers are scored twice"),
+        ('else ("off", "on"))]', 'else ("on",))]', "more processes are not advised where replicas would fit"),
+        ("(0 if config.data else config.max_new_tokens))", "0)", "a task's answers are not trained on in SFT"),
+    ],
+    "tests/test_quant.py": [
+        (
+            "sum(layer.nbytes for layer in packed)",
+            "sum(layer.weight.nbytes for layer in packed)",
+            "scales and tables not counted",
+        ),
+        ('"one layer unpacked": widest * model', '"one layer unpacked": 0 * model', "unpacking takes no memory"),
+    ],
+    "tests/test_train_objectives.py": [
+        (
+            "REFERENCE: tensor_bytes(trained) if is_copied(config) else 0",
+            "REFERENCE: 0",
+            "a copy of the model that no plan counts",
+        ),
     ],
 }
