@@ -26,8 +26,8 @@ RUNS = {
     "GSPO, NF4": {"algo": "gspo", "quant": "nf4", "gradient_checkpointing": "on"},
 }
 # Answers as long as they may be, as the plan has them: a fresh model never ends one of 16 letters in 24 tokens
-SHAPE = {"task": "reverse", "task_size": 16, "max_new_tokens": 24, "prompts_per_rollout": 8, "group_size": 8,
-         "steps": 2, "updates_per_rollout": 2, "batch_size": 32, "eval_size": 0, "dtype": "fp32", "threads": 1,
+SHAPE = {"task": "reverse", "task_size": 16, "max_new_tokens": 24, "prompts_per_rollout": 4, "group_size": 4,
+         "steps": 2, "updates_per_rollout": 2, "batch_size": 8, "eval_size": 0, "dtype": "fp32", "threads": 1,
          "prepack": "off", "gradient_checkpointing": "off"}  # fmt: skip
 
 

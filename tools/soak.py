@@ -4,9 +4,9 @@
                                            resumed, or begun anew if it had saved nothing, and must leave what the run
                                            that nobody killed left: weights, state, samples.jsonl, every field of
                                            metrics.jsonl but clocks and memory
-    python tools/soak.py faults 20         two processes, every other run sharded; at a random moment one is killed, or
-                                           the launcher gets SIGTERM or SIGINT. All processes end within 60 s, and the
-                                           run is resumed, and leaves what the run without a fault left
+    python tools/soak.py faults 20         two processes, every other run sharded; after a random update, and up to a
+                                           second, one is killed, or the launcher gets SIGTERM or SIGINT. All processes
+                                           end within 60 s, and the run, resumed, leaves what one without a fault left
     python tools/soak.py rollouts 500      a run of 500 tiny rollouts with reward processes: its memory and its open
                                            files near its end are at most 5 % above those after 50
 
@@ -134,16 +134,17 @@ def children(process: int) -> list[int]:
 
 def faults(count: int, scratch: Path) -> int:
     flags = [*RUNS["gspo"].split(), "--shard"]
-    shards, bad, moments, want, seconds = ("off", "on"), 0, random.Random(0), {}, {}
+    shards, bad, moments, want = ("off", "on"), 0, random.Random(0), {}
     for shard in shards:
-        began = time.perf_counter()
         finished(start(*flags, shard, "--out", scratch / shard, before=TORCHRUN))
-        seconds[shard], want[shard] = time.perf_counter() - began, left(scratch / shard)
+        want[shard] = left(scratch / shard)
     for n in range(count):
         shard, fault = shards[n % 2], ("process 0 killed", "process 1 killed", "SIGTERM", "SIGINT")[n // 2 % 4]
-        folder, moment = scratch / f"fault-{n}", moments.uniform(0.4, 0.95) * seconds[shard]
-        launcher = start(*flags, shard, "--out", folder, before=TORCHRUN)
-        time.sleep(moment)
+        folder, after = scratch / f"fault-{n}", moments.randint(1, 25)
+        rows, launcher = folder / "metrics.jsonl", start(*flags, shard, "--out", folder, before=TORCHRUN)
+        while launcher.poll() is None and (not rows.exists() or rows.read_text().count('"algo"') < after):
+            time.sleep(0.01)
+        time.sleep(moments.random())
         processes, began = children(launcher.pid), time.perf_counter()
         if launcher.poll() is None and fault.endswith("killed") and len(processes) == 2:
             os.kill(processes[int(fault[8])], signal.SIGKILL)
@@ -164,7 +165,7 @@ def faults(count: int, scratch: Path) -> int:
         differ = sorted(name for name in want[shard].keys() | got.keys() if want[shard].get(name) != got.get(name))
         bad += bool(differ) or took > 60 or bool(over)
         how = "resumed" if state else "begun anew"
-        when = f"at {moment:.1f} of {seconds[shard]:.1f} s, code {launcher.returncode}, ended in {took:.1f} s"
+        when = f"after update {after} of 30, code {launcher.returncode}, ended in {took:.1f} s"
         print(f"{n}, shard {shard}: {fault} {when}, {how}: {differ or over or 'equal'}", flush=True)
         shutil.rmtree(folder)
     print(f"{count - bad} of {count} equal")
