@@ -38,6 +38,7 @@ from nanogspo.fast.cuda_graph import CapturedStep, can_capture
 from nanogspo.fast.fused_linear import FusedLinears
 from nanogspo.layers.moe import Routing
 from nanogspo.model import Transformer
+from nanogspo.sharding import is_sharded
 
 
 @dataclass
@@ -151,7 +152,8 @@ def decode(
         tokens = torch.tensor([token for p in prompts for token in p], device=device)  # (S,) packed: no padding
         capacity = max_new_tokens - 1  # nothing follows an answer's last token
         cache = KVCache(model.config, segments, group_size, capacity, dtype=model.norm.weight.dtype)
-        cache.capturable = can_capture(cache)
+        # FSDP2's hooks wait for streams of their own, which a graph cannot contain
+        cache.capturable = can_capture(cache) and not is_sharded(model)
         routing, last = Routing(fused), segments.cu_seqlens[1:].long() - 1  # (P,)
         hidden = model(tokens[None], segments=segments, cache=cache, linear=routing)[0]  # (S, C)
         logits, experts = fused.logits(hidden[last]), routing.experts  # (P, V), (S, L, k)

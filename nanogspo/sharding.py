@@ -65,7 +65,8 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it every process holds all weights, in the model's dtype, and its forward passes need no other process."""
+    """Within it every process holds all weights, in the model's dtype, and its forward passes need no other process. Not
+    to be nested: the inner one's end would drop the outer one's weights."""
     parts = getattr(model, "shards", ())
     reshard(model)
     for part in parts:
@@ -120,7 +121,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def fill(into: Tensor, read: Callable[[slice | None], Tensor]) -> None:
-    """Put a tensor to its place. read: what gives some of its rows, or all."""
+    """Copy a tensor's numbers into its place. read: what gives some of its rows, or all."""
     own = local(into)
     if own.numel():  # of fewer rows than processes some hold none, which safetensors refuses to read
         own.copy_(read(rows(into) if is_sharded(into) else None))
