@@ -65,8 +65,9 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it every process holds all weights, in the model's dtype, and its forward passes need no other process. Not
-    to be nested: the inner one's end would drop the outer one's weights."""
+    """Within it every process holds all weights, in the model's dtype, and its forward passes need no other process.
+
+    Not to be nested: the inner one's end would drop the outer one's weights."""
     parts = getattr(model, "shards", ())
     reshard(model)
     for part in parts:
