@@ -41,11 +41,6 @@ MUTANTS = {
             "every token is said to be sent where the prompt's last one was",
         ),
         (
-            "self.experts = None if self.experts is None else self.experts[kept]",
-            "self.experts = None if self.experts is None else self.experts[: len(rows)]",
-            "experts of rows that have left the batch",
-        ),
-        (
             "[row for rows, _ in routed for row in rows]).argsort(stable=True)",
             "[n for n, (rows, _) in enumerate(routed) for _ in rows]).argsort(stable=True)",
             "step by step instead of answer by answer",
