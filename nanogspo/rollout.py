@@ -49,7 +49,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)  # the stop token included when there was one
     logp: list[float] = field(default_factory=list)
     finished: bool = False  # False: cut off at max_new_tokens
-    experts: Tensor | None = None  # (len(tokens), L, k) int16, of the pass that each token was drawn after
+    # (len(tokens), L, k) int16, of the pass that each token was drawn after
+    experts: Tensor | None = field(default=None, compare=False)  # answers are equal by their numbers in Python
 
 
 # rows still running, their tokens, their log-probs, whether each ends here, experts (rows, L, k) of a model with these

@@ -46,7 +46,7 @@ class Sample:
     truncated: bool
     notes: dict = dataclasses.field(default_factory=dict)  # what samples.jsonl says besides
     own: float = math.nan  # the reward that an environment gave
-    experts: Tensor | None = None  # (sampled tokens, L, k): rollout.Answer
+    experts: Tensor | None = dataclasses.field(default=None, compare=False)  # (sampled tokens, L, k): rollout.Answer
 
     @property
     def ids(self) -> list[int]:
