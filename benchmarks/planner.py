@@ -3,12 +3,14 @@
 SFT and GSPO, with LoRA, with all weights and with LoRA over NF4; gradient checkpointing in every other one. A run is a
 process; its peak is what the system says that it had resident at most, without pages of files (the libraries' code, of
 which a run touches more and more), less what it had when it began to load weights (Python, torch, data). The plan is
-the one that a run prints, at its fullest moment.
+the one that a run prints, at its fullest moment. glibc gives blocks back as soon as they are freed (AT_ONCE): left to
+itself it keeps up to 150 MB of them here, which no plan counts.
 
 Run: python benchmarks/planner.py DIR      a checkpoint of some 100 M parameters; two minutes on an idle core
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,18 +19,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 RUNS = {
     "SFT, LoRA": {"algo": "sft"},
     "SFT, full": {"algo": "sft", "lora_r": 0, "gradient_checkpointing": "on"},
     "SFT, NF4": {"algo": "sft", "quant": "nf4"},
-    "GSPO, LoRA": {"algo": "gspo", "gradient_checkpointing": "on"},
-    "GSPO, full": {"algo": "gspo", "lora_r": 0},
-    "GSPO, NF4": {"algo": "gspo", "quant": "nf4", "gradient_checkpointing": "on"},
+    "GSPO, LoRA": {"algo": "gspo", "reward": ["length:9"], "gradient_checkpointing": "on"},
+    "GSPO, full": {"algo": "gspo", "reward": ["length:9"], "lora_r": 0},
+    "GSPO, NF4": {"algo": "gspo", "reward": ["length:9"], "quant": "nf4", "gradient_checkpointing": "on"},
 }
-# Answers as long as they may be, as the plan has them: a fresh model never ends one of 16 letters in 24 tokens
-SHAPE = {"task": "reverse", "task_size": 16, "max_new_tokens": 24, "prompts_per_rollout": 4, "group_size": 4,
-         "steps": 2, "updates_per_rollout": 2, "batch_size": 8, "eval_size": 0, "dtype": "fp32", "threads": 1,
-         "prepack": "off", "gradient_checkpointing": "off"}  # fmt: skip
+# Rows of one length, which is what a plan is made for; a reward that leaves no group without a spread
+ROWS = [
+    {"prompt": f"Say the number {n}, and then all the numbers that come after it, until you are told to stop.",
+     "completion": " ".join(f"{n}, one more is" for _ in range(12))}
+    for n in range(10, 90)
+]  # fmt: skip
+SHAPE = {"max_new_tokens": 24, "prompts_per_rollout": 4, "group_size": 4, "updates_per_rollout": 2, "steps": 2,
+         "batch_size": 8, "eval_size": 0, "dtype": "fp32", "threads": 1, "prepack": "off",
+         "gradient_checkpointing": "off"}  # fmt: skip
 
 
 def resident(kind: str) -> int:
@@ -69,9 +77,11 @@ def main() -> None:
     worst = 0.0
     for name, changes in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            config = SHAPE | changes | {"model": sys.argv[1], "out": f"{folder}/run"}
+            rows = Path(folder, "rows.jsonl")
+            rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+            config = SHAPE | changes | {"model": sys.argv[1], "out": f"{folder}/run", "data": str(rows)}
             command = [sys.executable, __file__, sys.argv[1], json.dumps(config)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | AT_ONCE)
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr[-2000:]}")
         bytes_of = json.loads(done.stdout.splitlines()[-1])
