@@ -401,7 +401,7 @@ def test_the_first_rollout_of_a_run_compares_two_passes(tmp_path, monkeypatch):
     calls.clear()
     resume(tmp_path / "half", "--steps", 12)  # what it goes on with shows nothing; the third rollout is compared
     assert len(calls) == 4
-    monkeypatch.setattr("nanogspo.experience.score", lambda *a, **k: [x * (1 + 2**-20) for x in score(*a, **k)[:2]])
+    monkeypatch.setattr("nanogspo.experience.score", lambda *a, **k: [x * (1 + 2**-20) for x in score(*a, **k)])
     with pytest.raises(AssertionError, match="want exactly 1.0; old and new log-probs were not scored the same way"):
         train(tmp_path / "wrong", *run)
 
