@@ -367,7 +367,8 @@ def test_what_processes_say_to_each_other(runs):
 @pytest.mark.parametrize(("fault", "shard"), [("reward", "off"), ("loss", "on")])
 def test_a_fault_of_one_process_ends_all(tmp_path, fault, shard):
     codes, said = two(fault, out=str(tmp_path / "run"), shard=shard, warm_steps=0, eval_size=0)
-    assert codes == [1, 1] and f"ValueError: the {fault} broke" in said[1], said
+    # a script of one's own has the interpreter's code, which torch's threads may abort; train.py's is set (program.py)
+    assert all(codes) and f"ValueError: the {fault} broke" in said[1], said
     assert "ConnectionError: another process of this run has ended" in said[0], said
 
 

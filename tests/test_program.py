@@ -64,6 +64,19 @@ def run(tmp_path, monkeypatch):
 # one line and an exit code
 
 
+def test_a_process_of_several_ends_with_its_own_code(tmp_path):
+    """Not with what is left of a collective: here a handler that aborts stands for its threads."""
+    program = "import atexit, os\natexit.register(os.abort)\ndef run(config):\n    raise ValueError('got 1')\n"
+    (tmp_path / "prog.py").write_text(program)
+    start = "from nanogspo.run.program import main; from nanogspo.config import SampleConfig; import sys; "
+    start += f"sys.argv = ['x']; main({str(tmp_path / 'prog.py')!r}, SampleConfig, lambda config: None, memory='')"
+    command, there = [sys.executable, "-c", start], {**os.environ, "PYTHONPATH": str(ROOT)}
+    several, one = (
+        subprocess.run(command, env=there | {"WORLD_SIZE": count}, capture_output=True, text=True) for count in "21"
+    )
+    assert (several.returncode, several.stderr) == (2, "prog.py: got 1\n") and one.returncode not in (0, 2)
+
+
 @pytest.mark.parametrize(
     ("body", "code", "line"),
     [

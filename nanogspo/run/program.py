@@ -75,6 +75,9 @@ def main(
         finally:
             sys.stdout, sys.stderr = streams
             signal.signal(signal.SIGINT, interrupt)
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(code)  # threads that wait for other processes may abort the interpreter's own end, with another code
     sys.exit(code)
 
 

@@ -20,6 +20,11 @@ MUTANTS = {
             "        with contextlib.nullcontext():  # nobody",
             "an interrupt that nobody reads of has another code",
         ),
+        (
+            "        os._exit(code)",
+            "        sys.exit(code)",
+            "torch's threads decide the exit code of a process of several",
+        ),
         ("        check(config)\n", "", "a wrong setting is found after the imports"),
         ('" ".join(str(error).splitlines())', "str(error)", "an error of several lines"),
         ("isinstance(error, MemoryError) or any", "any", "Python's own MemoryError is a bug"),
