@@ -191,8 +191,8 @@ class Trainer:
     def run_phase(self, phase: Phase) -> None:
         """Updates until the phase is over: its steps are done, its time is up, or enough answers are right."""
         progress, config, started = self.progress, self.config, time.perf_counter()
-        while progress.phase_step < phase.steps and not progress.phase_done and not distributed.agree(self.stop):
-            if distributed.agree(time.perf_counter() - started >= phase.seconds):
+        while progress.phase_step < phase.steps and not progress.phase_done:
+            if distributed.agree(self.stop or time.perf_counter() - started >= phase.seconds):
                 return
             done = progress.phase_step
             if phase.until <= 1 and done and done % PROBE_EVERY == 0:

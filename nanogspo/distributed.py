@@ -23,7 +23,9 @@ Source: data parallelism by a sum of gradients, Goyal et al., arXiv:1706.02677. 
 import contextlib
 import datetime
 import hashlib
+import io
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -84,9 +86,10 @@ def gather(value: Any) -> list:
     """Every process's value, in their order. Tensors arrive on the CPU."""
     if world() == 1:
         return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, _on_cpu(value))
-    return values
+    packed, parts = io.BytesIO(), [None] * world()
+    _Pickler(packed).dump(value)
+    dist.all_gather_object(parts, packed.getvalue())
+    return [pickle.loads(part) for part in parts]  # of our own processes
 
 
 def joined(*lists: list) -> list[list]:
@@ -99,14 +102,18 @@ def in_order(parts: Sequence[list]) -> list:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def total(value: Any) -> Any:
-    """The sum of every process's number or tensor."""
-    return sum(gather(value))
+def total(value: int | Tensor) -> Any:
+    """The sum of every process's integer or tensor; a tensor arrives on the CPU."""
+    if world() == 1:
+        return value
+    added = torch.as_tensor(value).to("cpu", copy=True)
+    dist.all_reduce(added)
+    return added if isinstance(value, Tensor) else added.item()
 
 
 def agree(asked: object) -> bool:
     """True in all processes if it is in one."""
-    return any(gather(bool(asked)))
+    return total(int(bool(asked))) > 0
 
 
 def first(make: Callable[[], Any]) -> Any:
@@ -139,7 +146,7 @@ def check_same(named: Iterable[tuple[str, Tensor]], files: dict[str, str] | None
         return
     digest = hashlib.sha256(repr(files).encode())
     for name, tensor in ((name, tensor) for name, tensor in named if not hasattr(tensor, "full_tensor")):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + _bytes(tensor))
     found = gather(digest.hexdigest())
     if len(set(found)) > 1:
         odd = [r for r, other in enumerate(found) if other != found[0]]
@@ -147,9 +154,19 @@ def check_same(named: Iterable[tuple[str, Tensor]], files: dict[str, str] | None
         raise ValueError(f"got other weights or files in processes {odd} than in process 0, {want}")
 
 
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, list | tuple):
-        return type(value)(map(_on_cpu, value))
-    return {k: _on_cpu(v) for k, v in value.items()} if isinstance(value, dict) else value
+class _Pickler(pickle.Pickler):
+    """A tensor as its bytes, from the CPU. (As torch pickles one it is a zip archive: 0.2 ms each, and an update's
+    metrics are a hundred.)"""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        return _tensor, (_bytes(value), value.dtype, tuple(value.shape))
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: tuple) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)

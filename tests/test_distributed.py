@@ -90,8 +90,14 @@ def laws(*args):  # in the middle of set_up, where all processes are together
     except ValueError as error:
         found["odd"] = str(error)
     distributed.check_same([("w", torch.tensor([0.5]))])
+    kinds = [torch.rand(()), torch.rand(2, 3, requires_grad=True).T, torch.rand(2) > 0.5, torch.rand(3).bfloat16(),
+             torch.zeros(0, 2, dtype=torch.int16), torch.nn.Parameter(torch.rand(2))]
+    kept = distributed.gather((rank, {"kinds": kinds}))[rank][1]["kinds"]
+    kept = [torch.equal(a, b) and a.dtype == b.dtype and not b.requires_grad for a, b in zip(kinds, kept, strict=True)]
+    kept.append(distributed.gather(kinds)[0][0].add_(1).item() >= 1)  # may be written to
     found.update({
-        "gather": distributed.gather(rank), "total": distributed.total(torch.ones(2) * rank).tolist(),
+        "kept": kept, "count": distributed.total(2**40 + rank), "gather": distributed.gather(rank),
+        "total": [distributed.total(ones := torch.ones(2)).tolist(), ones.tolist()],
         "mine": list(distributed.mine(5)), "agree": [distributed.agree(rank == 1), distributed.agree(False)],
         "first": distributed.first(lambda: f"made by {rank}"), "joined": distributed.joined([rank], [rank, rank]),
         "gradients": [tensor.grad.tolist(), missing.grad.tolist()],
@@ -359,7 +365,8 @@ def test_what_processes_say_to_each_other(runs):
     ] * 2
     assert [f.pop("mine") for f in found] == [[0, 2, 4], [1, 3]]
     assert found[0] == found[1] == {
-        "gather": [0, 1], "total": [1.0, 1.0], "agree": [True, False], "first": "made by 0",
+        "kept": [True] * 7, "count": 2**41 + 1, "gather": [0, 1], "total": [[2.0, 2.0], [1.0, 1.0]],
+        "agree": [True, False], "first": "made by 0",
         "joined": [[0, 1], [0, 0, 1, 1]], "gradients": [[2.0, 5.0, 8.0], [1.0, 1.0]],
     }  # fmt: skip
 
