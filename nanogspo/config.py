@@ -144,7 +144,7 @@ class TrainConfig:
     shard: str = flag("auto", "by torchrun: spread weights over processes; auto: if a whole copy does not fit", AUTO)
     threads: int = flag(0, "CPU threads; 0: torch's own choice", high=1024)
     check: bool = flag(False, "say whether this model's numbers can be trusted here, and end: nothing is trained")
-    plan_only: bool = flag(False, "print what the run would take and end: no weights are read, no folder is made")
+    plan_only: bool = flag(False, "print what the run would take, and end; a config.json is enough for --model")
     plan_for: str = flag("", "NxGB, such as 2x80: print the plan for N such GPUs instead, with a floor of its time")
     ignore_memory_plan: bool = flag(False, "start although the plan says that the memory cannot suffice")
 

@@ -20,7 +20,7 @@ from nanogspo.model import Transformer
 from nanogspo.quant import packed_layers, quantize_model, weight_count
 from nanogspo.run import planner
 from nanogspo.tasks.base import Task
-from nanogspo.tokenizer import Tokenizer, load_tokenizer
+from nanogspo.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 
 def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Tokenizer, Transformer]:
@@ -33,8 +33,11 @@ def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Token
             raise ValueError(f"got --model tiny with {got}: its vocabulary is one task's alphabet; want a real --model")
         tokenizer, raw = tiny.describe(characters, config.architecture)
     else:
-        files = checkpoint.resolve(config.model, want="config")
-        tokenizer, raw = load_tokenizer(files), checkpoint.read_config(files)
+        source = config.model.removesuffix("config.json") if config.plan_only else config.model
+        files = checkpoint.resolve(source, want="config")
+        if alone := config.plan_only and not (files / "tokenizer.json").exists():
+            print(f"{files} has no tokenizer.json: the plan counts a token for each byte of a prompt, too many")
+        tokenizer, raw = byte_tokenizer() if alone else load_tokenizer(files), checkpoint.read_config(files)
     outline = planner.outline(raw, DTYPES[config.dtype], quantization(config))
     if config.router_replay and not outline.config.num_experts:
         raise ValueError(f"got --router-replay with --model {config.model}, which has no experts; want it left out")

@@ -32,6 +32,10 @@ from nanogspo.special_tokens import NAMES, add_tokens, named_tokens
 from nanogspo.storage.files import TOKENIZER_FILES, atomic_write, resolve
 from nanogspo.templates import one_line
 
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>")  # Qwen; Gemma 1 to 3; Gemma 4; Llama 3
 # What a template is always given. tools and documents as None, because some templates only ask whether they are none
 BARE = {"tools": None, "documents": None, "add_generation_prompt": True}
@@ -375,6 +379,16 @@ def character_tokenizer(characters: str) -> Tokenizer:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<eos>"}
     files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
     return Tokenizer({name: text.encode() for name, text in files.items()}, "the character tokenizer")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token per byte, and ChatML: for the plan of a model whose tokenizer is not here. Its own makes fewer tokens."""
+    model = tokenizers.models.BPE({c: i for i, c in enumerate(tokenizers.pre_tokenizers.ByteLevel.alphabet())}, [])
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    files = {"tokenizer.json": backend.to_str(), "chat_template.jinja": CHATML}
+    return Tokenizer({name: text.encode() for name, text in files.items()}, "the byte tokenizer")
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ Run: python -m pytest tests/test_planner.py
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
+import shutil
 import weakref
 from unittest.mock import patch
 
@@ -492,6 +494,26 @@ def test_plan_only_reads_no_weights_and_makes_no_folder(without_weights, tmp_pat
         done = script("sample.py", *flags)
         assert done.code == 2 and "1 kB are free; want" in done.err
         assert script("sample.py", *flags, "--ignore-memory-plan").code == 0
+
+
+def test_a_config_json_alone_is_enough_for_a_plan(without_weights, tmp_path):
+    """The tokens of a prompt are then its bytes in UTF-8, between the marks of ChatML."""
+    (tmp_path / "alone").mkdir()
+    shutil.copy(without_weights / "config.json", tmp_path / "alone")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": [{"role": "user", "content": "né 你?"}], "answer": "4"}\n')
+    flags = [*"--reward exact --max-new-tokens 6 --lora-r 4 --dtype fp32 --eval-size 0 --prompts-per-rollout 1".split()]
+    flags += ["--data", tmp_path / "rows.jsonl", "--plan-only", "--device", "cpu"]
+    done = script("train.py", "--model", tmp_path / "alone", *flags)
+    assert (done.code, done.err) == (0, "") and "alone has no tokenizer.json: the plan counts a token for" in done.out
+    turn = "user\nné 你?\nassistant\n"  # and three marks
+    c = model_config(json.loads((without_weights / "config.json").read_text()))
+    slots = len(turn.encode()) + 3 + 8 * 5
+    assert f"{CACHE} {human(slots * 2 * c.num_layers * c.num_kv_heads * c.head_dim * 4)}" in done.out
+    as_file = script("train.py", "--model", tmp_path / "alone" / "config.json", *flags)
+    assert as_file.out.replace(os.path.join("alone", "config.json"), "alone") == done.out
+    for name, want in (("alone", "want a tokenizer.json in it"), ("alone/config.json", "want a checkpoint folder")):
+        done = script("train.py", "--model", tmp_path / name, *"--task addition --dtype fp32".split())
+        assert done.code == 2 and done.err.count("\n") == 1 and want in done.err  # to train it takes all files
 
 
 @pytest.mark.isa

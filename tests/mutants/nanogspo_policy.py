@@ -25,10 +25,13 @@ MUTANTS = {
     ],
     "tests/test_planner.py": [
         (
-            'config.model, want="config")',
-            'config.model, want="model")',
+            'source, want="config")',
+            'source, want="model")',
             "the plan waits for the weights of a hub's model",
         ),
+        ("if config.plan_only else config.model", "", "a run begins with a file for a folder, and fails later"),
+        ('config.model.removesuffix("config.json") if', "config.model if", "no plan of a file"),
+        ("if alone := config.plan_only and not", "if alone := not", "a run trains on bytes instead of tokens"),
     ],
     "tests/test_quant.py": [
         ("    if packed_layers(outline) and not config.lora_r:", "    if False:", "full fine-tuning of a 4-bit folder"),

@@ -3,6 +3,10 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/tokenizer.py"
 MUTANTS = {
+    "tests/test_planner.py": [
+        ("ByteLevel(add_prefix_space=False, use_regex=False)", "ByteLevel()", "a space more than the prompt has"),
+        ('["<|im_start|>", "<|im_end|>"])', "[])", "a mark of ChatML counts as twelve tokens"),
+    ],
     "tests/test_tokenizer.py": [
         ('if lost and config.get("tokenizer_class") is None:', "if False:", "a template's bos_token is nothing"),
         (
