@@ -351,7 +351,8 @@ class Trainer:
         distributed.first(lambda: write_report(self.folder))
         picture = distributed.first(lambda: curves.draw_curves(self.folder, clip_range=self.watch.clip))
         if stopped:
-            again = f"python train.py --resume {shlex.quote(str(self.folder))}"
+            start = f"torchrun --nproc-per-node {distributed.local_world()}" if distributed.world() > 1 else "python"
+            again = f"{start} train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")
         else:
             seconds = time.perf_counter() - self.started

@@ -33,6 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanogspo.inputs import launched
+
 WAIT = datetime.timedelta(hours=2)  # for the slowest rollout; a process that dies is noticed by torchrun, not by this
 
 
@@ -42,12 +44,17 @@ def started() -> Iterator[None]:
 
     A process that has ended is no bug of the others, in whatever collective they wait for it: a gather, or one of FSDP2
     within a pass. ConnectionError, an OSError, ends them in one line."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if launched("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
+        torch.cuda.set_device(launched("LOCAL_RANK", 0))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        got = f"got no meeting of the processes at {where} ({str(error).splitlines()[0]})"
+        raise ValueError(f"{got}, want torchrun to start them, or a free MASTER_PORT") from error
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
             yield
@@ -74,7 +81,7 @@ def seed(run: int, step: int) -> None:
 
 def local_world() -> int:
     """Processes on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    return launched("LOCAL_WORLD_SIZE", 1) if dist.is_initialized() else 1
 
 
 def mine(count: int) -> range:

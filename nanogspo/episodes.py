@@ -31,6 +31,7 @@ from nanogspo.config import TrainConfig
 from nanogspo.families import ModelConfig
 from nanogspo.model import Transformer
 from nanogspo.rollout import Answer, generate
+from nanogspo.tasks.rewards import Mean
 
 PLACEHOLDER = "PLACEHOLDER-OF-A-SAMPLED-TURN"
 TOOL_CALL = re.compile(r"\n?<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Qwen, Hermes, SmolLM
@@ -168,14 +169,14 @@ def sample_episodes(
 
 def episode_facts(episodes: list[Episode]) -> dict[str, float]:
     """What metrics.jsonl says about a rollout of episodes."""
-    kinds, N = [e.reencoded for e in episodes], len(episodes)
+    kinds = [e.reencoded for e in episodes]
     parts = [e.parts for e in episodes if not e.failed]
     names = {name: None for own in parts for name in own}
-    return {f"environment/{name}": sum(own.get(name, 0.0) for own in parts) / len(parts) for name in names} | {
-        "turns": sum(len(e.history) for e in episodes) / N,
+    return {f"environment/{name}": Mean.of([own.get(name, 0.0) for own in parts]) for name in names} | {
+        "turns": Mean.of([len(e.history) for e in episodes]),
         "environment_failed": sum(bool(e.failed) for e in episodes),
-        "reencoded_diff_frac": sum(kind in ("turns", "elsewhere") for kind in kinds) / N,
-        "thinking_dropped_frac": kinds.count("thinking") / N,
+        "reencoded_diff_frac": Mean.of([kind in ("turns", "elsewhere") for kind in kinds]),
+        "thinking_dropped_frac": Mean.of([kind == "thinking" for kind in kinds]),
     }
 
 

@@ -66,6 +66,14 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def launched(name: str, default: int) -> int:
+    """A number that torchrun leaves in the environment, or what it is in a process that nobody launched."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"got {name}={shown(text)} in the environment, want the number that torchrun sets, or none")
+    return int(text)
+
+
 @contextlib.contextmanager
 def named(where: object) -> Iterator[None]:
     """A ValueError from within gets in front of it where that was: a file, a line, a place in a row."""

@@ -31,7 +31,7 @@ from nanogspo.rollout import Answer, generate
 from nanogspo.tasks import rewards as judges
 from nanogspo.tasks.base import Problem, Task
 from nanogspo.tasks.mix import is_right, own_metrics
-from nanogspo.tasks.rewards import Scores
+from nanogspo.tasks.rewards import Mean, Scores
 
 OnStep = Callable[[int, int], bool]
 
@@ -325,7 +325,6 @@ def whole(parts: Sequence[list], G: int) -> list:
 
 
 def merged(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The rewards' facts of several rounds or processes: counts are added, other numbers averaged over those that have
-    them."""
+    """The rewards' facts of several rounds or processes: counts are added, and means are of all their numbers."""
     found = {key: [facts[key] for facts in rounds if key in facts] for facts in rounds for key in facts}
-    return {k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in found.items()}
+    return {k: sum(v) if isinstance(v[0], int) else Mean.of(v) for k, v in found.items()}

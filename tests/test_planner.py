@@ -368,7 +368,7 @@ def test_the_plan_says_what_is_trained_and_adds_up():
     assert "clip -3e-04 / +4e-04, lr 1.0e-05" in text
     parts = memory_parts(config, model, 10)
     assert all(f"{name} {human(size)}" in text for name, size in parts.items())
-    assert text.endswith(f"together {human(sum(parts.values()))}")
+    assert text.endswith(f"together {human(sum(parts.values()))}, at one time {human(most(parts))}")
     full = memory_report(dataclasses.replace(config, algo="sft", lora_r=0), tiny(), 10)
     assert f"all {sum(p.numel() for p in tiny().parameters()):,} parameters are trained" in full
     assert "200 updates of 16 examples" in full
@@ -461,6 +461,8 @@ def test_what_surely_cannot_fit_is_said_with_what_to_lower():
     assert too_large(parts, 501_300) == ""
     assert "want an adapter" in too_large({"weights": 4, "optimiser (two moments)": 32}, 35, ESTIMATES)
     assert "want --quant nf4, --dtype bf16" in too_large({"weights": 4}, 3, ESTIMATES)
+    assert too_large({"nf4 weights": 4}, 3).endswith("want a smaller --model")
+    assert too_large({"int8 weights": 4}, 3).endswith("want --quant nf4 or a smaller --model")
 
 
 @pytest.fixture(scope="module")
@@ -601,10 +603,13 @@ def test_the_least_time_by_hand():
     tokens, slot = 2 * (5 + 2 * 10), 2 * 3 * 2 * 32 * 2  # of a process: two groups
     step = 2 * n + (2 * 5 + 4 * 9) * slot / 2
     # three of four updates' answers are scored before; with a reference all of them once more
-    assert floor(model, lora_r=0) == [10 * step, 1.5 * (n - head) * tokens, 6 * (n - head) * tokens]
+    assert floor(model, lora_r=0) == [10 * step, 1.5 * (n - head) * tokens, 12 * (n - head) * tokens]
+    # an update has one group, so one of two processes waits
+    assert floor(model, lora_r=0, updates_per_rollout=2)[2] == floor(model, lora_r=0, updates_per_rollout=1)[2]
+    assert floor(model, lora_r=0, updates_per_rollout=2)[2] == 6 * (n - head) * tokens
     assert floor(model, lora_r=0, beta=0.1)[1] == 3.5 * (n - head) * tokens
     assert floor(model, lora_r=0, updates_per_rollout=1)[1] == floor(model, lora_r=0, algo="reinforce")[1] == 0
-    assert floor(model, lora_r=0, gradient_checkpointing="on")[2] == 8 * (n - head) * tokens
+    assert floor(model, lora_r=0, gradient_checkpointing="on")[2] == 16 * (n - head) * tokens
     assert floor(model, lora_r=0, algo="sft", batch_size=3, data="x") == [6 * (n - head) * 2 * 5]
     assert floor(model, lora_r=0, algo="sft", batch_size=3) == [6 * (n - head) * 2 * (5 + 10)]
     rows = {"prompts_per_rollout": 64}
@@ -647,11 +652,20 @@ def test_advice():
     on = dataclasses.replace(config, shard="on")
     for ranks in (2, 8):
         enough = most(memory_parts(on, model, 4, ranks)) / planner.FILL
-        assert f"it fits {ranks} such processes" in planner.advice(config, model, 4, enough + 1, 1)
+        line = f"it fits {ranks} such processes: torchrun --nproc-per-node {ranks} train.py --shard on ..."
+        assert planner.advice(config, model, 4, enough + 1, 1) == line
+        replica = dataclasses.replace(config, shard="off")  # as asked, or as decided for one process
+        assert planner.advice(replica, model, 4, enough + 1, ranks) == line
     assert planner.advice(config, model, 4, 1e12, 1) == planner.advice(config, model, 4, 1.0, 1) == ""
     adapted, long = tiny(dtype=torch.bfloat16, lora_r=4), dataclasses.replace(config, lora_r=4, max_new_tokens=2000)
     enough = most(memory_parts(long, adapted, 4, 2)) / planner.FILL  # of replicas: shards would take more
     assert "it fits 2 such processes" in planner.advice(long, adapted, 4, enough + 1, 1)
+    assert planner.advice(config, model, 4, 1e12, 8) == (
+        "an update has 2 groups for 8 processes, and some wait for the others: --prompts-per-rollout 32 gives each one"
+    )
+    assert planner.advice(dataclasses.replace(config, algo="sft"), model, 4, 1e12, 8) == ""
+    one = dataclasses.replace(config, prompts_per_rollout=1, group_size=64)
+    assert planner.advice(one, model, 4, 1e12, 1) == ""  # nobody waits
     quantize_model(model, "nf4")
     rows = dataclasses.replace(config, prompts_per_rollout=32)
     assert "--rollout-rows 64 may sample faster: 256 rows" in planner.advice(rows, model, 4, 1e12, 1)

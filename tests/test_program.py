@@ -77,6 +77,26 @@ def test_a_process_of_several_ends_with_its_own_code(tmp_path):
     assert (several.returncode, several.stderr) == (2, "prog.py: got 1\n") and one.returncode not in (0, 2)
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+@pytest.mark.parametrize("number", ["two", "", "-1", "1.5"])
+def test_what_a_launcher_left_in_the_environment(run, monkeypatch, name, number):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, number)
+    done = run("raise ValueError('got 1')") if not number else run("print(1)")
+    line = f"got {name}={number!r} in the environment, want the number that torchrun sets, or none"
+    assert (done.code, done.err) == (2, f"prog.py: {line if number else 'got 1'}\n")
+
+
+def test_a_rank_alone_is_no_process_of_several(run, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setenv("RANK", "1")
+    assert run("pass", "--sed", "1").err.startswith("prog.py: ")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("pass", "--sed", "1").err == ""  # process 0 says it
+    assert run("raise ValueError('got 1')").err == "prog.py (process 1): got 1\n"
+
+
 @pytest.mark.parametrize(
     ("body", "code", "line"),
     [

@@ -9,6 +9,7 @@ import http.server
 import importlib.util
 import json
 import math
+import pickle
 import sys
 import threading
 import time
@@ -19,7 +20,8 @@ import pytest
 
 from nanogspo.config import ROOT
 from nanogspo.run.rewards import Rewards
-from nanogspo.tasks.rewards import NAMED, Group, Reward, _loop, _new_loop, load, parse
+from nanogspo.sampler import merged
+from nanogspo.tasks.rewards import NAMED, Group, Mean, Reward, _loop, _new_loop, load, parse
 
 GROUP = Group("2+2=", {"prompt": "2+2=", "answer": "4", "level": 3}, ["4", "five"], [[1], [2, 3]])
 CHAT = Group([{"role": "user", "content": "2+2="}], {"answer": "4"}, ["<think>x</think>4", "5"], [[1, 1, 1, 1], [1, 2]])
@@ -92,6 +94,14 @@ def refused(call, *arguments):
         call(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_means_of_several_processes_are_the_mean_of_all():
+    """Each has its own number of answers, of which some abstain; what arrives has been pickled."""
+    parts = [{"a": Mean.of([1.0, 2.0, 3.0]), "n": 2}, {"a": Mean.of([6.0]), "b": Mean.of([True, False]), "n": 1}]
+    found = merged(pickle.loads(pickle.dumps(parts)))
+    assert found == {"a": 3.0, "b": 0.5, "n": 3} and json.dumps(found) == '{"a": 3.0, "n": 3, "b": 0.5}'
+    assert merged([found, {"a": Mean.of([0.0] * 4)}])["a"] == 1.5  # rounds of processes
 
 
 def test_specs():

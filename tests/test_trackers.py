@@ -71,6 +71,16 @@ def test_no_tracker_and_no_package(tmp_path, monkeypatch):
         open_tracker("wandb", "p", tmp_path, {}, contextlib.ExitStack())
 
 
+def test_a_tracker_that_refuses_is_one_line(tmp_path, monkeypatch):
+    def init(**settings):
+        raise KeyError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    line = r"^--tracker wandb: KeyError: .api_key not configured\\n\(no-tty\).; want a login, or --tracker none$"
+    with pytest.raises(ValueError, match=line):
+        open_tracker("wandb", "p", tmp_path, {}, contextlib.ExitStack())
+
+
 @needs("tensorboard")
 def test_tensorboard_reads_back_what_was_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

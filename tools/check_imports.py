@@ -30,7 +30,7 @@ LIMITS = {"train.py": 300, "nanogspo/model.py": 200}
 # A row is a file, or all files of a package that have no row of their own; these may import each other, without a cycle
 ORDER = """
     kernels
-    nanogspo.distributed nanogspo.sharding nanogspo.inputs nanogspo.words nanogspo.config nanogspo.device
+    nanogspo.inputs nanogspo.distributed nanogspo.sharding nanogspo.words nanogspo.config nanogspo.device
     nanogspo.families
     nanogspo.tasks.base
     nanogspo.storage.files nanogspo.tasks.mix nanogspo.tasks.addition nanogspo.tasks.remote nanogspo.tasks.rewards

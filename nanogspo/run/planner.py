@@ -154,6 +154,8 @@ LOWER = {
     ACTIVATIONS: "a lower --micro-batch-tokens, or --gradient-checkpointing on",
     **dict.fromkeys((GRADIENTS, MOMENTS, MASTERS, REFERENCE), "an adapter (--lora-r 16)"),
     "KV cache": "a lower --max-new-tokens",
+    "nf4 weights": "a smaller --model",
+    "int8 weights": "--quant nf4 or a smaller --model",
 }
 
 
@@ -192,7 +194,7 @@ def decide_sharding(
         config = dataclasses.replace(config, shard="off" if fits else "on")
     if config.shard == "on" and ranks > 1 and is_copied(config) and not lora_layers(model):
         got = f"--beta {config.beta:g} with sharded full fine-tuning, whose reference would be a second whole model"
-        raise ValueError(f"got {got}; want --beta 0, --shard off or an adapter (--lora-r 16)")
+        raise ValueError(f"got {got}; want --beta 0 or an adapter (--lora-r 16)")
     return config
 
 
@@ -350,7 +352,7 @@ def memory_report(config: TrainConfig, model: Transformer, longest_prompt: int, 
     lines.append(
         f"  memory{f' of each of {ranks} processes ({kind})' if ranks > 1 else ''}: "
         + ", ".join(f"{name} {human(size)}" for name, size in parts.items())
-        + f"; together {human(sum(parts.values()))}"
+        + f"; together {human(sum(parts.values()))}, at one time {human(most(parts))}"
     )
     return "\n".join(lines)
 
@@ -411,6 +413,7 @@ def time_floor(
         return {"update": training * active * tokens / rate}
     rows, weights = rollout_rows(config, ranks), weight_parts(model)
     own = -(-config.prompts_per_rollout // ranks)
+    busiest = max(own, min(config.prompts_per_rollout, config.updates_per_rollout))  # an update has a group, or waits
     tokens = own * (longest_prompt + config.group_size * config.max_new_tokens)
     packed = sum(layer.nbytes for layer in packed_layers(model).values())
     unpacked = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
@@ -421,17 +424,24 @@ def time_floor(
     return {
         "sampling": slices * config.max_new_tokens * step / bandwidth,
         "scoring": scored * 2 * active * tokens / rate,
-        f"{config.updates_per_rollout} updates": training * active * tokens / rate,
+        f"{config.updates_per_rollout} updates": training * active * tokens / rate * busiest / own,
     }
 
 
 def advice(config: TrainConfig, model: Transformer, longest_prompt: int, available: float, ranks: int) -> str:
     """A line about what would be faster, or fit; "" for nothing."""
     if too_large(memory_parts(config, model, longest_prompt, ranks), FILL * available):
-        for more in (n for n in (2, 4, 8, 16, 32) if n > ranks):
-            ways = [dataclasses.replace(config, shard=s) for s in (("off",) if packed_layers(model) else ("off", "on"))]
-            if min(most(memory_parts(way, model, longest_prompt, more)) for way in ways) <= FILL * available:
-                return f"it fits {more} such processes: torchrun --nproc-per-node {more} train.py ..."
+        for more in (ranks, *(n for n in (2, 4, 8, 16, 32) if n > ranks)):
+            for shard in ("off",) if packed_layers(model) else ("off", "on"):
+                parts = memory_parts(dataclasses.replace(config, shard=shard), model, longest_prompt, more)
+                if most(parts) <= FILL * available:
+                    flag = f"--shard {shard} " * (config.shard != shard)
+                    return f"it fits {more} such processes: torchrun --nproc-per-node {more} train.py {flag}..."
+    groups = config.prompts_per_rollout // config.updates_per_rollout
+    if config.algo != "sft" and groups < ranks > 1:
+        prompts = ranks * config.updates_per_rollout
+        got = f"an update has {groups} groups for {ranks} processes, and some wait for the others"
+        return f"{got}: --prompts-per-rollout {prompts} gives each one"
     rows = rollout_rows(config, ranks)
     on_gpu = packed_layers(model) and config.device == "cuda" and config.algo != "sft"
     if on_gpu and rows > MAX_ROWS >= config.group_size:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from nanogspo.config import parse
+from nanogspo.inputs import launched
 
 state: pathlib.Path | None = None  # what this process saved or resumed from last; train.py sets it
 
@@ -36,8 +37,8 @@ def main(
     needs_stdout  end when nothing can be printed any more; otherwise say so on stderr and go on
     """
     global state
-    process = int(os.environ.get("RANK", "0"))  # of those that torchrun has started
-    prog, state, code = os.path.basename(file) + f" (process {process})" * (process > 0), None, 0
+    process, processes = 0, 1  # of those that torchrun has started
+    prog, state, code = os.path.basename(file), None, 0
     open_closed_streams()
     interrupt = signal.getsignal(signal.SIGINT)
 
@@ -57,6 +58,9 @@ def main(
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(sys.stdout, stdout_failed), Stream(sys.stderr, lambda error: None)
     try:
+        processes = launched("WORLD_SIZE", 1)
+        process = launched("RANK", 0) if processes > 1 else 0
+        prog += f" (process {process})" * (process > 0)
         if interrupt != signal.SIG_IGN:  # else it is meant for others: `train.py &` in a script
             signal.signal(signal.SIGINT, interrupted)
         with contextlib.redirect_stderr(open(os.devnull, "w")) if process else contextlib.nullcontext():
@@ -68,14 +72,14 @@ def main(
     except (Exception, KeyboardInterrupt) as error:
         line, code = explain(error, memory)
         on_a_new_line = code == 130 and sys.stderr.isatty()  # after the terminal's own ^C
-        print("\n" * on_a_new_line + f"{prog}: {line}", file=sys.stderr)
+        sys.stderr.write("\n" * on_a_new_line + f"{prog}: {line}\n")  # at once: other processes have theirs
     finally:
         try:
             sys.stdout.flush()
         finally:
             sys.stdout, sys.stderr = streams
             signal.signal(signal.SIGINT, interrupt)
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and processes > 1:
         sys.stderr.flush()
         os._exit(code)  # threads that wait for other processes may abort the interpreter's own end, with another code
     sys.exit(code)

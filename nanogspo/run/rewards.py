@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from nanogspo.inputs import shown, some
 from nanogspo.run.worker import Pool
-from nanogspo.tasks.rewards import REFERENCES, Group, Reward, Scores, parse, reference
+from nanogspo.tasks.rewards import REFERENCES, Group, Mean, Reward, Scores, parse, reference
 
 THREADS = 32  # calls of async functions that wait at the same time
 LARGEST = 1e18  # float32 must hold its square: rewards are divided by their standard deviation
@@ -195,7 +195,7 @@ class Rewards(Pool):
                 self._tell(k, "none", f"got None for all {len(texts)} answers, want numbers; is a `return` missing?")
         for (k, kind), sample in samples.items():
             self._tell(k, kind, f"{counts[f'reward/{self.names[k]}/{kind}']} of {len(texts)} answers {kind}: {sample}")
-        means = {name: sum(listed) / len(listed) for name, listed in found.items() if listed}
+        means = {name: Mean.of(listed) for name, listed in found.items() if listed}
         notes = [extra | note for extra, note in zip(extras, notes, strict=True)]
         return Scores(values, self.weights, means | counts, notes)
 

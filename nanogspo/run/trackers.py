@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from nanogspo.inputs import optional
+from nanogspo.inputs import explained, optional
 
 
 def open_tracker(
@@ -35,7 +35,10 @@ def open_tracker(
     name, key = folder.resolve().name, hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     more = {"id": key, "dir": str(folder)} if tracker == "wandb" else {}
     name = name if tracker == "wandb" else f"{name}-{key[:6]}"  # trackio finds a run by its name
-    package.init(project=project, name=name, config=settings, resume="allow", **more)
+    try:
+        package.init(project=project, name=name, config=settings, resume="allow", **more)
+    except Exception as error:  # each package has its own: no login, no network
+        raise ValueError(f"--tracker {tracker}: {explained(error, '')}; want a login, or --tracker none") from error
     held.callback(package.finish)
     return lambda row: package.log(numbers(row), step=row["step"])
 

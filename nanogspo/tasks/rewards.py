@@ -29,7 +29,7 @@ import inspect
 import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -55,13 +55,26 @@ class Group:
     ids: list[list[int]]  # token ids of the answers
 
 
+class Mean(float):
+    """The mean of `count` numbers. Those of several processes or rounds make one again: Mean.of(means)."""
+
+    count = 1
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Mean":
+        counts = [getattr(number, "count", 1) for number in numbers]
+        mean = cls(sum(number * count for number, count in zip(numbers, counts, strict=True)) / sum(counts))
+        mean.count = sum(counts)
+        return mean
+
+
 @dataclass(frozen=True)
 class Scores:
     """What K rewards say of N answers."""
 
     values: list[list[float]]  # [N][K], nan where a reward abstained
     weights: list[float]  # [K]
-    facts: dict[str, float]  # reward/NAME and reward/NAME/KEY: means; reward/NAME/failed and so on; log_metric's
+    facts: dict[str, float]  # Means: reward/NAME, reward/NAME/KEY, log_metric's; counts: reward/NAME/failed and so on
     # one an answer, for samples.jsonl: {"rewards": {NAME: value}, "failed": why, log_extra's columns}
     notes: list[dict]
 

@@ -10,8 +10,8 @@ MUTANTS = {
             "the last turn's part only",
         ),
         (
-            "own.get(name, 0.0) for own in parts) / len(parts)",
-            "own.get(name, 0.0) for own in parts)",
+            "Mean.of([own.get(name, 0.0) for own in parts])",
+            "sum(own.get(name, 0.0) for own in parts)",
             "a sum, no mean",
         ),
         ("[e.parts for e in episodes if not e.failed]", "[e.parts for e in episodes]", "half a reward is a component"),

@@ -3,6 +3,14 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/inputs.py"
 MUTANTS = {
+    "tests/test_program.py": [
+        (
+            "    text = os.environ.get(name) or str(default)",
+            "    text = os.environ.get(name, str(default))",
+            "an empty WORLD_SIZE is refused",
+        ),
+        ("    if not text.isdecimal():", "    if False:", "WORLD_SIZE=two is a traceback"),
+    ],
     "tests/test_inputs.py": [
         ("if len(data) == ENDLESS:", "if False:", "what is read of an endless device is taken for a whole file"),
         ("            if stat.S_ISREG(", "            if not stat.S_ISREG(", "a device is read without end"),

@@ -4,6 +4,15 @@
 FILE = "nanogspo/run/planner.py"
 MUTANTS = {
     "tests/test_planner.py": [
+        (" * busiest / own", "", "8 processes make an update of two groups in an eighth of the time"),
+        ("groups < ranks > 1:", "groups < ranks:", "one process waits for others"),
+        ("* (config.shard != shard)", "", "a way that is not the one that fits"),
+        ("for more in (ranks, *(", "for more in (2 * ranks, *(", "nobody is told that shards of the same GPUs fit"),
+        (
+            "at one time {human(most(parts))}",
+            "at one time {human(sum(parts.values()))}",
+            "the plan of a run that fits says that it does not",
+        ),
         ("max(element, 4)", "element", "a CPU's cache counted in bf16"),
         ("if name not in ROLLOUT)", "if name)", "checkpointing for the sake of a cache that is gone by then"),
         ("if needed <= FILL * available:", "if needed >= FILL * available:", "checkpointing where memory abounds"),
@@ -98,7 +107,7 @@ MUTANTS = {
         ("if rows > MAX_ROWS else 0)", "if True else 0)", "a few rows unpack every layer"),
         ("experts * (1 - c.experts_per_token / c.num_experts)", "0", "a token goes through every expert"),
         (" * (1 - 1 / config.updates_per_rollout)", "", "the first update's answers are scored twice"),
-        ('else ("off", "on"))]', 'else ("on",))]', "more processes are not advised where replicas would fit"),
+        ('else ("off", "on"):', 'else ("on",):', "more processes are not advised where replicas would fit"),
         ("(0 if config.data else config.max_new_tokens))", "0)", "a task's answers are not trained on in SFT"),
     ],
     "tests/test_quant.py": [

@@ -4,6 +4,7 @@
 FILE = "nanogspo/run/program.py"
 MUTANTS = {
     "tests/test_program.py": [
+        ("if processes > 1 else 0", "if True else 0", "a RANK that something else has set silences the program"),
         (
             ".encode())\n        os._exit(130)",
             ".encode())\n        raise KeyboardInterrupt",

@@ -4,6 +4,7 @@
 FILE = "nanogspo/run/trackers.py"
 MUTANTS = {
     "tests/test_trackers.py": [
+        ("    except Exception as error:", "    except ZeroDivisionError as error:", "a missing login is a traceback"),
         ('f"{phase}{k}": v', "k: v", "SFT's loss and RL's in one curve"),
         ("held.callback(package.finish)", "pass", "a run that the tracker believes to go on"),
         ('and k != "step"', "", "the step as a curve"),

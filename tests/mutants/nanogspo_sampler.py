@@ -3,6 +3,9 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "nanogspo/sampler.py"
 MUTANTS = {
+    "tests/test_rewards.py": [
+        ("else Mean.of(v) for", "else sum(v) / len(v) for", "a mean of means is logged for the mean"),
+    ],
     "tests/test_router_replay.py": [
         (
             "torch.cat(e.experts) if e.experts else None",

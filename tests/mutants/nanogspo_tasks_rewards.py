@@ -4,6 +4,7 @@
 FILE = "nanogspo/tasks/rewards.py"
 MUTANTS = {
     "tests/test_rewards.py": [
+        ('mean.count = sum(counts)', 'mean.count = len(counts)', 'a process with more answers counts as much as one with few'),
         ("        source, weight = text, 1.0\n", "        weight = 1.0\n", "a text without a weight loses what is before its equals sign"),
         ('if k not in ("prompt", "completion", "completion_ids")}', "}", "a prompt column reaches TRL's functions"),
         ("if takes_all or name in self.parameters}", "}", "a function without **kwargs gets what it does not name"),
