@@ -126,9 +126,7 @@ class KVCache:
     def advance_host(self) -> None:
         """The part of `advance` that happens in Python; a CUDA graph repeats the rest."""
         if self.extent == self.capacity:
-            raise ValueError(
-                f"got token {self.extent + 1} for a cache of {self.capacity} a row, want a larger capacity"
-            )
+            raise ValueError(f"got token {self.extent + 1} for a cache of {self.capacity} a row, want more capacity")
         self.extent, self._plans = self.extent + 1, {}
 
     def attend(

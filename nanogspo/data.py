@@ -205,9 +205,7 @@ def choose_judges(
         rewards = held.enter_context(Rewards(given.rewards or config.reward, given.weights or None, **how))
         rewards.probe(group_of(data.task.train_problem(0, config.seed), [], []))
     if config.environment == "python" and given.environment is None:
-        raise ValueError(
-            "got --environment python, which a run from Python has, want run(config, environment=...) again"
-        )
+        raise ValueError("got --environment python, which a run from Python has, want run(config, environment=...)")
     tasks = data.task.tasks.values() if isinstance(data.task, Mix) else [data.task]
     talks = {isinstance(task, Conversations) for task in tasks}
     if config.environment in ("", "conversation") and talks != {config.environment == "conversation"}:

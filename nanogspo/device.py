@@ -50,9 +50,7 @@ def choose_dtype(dtype: str, device: str, stored: torch.dtype = torch.bfloat16) 
         return "fp32"
     reason = lacks_bf16()
     if reason:
-        print(
-            f"computing in fp32: {reason}; --dtype bf16 would halve the weights' memory and be slower", file=sys.stderr
-        )
+        print(f"computing in fp32: {reason}; --dtype bf16 halves the weights' memory and is slower", file=sys.stderr)
     return "fp32" if reason else "bf16"
 
 

@@ -26,6 +26,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def started() -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):  # gloo names a file of its source
             raise
-        raise ConnectionError("another process of this run has ended; it, or torchrun, says why") from error
+        why = f"another process of this run has ended, or has kept this one waiting for {WAIT}"
+        raise ConnectionError(f"{why}; it, or torchrun, says why") from error
     finally:
         dist.destroy_process_group()
 
@@ -72,6 +74,11 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def tell(line: str) -> None:
+    """Print what only this process knows. The stdout of all but process 0 is closed: theirs goes to stderr."""
+    print(f"process {rank()}: " * (rank() > 0) + line, file=sys.stderr if rank() else None, flush=True)
 
 
 def seed(run: int, step: int) -> None:

@@ -146,9 +146,7 @@ class Sampler:
         reference beside them count as time only), and the seconds of the reward functions."""
         sampled = sum(len(s.logp) for group in groups for s in group.samples)
         pairs = zip(rollout.minibatches, rollout.old_logp, strict=True)
-        scored = sum(
-            len(b.tokens) for batches, old in pairs for b, lp in zip(batches, old, strict=True) if lp is not None
-        )
+        scored = sum(len(b.tokens) for part, old in pairs for b, lp in zip(part, old, strict=True) if lp is not None)
         times = {"sampling_tokens_per_s": sampled / self.seconds["sampling"], "reward_s": self.seconds["rewards"]}
         return times | ({"scoring_tokens_per_s": scored / scoring} if scored else {})
 

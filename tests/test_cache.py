@@ -96,7 +96,7 @@ def test_a_full_cache_says_so():
     cache = KVCache(CONFIG, Segments.build([5]), 2, 2, dtype=torch.float32)
     cache.advance()
     cache.advance()  # exactly full is fine
-    with pytest.raises(ValueError, match="got token 3 for a cache of 2 a row, want a larger capacity"):
+    with pytest.raises(ValueError, match="got token 3 for a cache of 2 a row, want more capacity"):
         cache.advance()
     assert cache.extent == 2 and cache.lengths.tolist() == [2, 2]  # the refusal took nothing
 

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 from nanogspo.run.log import Z95, read_rows
+from nanogspo.storage.files import whole_file
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7A7A7A"
@@ -53,7 +54,8 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
         axes.xaxis.get_major_locator().set_params(integer=True)
         draw(axes, data)
     path = Path(folder, "curves.png")
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130)
     return path
 
 

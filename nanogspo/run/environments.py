@@ -11,6 +11,7 @@ new one replays the other episodes that it had, each when its next turn is due. 
 import copy
 import time
 
+from nanogspo.distributed import tell
 from nanogspo.run.worker import Pool
 from nanogspo.tasks.environments import Environment, play
 
@@ -63,7 +64,7 @@ class OwnEnvironments:
         seconds = (time.monotonic() - began) / max(1, len(requests))
         if seconds > self.timeout and not self._told:
             self._told = True
-            print(f"the environment took {seconds:.1f} s a call, and nothing ends it here; FILE.py:Class has a limit")
+            tell(f"the environment took {seconds:.1f} s a call, and nothing ends it here; FILE.py:Class has a limit")
         return replies
 
     def close(self) -> None:

@@ -68,10 +68,8 @@ def check_login(repo: str) -> None:
 
     try:
         hub.HfApi().whoami()
-    except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError, OSError) as error:
-        raise ValueError(
-            f"got --push-to-hub {repo}, but the hub says: {first_line(error)}; want `hf auth login`"
-        ) from error
+    except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError, OSError) as e:
+        raise ValueError(f"got --push-to-hub {repo}, but the hub says: {first_line(e)}; want `hf auth login`") from e
 
 
 def push(config: TrainConfig, folder: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from nanogspo import distributed
 from nanogspo.config import TrainConfig
-from nanogspo.storage.files import atomic_write
+from nanogspo.storage.files import atomic_write, writing
 
 BAR_EVERY, LINE_EVERY = 1.0, 30.0  # seconds between two words about a rollout: on a terminal, and in a log
 Z95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
@@ -101,10 +101,8 @@ class RunLog(contextlib.AbstractContextManager):
         row |= {"eval_low": low, "eval_high": high, "eval_count": count}
         text = f"exact {exact:6.1%} | 95 % interval {low:.1%} to {high:.1%} | {successes} of {count}"
         if "eval_reward_se" in more:
-            known = not math.isnan(more["eval_reward"])
-            text += (
-                f" | reward {more['eval_reward']:.3f} ±{more['eval_reward_se']:.3f}" if known else " | no reward given"
-            )
+            mean, error = more["eval_reward"], more["eval_reward_se"]
+            text += " | no reward given" if math.isnan(mean) else f" | reward {mean:.3f} ±{error:.3f}"
         self._examined(row, text)
         return row
 
@@ -190,8 +188,9 @@ class RunLog(contextlib.AbstractContextManager):
             print(text, flush=True)  # through a pipe Python would hold lines back until 8 KB are full
 
     def close(self) -> None:
-        self._metrics.close()
-        self._samples.close()
+        for file in (self._metrics, self._samples):
+            with writing(file.name):  # a row that the disk had no room for is tried once more
+                file.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -255,10 +254,8 @@ def summary(config: TrainConfig, folder: Path, picture, example: str | None, sec
         lines.append(f"  {names[phase]:<10} {row['eval_loss']:7.4f}   {row['eval_token_accuracy']:.3f}")
     adapter = config.lora_r and config.model != "tiny"  # whose base is saved nowhere
     weights = folder / ("adapter" if adapter else "model")
-    samples = folder / "samples.jsonl"
-    lines.append(
-        f"{seconds:.0f} s; report {folder / 'report.html'}, curves {picture}, samples {samples}, weights {weights}"
-    )
+    files = f"report {folder / 'report.html'}, curves {picture}, samples {folder / 'samples.jsonl'}"
+    lines.append(f"{seconds:.0f} s; {files}, weights {weights}")
     if example:
         path = shlex.quote(str(weights))
         tail = f"--model {shlex.quote(config.model)} --adapter {path}" if adapter else f"--model {path}"
@@ -284,8 +281,9 @@ def _plain(value: object) -> object:
 
 
 def _write(file, row: dict) -> None:
-    file.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
-    file.flush()
+    with writing(file.name):
+        file.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        file.flush()
 
 
 def read_rows(path: str | Path) -> list[dict]:

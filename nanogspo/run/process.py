@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from nanogspo.config import TrainConfig
+from nanogspo.storage.files import writing
 
 try:
     import fcntl
@@ -128,7 +129,8 @@ def hold(folder: pathlib.Path) -> Iterator[bool]:
     try:
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, str(os.getpid()).encode())
+        with writing(path):
+            os.write(file, str(os.getpid()).encode())
         yield locked
     finally:
         with contextlib.suppress(OSError):  # Windows removes no open file: there it stays, locked by nobody

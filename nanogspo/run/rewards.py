@@ -31,6 +31,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from nanogspo.distributed import tell
 from nanogspo.inputs import shown, some
 from nanogspo.run.worker import Pool
 from nanogspo.tasks.rewards import REFERENCES, Group, Mean, Reward, Scores, parse, reference
@@ -93,15 +94,13 @@ class Rewards(Pool):
         scores = self([dataclasses.replace(group, answers=texts, ids=ids)], 0)
         self._quiet = False
         for k, name in enumerate(self.names):
-            failures = [note["failed"][name] for note in scores.notes if name in note.get("failed", ())]
-            if len(failures) == len(texts):
+            errors = [note["failed"][name] for note in scores.notes if name in note.get("failed", ())]
+            if len(errors) == len(texts):
                 kind = "text" if isinstance(group.prompt, str) else "lists of messages"
                 form = f"; completions are {kind}, as the prompt is" if self._is_batch(k) else ""
                 late = f"reward/{name}/late" in scores.facts
                 what = "raise --reward-timeout" if late else f"correct it (columns: {some(group.row)}{form})"
-                raise ValueError(
-                    f"reward {name} failed on all four texts it was tried on, first: {failures[0]}; {what}"
-                )
+                raise ValueError(f"reward {name} failed on all four texts it was tried on, first: {errors[0]}; {what}")
 
     def __call__(self, groups: list[Group], step: int) -> Scores:
         """The values of all answers. Once the first process has started, this returns whatever a reward does."""
@@ -203,7 +202,7 @@ class Rewards(Pool):
         """Once for each reward and kind."""
         if not self._quiet and (k, kind) not in self._told:
             self._told.add((k, kind))
-            print(f"reward {self.names[k]}: {text}", flush=True)
+            tell(f"reward {self.names[k]}: {text}")
 
 
 def _total(said: float | dict | None) -> tuple[float, str]:

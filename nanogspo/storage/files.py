@@ -137,6 +137,17 @@ def read_config(folder: pathlib.Path) -> dict:
 
 
 @contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError from within says which file, and what to do. One of an open or a rename knows its file itself."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise OSError(f"{path}: cannot be written ({e}); want free space on its disk") from e
+
+
+@contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Write a whole file or nothing: a temporary neighbour, then a rename. A kill in between leaves the old file.
 
@@ -148,7 +159,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         left.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as f:
+        with writing(path), open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

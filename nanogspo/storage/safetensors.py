@@ -121,12 +121,7 @@ def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor], metad
         header[name] = {"dtype": DTYPE_CODES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with whole_file(path) if distributed.rank() == 0 else open(os.devnull, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                f.write(raw_bytes(tensors[name]))
-    except OSError as e:
-        if e.filename is not None:  # it could not be opened or renamed
-            raise
-        raise OSError(f"{path}: cannot be written ({e}): is the disk full?") from e
+    with whole_file(path) if distributed.rank() == 0 else open(os.devnull, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(raw_bytes(tensors[name]))

@@ -7,7 +7,7 @@ MUTANTS = {
         ("isinstance(group.prompt, str)", "True", "completions that are messages are called text"),
         ('if "error" in done[job] and len(job.answers) > 1]', "if False]", "one bad answer costs its whole group"),
         ('f"{name}_{k + 1}"', "name", "two rewards under one name"),
-        ("            if len(failures) == len(texts):", "            if failures:", "one failure of four ends the run"),
+        ("            if len(errors) == len(texts):", "            if errors:", "one failure of four ends the run"),
         ("            elif reward.waits:", "            elif False:", "async functions wait one after the other"),
         ("        if not self._quiet and", "        if", "a probe prints"),
         ("            self._told.add((k, kind))\n", "", "a warning in every step"),

@@ -10,7 +10,6 @@ MUTANTS = {
             'file = safe_open(path, "pt")',
             "the file is mapped: loading peaks at twice the model",
         ),
-        ("        if e.filename is not None:", "        if True:", "a full disk is said without the file's name"),
         ("(ranks.index(tensors[name].dtype), name)", "name", "tensors in another order than the package's"),
         ('b" " * (-len(text) % 8)', 'b""', "a header that is not padded"),
         ("    if path.is_dir():\n", "    if False:\n", "a folder is an error without a path"),
