@@ -197,3 +197,12 @@ def test_nothing_to_draw(tmp_path):
 def test_matplotlib_is_imported_only_to_draw():
     program = "import sys, nanogspo.run.curves; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_full_disk_leaves_the_picture_of_before(tmp_path, monkeypatch):
+    write_rows(tmp_path, sft_rows([1, 2]))
+    before = draw_curves(tmp_path).read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"curves\.png: cannot be written .*; want free space on its disk"):
+        draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 2

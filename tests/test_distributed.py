@@ -45,7 +45,7 @@ SMALL = {
 }  # fmt: skip
 OWN = {"step_s", "reward_s", "peak_mem_bytes", "says"}  # clocks, memory, and the noise of log-probs in words
 SCRIPT = """
-import json, os, sys
+import contextlib, errno, io, json, os, sys
 import torch
 from nanogspo import distributed
 from nanogspo.config import TrainConfig
@@ -77,6 +77,15 @@ if fault == "loss":  # in the middle of a pass, whose collectives are FSDP2's
             raise ValueError("the loss broke")
         return loss(*args, **kwargs)
     train.policy_loss = broken
+if fault == "disk":  # full in the middle of a state, whose rows all processes send
+    from nanogspo.storage import safetensors
+    written, raw_bytes = [], safetensors.raw_bytes
+    def full(tensor):
+        written.append(tensor)
+        if rank == 0 and len(written) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return raw_bytes(tensor)
+    safetensors.raw_bytes = full
 found, build = {}, train.policy.build
 def laws(*args):  # in the middle of set_up, where all processes are together
     tensor = torch.arange(3.0) * (rank + 1)
@@ -95,8 +104,11 @@ def laws(*args):  # in the middle of set_up, where all processes are together
     kept = distributed.gather((rank, {"kinds": kinds}))[rank][1]["kinds"]
     kept = [torch.equal(a, b) and a.dtype == b.dtype and not b.requires_grad for a, b in zip(kinds, kept, strict=True)]
     kept.append(distributed.gather(kinds)[0][0].add_(1).item() >= 1)  # may be written to
+    with contextlib.redirect_stderr(io.StringIO()) as heard:
+        distributed.tell("late")
     found.update({
-        "kept": kept, "count": distributed.total(2**40 + rank), "gather": distributed.gather(rank),
+        "heard": heard.getvalue(), "kept": kept,
+        "count": distributed.total(2**40 + rank), "gather": distributed.gather(rank),
         "total": [distributed.total(ones := torch.ones(2)).tolist(), ones.tolist()],
         "mine": list(distributed.mine(5)), "agree": [distributed.agree(rank == 1), distributed.agree(False)],
         "first": distributed.first(lambda: f"made by {rank}"), "joined": distributed.joined([rank], [rank, rank]),
@@ -363,6 +375,7 @@ def test_what_processes_say_to_each_other(runs):
     assert [f.pop("odd") for f in found] == [
         "got other weights or files in processes [1] than in process 0, want the same files on every host"
     ] * 2
+    assert [f.pop("heard") for f in found] == ["", "process 1: late\n"]  # of process 0 it is on stdout
     assert [f.pop("mine") for f in found] == [[0, 2, 4], [1, 3]]
     assert found[0] == found[1] == {
         "kept": [True] * 7, "count": 2**41 + 1, "gather": [0, 1], "total": [[2.0, 2.0], [1.0, 1.0]],
@@ -377,6 +390,15 @@ def test_a_fault_of_one_process_ends_all(tmp_path, fault, shard):
     # a script of one's own has the interpreter's code, which torch's threads may abort; train.py's is set (program.py)
     assert all(codes) and f"ValueError: the {fault} broke" in said[1], said
     assert "ConnectionError: another process of this run has ended" in said[0], said
+
+
+def test_a_full_disk_of_process_0_ends_all(tmp_path):
+    """In the middle of a state, while the other process sends its rows of a weight; and half a state is none."""
+    codes, said = two("disk", out=str(tmp_path / "run"), shard="on", warm_steps=1, steps=1, eval_size=0)
+    full = "state.safetensors: cannot be written ([Errno 28] No space left on device); want free space on its disk"
+    assert all(codes) and full in said[0].splitlines()[-1], said
+    assert "another process of this run has ended, or has kept this one waiting for 2:00:00; it, or" in said[1], said
+    assert not list((tmp_path / "run" / "state").iterdir())
 
 
 def test_one_process_needs_no_other():

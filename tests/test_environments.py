@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from nanogspo import distributed
 from nanogspo.run.environments import Environments, OwnEnvironments
 from nanogspo.tasks.environments import play
 
@@ -85,7 +86,7 @@ def test_a_replaced_process_replays_an_episode():
 
 
 @pytest.mark.parametrize("given", [Counts, Counts()])
-def test_each_episode_has_an_object_and_a_row_of_its_own(given, capsys):
+def test_each_episode_has_an_object_and_a_row_of_its_own(given, capsys, monkeypatch):
     rows = [{"turns": 2}] * 2
     environments = OwnEnvironments(given)
     found = [environments(requests(rows, turn)) for turn in range(3)]
@@ -95,8 +96,12 @@ def test_each_episode_has_an_object_and_a_row_of_its_own(given, capsys):
     environments = OwnEnvironments(given, timeout=-1.0)
     for turn in range(2):
         environments(requests(rows, turn))
-    assert capsys.readouterr().out.count("the environment took 0.0 s a call, and nothing ends it here") == 1
+    slow = "the environment took 0.0 s a call, and nothing ends it here"
+    assert capsys.readouterr().out.count(slow) == 1
     environments.close()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)  # whose stdout is closed
+    OwnEnvironments(given, timeout=-1.0)(requests(rows, 0))
+    assert f"process 1: {slow}" in capsys.readouterr().err
 
 
 def test_processes_that_are_late_or_end_cost_their_episode_only(source, capfd):

@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_log.py
 import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -342,3 +343,14 @@ def test_what_a_run_prints_last_can_be_pasted(tmp_path):
     ]:
         last = summary(config, folder, None, "1+1=", 1.0).splitlines()[-1]
         assert last.startswith(f"try it: python sample.py {flags} ")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_full_disk_is_said_with_the_file(tmp_path, name):
+    """By the row, and once more as the file is closed: that error is the one that is printed."""
+    (tmp_path / name).symlink_to("/dev/full")
+    said = f"{name}: cannot be written .*No space left on device.*; want free space on its disk"
+    with pytest.raises(OSError, match=said), RunLog(tmp_path, steps=1, quiet=True) as log:
+        with pytest.raises(OSError, match=said):
+            log._row({"step": 1}) if name == "metrics.jsonl" else log.samples([{"step": 1}])

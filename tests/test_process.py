@@ -186,3 +186,13 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(capsys):
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_full_disk_is_said_before_a_model_is_read(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"\.lock: cannot be written .*; want free space on its disk"), hold(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())

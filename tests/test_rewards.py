@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from nanogspo import distributed
 from nanogspo.config import ROOT
 from nanogspo.run.rewards import Rewards
 from nanogspo.sampler import merged
@@ -145,6 +146,14 @@ def test_a_group_that_fails_is_called_again_answer_by_answer(own, capsys):
     assert scores.facts == {"reward/picky": -1 / 3, "reward/picky/failed": 1}
     (line,) = capsys.readouterr().out.splitlines()
     assert "1 of 2 answers failed: ZeroDivisionError" in line and "(random.py:" in line and "'five'" in line
+
+
+def test_of_several_processes_each_is_heard(own, capsys, monkeypatch):
+    """The stdout of all but process 0 is closed."""
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    own("picky")([GROUP], 0)
+    out, err = capsys.readouterr()
+    assert not out and "process 1: reward picky: 1 of 2 answers failed" in err
 
 
 def test_whatever_a_reward_does_each_answer_is_counted(own, capsys):

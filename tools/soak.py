@@ -4,14 +4,18 @@
                                            resumed, or begun anew if it had saved nothing, and must leave what the run
                                            that nobody killed left: weights, state, samples.jsonl, every field of
                                            metrics.jsonl but clocks and memory
-    python tools/soak.py faults 20         two processes, every other run sharded; after a random update, and up to a
-                                           second, one is killed, or the launcher gets SIGTERM or SIGINT. All processes
-                                           end within 60 s, and the run, resumed, leaves what one without a fault left
+    python tools/soak.py faults 28         two processes, every other run sharded. After a random update, and up to a
+                                           second, one is killed, the launcher gets SIGTERM or SIGINT, or the disk of
+                                           process 0 has room for a random number of bytes only: all processes end
+                                           within 60 s, those of rewards too. Or the reward of process 1 hangs: once,
+                                           which the run gets over, or from the start of a resumed run, which ends
+                                           within 60 s and the reward's time. stderr has one line that says why, and
+                                           the run, resumed, leaves what one without a fault left
     python tools/soak.py rollouts 500      a run of 500 tiny rollouts with reward processes: its memory and its open
                                            files near its end are at most 5 % above those after 50
 
 Exit code 0 if all hold.      Tests: none, this is one. About 20 minutes for 50 kills, 5 for 500 rollouts, on one core;
-10 for 20 faults, on two.
+30 for 28 faults, on two.
 """
 
 import argparse
@@ -132,43 +136,155 @@ def children(process: int) -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
+def family(process: int) -> list[int]:
+    """Its children, and theirs."""
+    return [pid for child in children(process) for pid in (child, *family(child))]
+
+
+FAULTS = ("process 0 killed", "process 1 killed", "SIGTERM", "SIGINT", "disk full", "reward hangs", "reward hangs once")
+LIMIT = 4  # seconds, --reward-timeout
+# In TRL's form, so that a group that is late is asked again, answer by answer. It keeps Python's lock and is deaf to
+# signals, as long as the flag is there; an evaluation asks for one answer at a time, which is not asked again
+REWARD = """
+import os, pathlib, re, signal
+FLAG = pathlib.Path(__file__).with_name("hang")
+
+def fraction(completions, **columns):
+    if os.environ["RANK"] == "1" and FLAG.exists() and len(completions) > 1:
+        if FLAG.read_text() == "reward hangs once":
+            FLAG.unlink()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        re.match("(a+)+$", "a" * 60 + "b")
+    return [sum(c in "abc" for c in completion[0]["content"]) / 8 for completion in completions]
+"""
+# Runs train.py. As long as there is a file `full` with a number, process 0 can write so many bytes more to files
+DISK = """
+import builtins, errno, io, os, pathlib, runpy, sys
+FLAG, usual, written = pathlib.Path(__file__).with_name("full"), io.open, 0
+
+class Disk(io.FileIO):
+    def write(self, data):
+        global written
+        data = memoryview(data).cast("B")
+        if FLAG.exists() and (room := int(FLAG.read_text()) - written) < len(data):
+            if room <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            data = data[:room]
+        count = super().write(data)
+        written += count if FLAG.exists() else 0
+        return count
+
+def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **more):
+    if not set(mode) & set("wa") or str(file) == os.devnull or not isinstance(file, (str, os.PathLike)):
+        return usual(file, mode, buffering, encoding, errors, newline, **more)
+    bytes_ = io.BufferedWriter(Disk(file, mode.replace("b", "")))
+    return bytes_ if "b" in mode else io.TextIOWrapper(bytes_, encoding, errors, newline)
+
+if os.environ["RANK"] == "0":
+    builtins.open = io.open = opened
+sys.argv, sys.path[0] = sys.argv[1:], os.getcwd()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def ended(launcher: subprocess.Popen, seconds: float, processes: list[int]) -> tuple[str, str]:
+    """(what it said on stderr, what is wrong with how it ended: "" for nothing). seconds: how long it may take."""
+    try:
+        _, said = launcher.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        return "", f"not ended within {seconds:.0f} s"
+    over = [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    return said, f"left processes {over}" if over else ""
+
+
+def misses(said: str, *words: str) -> str:
+    """What is wrong with the lines of our processes: one has these words, others say that another process has ended."""
+    lines = [line for line in said.splitlines() if line.startswith("train.py") and line != "train.py FAILED"]
+    causes = [line for line in lines if "another process of this run has ended" not in line]
+    return "" if len(causes) == 1 and all(word in causes[0] for word in words) else f"said {causes}"
+
+
+def strike(fault: str, launcher: subprocess.Popen, scratch: Path, room: int) -> str:
+    """One fault of a run that goes on. Returns what is wrong with how it ended."""
+    processes, own = children(launcher.pid), family(launcher.pid)
+    if launcher.poll() is not None:
+        said, wrong = ended(launcher, 60, own)
+        return wrong or (f"ended before it, {said[-2000:]}" if launcher.returncode else "")
+    if fault.endswith("killed") and len(processes) == 2:
+        os.kill(processes[int(fault[8])], signal.SIGKILL)
+    elif fault == "disk full":
+        (scratch / "full").write_text(str(room))
+    elif fault == "reward hangs once":
+        (scratch / "hang").write_text(fault)
+    else:
+        launcher.send_signal(getattr(signal, fault, signal.SIGTERM))
+    said, wrong = ended(launcher, 600 if fault == "reward hangs once" else 60, own)
+    if fault == "disk full" and launcher.returncode:  # 0: the room was enough
+        wrong = wrong or misses(said, "train.py: ", "cannot be written", "No space left", "free space")
+    if fault == "reward hangs once":
+        wrong = wrong or (f"code {launcher.returncode}" if launcher.returncode else "")
+    for flag in ("full", "hang"):
+        (scratch / flag).unlink(missing_ok=True)
+    return wrong
+
+
+def hangs(scratch: Path, *command: object) -> str:
+    """A run whose reward hangs in process 1 from the start. Returns what is wrong with how it ended."""
+    (scratch / "hang").write_text("reward hangs")
+    launcher, own = start(*command, before=TORCHRUN), set()
+    began, limit = time.perf_counter(), 60 + 3 * LIMIT  # a group, then its four answers by two processes
+    while launcher.poll() is None and time.perf_counter() - began < limit:
+        own |= {*family(launcher.pid)}
+        time.sleep(0.2)
+    said, wrong = ended(launcher, 0.1, [*own])
+    (scratch / "hang").unlink()
+    wrong = wrong or ("" if launcher.returncode else "code 0")
+    return wrong or misses(said, "(process 1): reward fraction", f"no answer within {LIMIT} s", "--reward-timeout")
+
+
 def faults(count: int, scratch: Path) -> int:
-    flags = [*RUNS["gspo"].split(), "--shard"]
-    shards, bad, moments, want = ("off", "on"), 0, random.Random(0), {}
+    (scratch / "reward.py").write_text(REWARD)
+    (scratch / "disk.py").write_text(DISK)
+    flags = [*RUNS["gspo"].split(), "--keep-saves", 2, "--reward", scratch / "reward.py:fraction"]
+    flags += ["--reward-timeout", LIMIT, "--shard"]
+    shards, bad, longest, moments, want = ("off", "on"), 0, 0.0, random.Random(0), {}
     for shard in shards:
         finished(start(*flags, shard, "--out", scratch / shard, before=TORCHRUN))
         want[shard] = left(scratch / shard)
     for n in range(count):
-        shard, fault = shards[n % 2], ("process 0 killed", "process 1 killed", "SIGTERM", "SIGINT")[n // 2 % 4]
-        folder, after = scratch / f"fault-{n}", moments.randint(1, 25)
-        rows, launcher = folder / "metrics.jsonl", start(*flags, shard, "--out", folder, before=TORCHRUN)
+        shard, fault = shards[n % 2], FAULTS[n // 2 % len(FAULTS)]
+        folder, after, room = (
+            scratch / f"fault-{n}",
+            moments.randint(1, 25),
+            moments.choice((0, 1000, 10**6, 6 * 10**6)),
+        )
+        launcher = start(*flags, shard, "--out", folder, before=(*TORCHRUN, scratch / "disk.py"))
+        rows = folder / "metrics.jsonl"
         while launcher.poll() is None and (not rows.exists() or rows.read_text().count('"algo"') < after):
             time.sleep(0.01)
         time.sleep(moments.random())
-        processes, began = children(launcher.pid), time.perf_counter()
-        if launcher.poll() is None and fault.endswith("killed") and len(processes) == 2:
-            os.kill(processes[int(fault[8])], signal.SIGKILL)
-        elif launcher.poll() is None:
-            launcher.send_signal(getattr(signal, fault, signal.SIGTERM))
-        try:
-            _, said = launcher.communicate(timeout=120)
-            took = time.perf_counter() - began
-        except subprocess.TimeoutExpired:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            took = float("inf")
-        over = [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+        began = time.perf_counter()
+        wrong = strike(fault, launcher, scratch, room)
+        took = time.perf_counter() - began
         state = (folder / "state" / "state.safetensors").exists()
         if not state:
             shutil.rmtree(folder, ignore_errors=True)
-        finished(start(*flags, shard, "--resume" if state else "--out", folder, before=TORCHRUN))
+        again = (*flags, shard, "--resume" if state else "--out", folder)
+        if fault == "reward hangs":
+            began = time.perf_counter()
+            wrong = wrong or hangs(scratch, *again)
+            took = time.perf_counter() - began
+        finished(start(*again, before=TORCHRUN))
         got = left(folder)
         differ = sorted(name for name in want[shard].keys() | got.keys() if want[shard].get(name) != got.get(name))
-        bad += bool(differ) or took > 60 or bool(over)
+        bad += bool(differ or wrong)
+        longest = max(longest, took if fault != "reward hangs once" else 0)
         how = "resumed" if state else "begun anew"
         when = f"after update {after} of 30, code {launcher.returncode}, ended in {took:.1f} s"
-        print(f"{n}, shard {shard}: {fault} {when}, {how}: {differ or over or 'equal'}", flush=True)
+        print(f"{n}, shard {shard}: {fault} {when}, {how}: {differ or wrong or 'equal'}", flush=True)
         shutil.rmtree(folder)
-    print(f"{count - bad} of {count} equal")
+    print(f"{count - bad} of {count} equal; the longest end took {longest:.1f} s")
     return int(bad > 0)
 
 

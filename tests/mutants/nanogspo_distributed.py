@@ -4,6 +4,9 @@
 FILE = "nanogspo/distributed.py"
 MUTANTS = {
     "tests/test_distributed.py": [
+        ("file=sys.stderr if rank() else None", "file=None", "what process 1 alone knows goes to a closed stdout"),
+        ('f"process {rank()}: " * (rank() > 0) + line', "line", "nobody knows whose reward it was"),
+        (", or has kept this one waiting for {WAIT}", "", "a process that hangs is said to have ended"),
         ("    dist.all_reduce(flat)", "    pass", "every process trains on its own answers alone"),
         (
             "return range(rank(), count, world())",

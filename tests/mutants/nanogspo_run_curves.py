@@ -4,6 +4,11 @@
 FILE = "nanogspo/run/curves.py"
 MUTANTS = {
     "tests/test_curves.py": [
+        (
+            "    with whole_file(path) as file:",
+            '    with open(path, "wb") as file:',
+            "a full disk leaves half a picture",
+        ),
         ("if len(values) < FEW:", "if not values:", "six points smoothed away"),
         ("max(mean[-1] - half, possible[0])", "mean[-1] - half", "a share below 0"),
         ("min(mean[-1] + half, possible[1])", "mean[-1] + half", "a share above 1"),

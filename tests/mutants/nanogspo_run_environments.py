@@ -4,6 +4,11 @@
 FILE = "nanogspo/run/environments.py"
 MUTANTS = {
     "tests/test_environments.py": [
+        (
+            '            tell(f"the environment',
+            '            print(f"the environment',
+            "of other processes than the first nobody hears",
+        ),
         ("if episode in self._known[k] else", "if False else", "every step may take as long as a replay"),
         ('1 + len(request["history"])  #', "1  #", "a replay of many steps is killed"),
         ("if other[0] == episode[0]} |", "} |", "episodes of all rollouts are remembered"),

@@ -4,6 +4,12 @@
 FILE = "nanogspo/run/log.py"
 MUTANTS = {
     "tests/test_log.py": [
+        (
+            "    with writing(file.name):\n        file.write",
+            "    if True:\n        file.write",
+            "a row that the disk has no room for is an error without a file",
+        ),
+        ("            with writing(file.name):  #", "            if True:  #", "closing the file hides which was full"),
         ("unrewarded {number('unrewarded_frac'):4.2f}", "", "answers without a reward are not seen while it trains"),
         ("centre = (share + z2 / 2) / (1 + z2)", "centre = share", "the textbook interval, which leaves [0, 1]"),
         (

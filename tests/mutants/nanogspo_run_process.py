@@ -4,6 +4,7 @@
 FILE = "nanogspo/run/process.py"
 MUTANTS = {
     "tests/test_process.py": [
+        ("        with writing(path):\n", "        if True:\n", "a full disk is an error without a file"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "two runs hold one folder"),
         ("os.path.samestat(os.fstat(file), os.stat(path))", "True", "a lock on a file that another run has removed"),
         (

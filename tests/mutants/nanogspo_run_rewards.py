@@ -4,6 +4,7 @@
 FILE = "nanogspo/run/rewards.py"
 MUTANTS = {
     "tests/test_rewards.py": [
+        ('            tell(f"reward', '            print(f"reward', "of other processes than the first nobody hears"),
         ("isinstance(group.prompt, str)", "True", "completions that are messages are called text"),
         ('if "error" in done[job] and len(job.answers) > 1]', "if False]", "one bad answer costs its whole group"),
         ('f"{name}_{k + 1}"', "name", "two rewards under one name"),

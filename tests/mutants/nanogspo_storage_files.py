@@ -7,6 +7,11 @@ MUTANTS = {
         ("        left.unlink(missing_ok=True)", "        pass", "each kill leaves a half-written file for ever"),
     ],
     "tests/test_checkpoint.py": [
+        (
+            'with writing(path), open(temporary, "wb") as f:',
+            'with open(temporary, "wb") as f:',
+            "a full disk is an error without a file",
+        ),
         ("        if e.filename is not None:", "        if True:", "a full disk is said without the file's name"),
         (
             'if getattr(e, "filename", None):',
