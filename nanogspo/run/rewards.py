@@ -17,7 +17,8 @@ A value that is left out (nan) is counted under what became of it:
     not_finite  nan, infinite, or too large for the arithmetic of training
     none        None: no opinion
 
-All but the last are printed once for each reward, with the answer; the counts of each step are in its facts.
+All but the last are printed once for each reward, with the answer, by process 0 on stdout and by others on stderr; the
+counts of each step are in its facts.
 
 Reading order: Rewards.__call__, _run, _ask, _scores.        Tests: tests/test_rewards.py
 """
