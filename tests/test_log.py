@@ -351,6 +351,8 @@ def test_a_full_disk_is_said_with_the_file(tmp_path, name):
     """By the row, and once more as the file is closed: that error is the one that is printed."""
     (tmp_path / name).symlink_to("/dev/full")
     said = f"{name}: cannot be written .*No space left on device.*; want free space on its disk"
-    with pytest.raises(OSError, match=said), RunLog(tmp_path, steps=1, quiet=True) as log:
-        with pytest.raises(OSError, match=said):
-            log._row({"step": 1}) if name == "metrics.jsonl" else log.samples([{"step": 1}])
+    log = RunLog(tmp_path, steps=1, quiet=True)
+    with pytest.raises(OSError, match=said):
+        log._row({"step": 1}) if name == "metrics.jsonl" else log.samples([{"step": 1}])
+    with pytest.raises(OSError, match=said):
+        log.close()

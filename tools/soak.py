@@ -150,8 +150,9 @@ import os, pathlib, re, signal
 FLAG = pathlib.Path(__file__).with_name("hang")
 
 def fraction(completions, **columns):
-    if os.environ["RANK"] == "1" and FLAG.exists() and len(completions) > 1:
-        if FLAG.read_text() == "reward hangs once":
+    fault = FLAG.read_text() if os.environ["RANK"] == "1" and FLAG.exists() else ""
+    if fault == "reward hangs" or fault and len(completions) > 1:
+        if fault == "reward hangs once":
             FLAG.unlink()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         re.match("(a+)+$", "a" * 60 + "b")
