@@ -190,11 +190,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def ended(launcher: subprocess.Popen, seconds: float, processes: list[int]) -> tuple[str, str]:
     """(what it said on stderr, what is wrong with how it ended: "" for nothing). seconds: how long it may take."""
+    until = time.perf_counter() + seconds
     try:
         _, said = launcher.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(launcher.pid, signal.SIGKILL)
         return "", f"not ended within {seconds:.0f} s"
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.perf_counter() < until:
+        time.sleep(0.05)  # a process that lost its parent is there until the system has waited for it
     over = [pid for pid in processes if Path(f"/proc/{pid}").exists()]
     return said, f"left processes {over}" if over else ""
 
@@ -238,7 +241,7 @@ def hangs(scratch: Path, *command: object) -> str:
     while launcher.poll() is None and time.perf_counter() - began < limit:
         own |= {*family(launcher.pid)}
         time.sleep(0.2)
-    said, wrong = ended(launcher, 0.1, [*own])
+    said, wrong = ended(launcher, max(1.0, limit - (time.perf_counter() - began)), [*own])
     (scratch / "hang").unlink()
     wrong = wrong or ("" if launcher.returncode else "code 0")
     return wrong or misses(said, "(process 1): reward fraction", f"no answer within {LIMIT} s", "--reward-timeout")
