@@ -58,6 +58,7 @@ given = json.loads(sys.argv[1])
 fault, config = given.pop("fault", ""), given["config"]
 rank = int(os.environ["RANK"])
 if fault == "stop":  # process 1 alone is asked to stop, in the middle of a rollout
+    sys.stdout = sys.stderr
     update = train.Trainer.update
     def stopped(self, phase):
         update(self, phase)
@@ -128,6 +129,7 @@ def two(fault="", script=SCRIPT, **changes):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"LOCAL_WORLD_SIZE": "2"}
     shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     argument = json.dumps({"fault": fault, "config": SMALL | changes})
     started = [
@@ -358,6 +360,8 @@ def test_one_process_is_asked_and_all_stop_and_go_on(runs, tmp_path):
     _, whole, _ = runs
     codes, said = two("stop", out=str(tmp_path / "run"))
     assert codes == [0, 0], said
+    again = f"stopped after update 6; continue with: torchrun --nproc-per-node 2 train.py --resume {tmp_path / 'run'}"
+    assert again in said[0] and again not in said[1]
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert max(row["step"] for row in rows) == 6
     with pytest.raises(ValueError, match="got 1 processes with --resume in the middle of a rollout of 2, want 2"):
@@ -408,6 +412,18 @@ def test_one_process_needs_no_other():
     assert distributed.first(lambda: value) is value and distributed.total(2.5) == 2.5
     with distributed.started():
         assert not torch.distributed.is_initialized()
+
+
+def test_processes_that_cannot_meet_are_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | place).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=r"^got no meeting of the processes at 127.0.0.1:\d+ \(.*\), want"):
+            with distributed.started():
+                raise AssertionError("started")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

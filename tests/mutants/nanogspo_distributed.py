@@ -13,6 +13,11 @@ MUTANTS = {
             "return range(count)",
             "every process does all the work, and all of it counts",
         ),
+        (
+            "    except dist.DistError as error:",
+            "    except ZeroDivisionError as error:",
+            "a port in use is a traceback",
+        ),
         ("return total(int(bool(asked))) > 0", "return bool(asked)", "one process stops, the other waits for it"),
         ("    dist.all_reduce(added)", "    pass", "each process divides by its own answers"),
         ('to("cpu", copy=True)', 'to("cpu")', "the sum over all is written into the caller's own counts"),
