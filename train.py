@@ -351,8 +351,7 @@ class Trainer:
         distributed.first(lambda: write_report(self.folder))
         picture = distributed.first(lambda: curves.draw_curves(self.folder, clip_range=self.watch.clip))
         if stopped:
-            start = f"torchrun --nproc-per-node {distributed.local_world()}" if distributed.world() > 1 else "python"
-            again = f"{start} train.py --resume {shlex.quote(str(self.folder))}"
+            again = f"{distributed.launcher()} train.py --resume {shlex.quote(str(self.folder))}"
             print(f"stopped after update {self.progress.step}; continue with: {again}")
         else:
             seconds = time.perf_counter() - self.started

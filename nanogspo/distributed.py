@@ -52,10 +52,10 @@ def started() -> Iterator[None]:
         torch.cuda.set_device(launched("LOCAL_RANK", 0))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         got = f"got no meeting of the processes at {where} ({str(error).splitlines()[0]})"
-        raise ValueError(f"{got}, want torchrun to start them, or a free MASTER_PORT") from error
+        raise ValueError(f"{got}, want torchrun to start them, a free MASTER_PORT, or no WORLD_SIZE") from error
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
             yield
@@ -91,6 +91,12 @@ def local_world() -> int:
     return launched("LOCAL_WORLD_SIZE", 1) if dist.is_initialized() else 1
 
 
+def launcher() -> str:
+    """What starts a run like this one."""
+    hosts = f"--nnodes {world() // local_world()} " * (world() > local_world())
+    return f"torchrun {hosts}--nproc-per-node {local_world()}" if world() > 1 else "python"
+
+
 def mine(count: int) -> range:
     """Of `count` things, the numbers of this process's."""
     return range(rank(), count, world())
@@ -117,7 +123,7 @@ def in_order(parts: Sequence[list]) -> list:
 
 
 def total(value: int | Tensor) -> Any:
-    """The sum of every process's integer or tensor; a tensor arrives on the CPU."""
+    """The sum of every process's integer or tensor, in the tensor's own dtype; it arrives on the CPU."""
     if world() == 1:
         return value
     added = torch.as_tensor(value).to("cpu", copy=True)
@@ -179,7 +185,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _bytes(t: Tensor) -> bytes:
-    return t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _tensor(data: bytes, dtype: torch.dtype, shape: tuple) -> Tensor:

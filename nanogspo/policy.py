@@ -36,7 +36,7 @@ def describe(config: TrainConfig, task: Task | None) -> tuple[TrainConfig, Token
         source = config.model.removesuffix("config.json") if config.plan_only else config.model
         files = checkpoint.resolve(source, want="config")
         if alone := config.plan_only and not (files / "tokenizer.json").exists():
-            print(f"{files} has no tokenizer.json: the plan counts a token for each byte of a prompt, too many")
+            print(f"{files} has no tokenizer.json: the plan counts bytes of prompts, and leaves long ones out")
         tokenizer, raw = byte_tokenizer() if alone else load_tokenizer(files), checkpoint.read_config(files)
     outline = planner.outline(raw, DTYPES[config.dtype], quantization(config))
     if config.router_replay and not outline.config.num_experts:

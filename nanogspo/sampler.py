@@ -323,6 +323,6 @@ def whole(parts: Sequence[list], G: int) -> list:
 
 
 def merged(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The rewards' facts of several rounds or processes: counts are added, and means are of all their numbers."""
+    """The rewards' facts of several rounds or processes: counts are added, Means are of all their numbers."""
     found = {key: [facts[key] for facts in rounds if key in facts] for facts in rounds for key in facts}
     return {k: sum(v) if isinstance(v[0], int) else Mean.of(v) for k, v in found.items()}

@@ -101,10 +101,9 @@ def laws(*args):  # in the middle of set_up, where all processes are together
         found["odd"] = str(error)
     distributed.check_same([("w", torch.tensor([0.5]))])
     kinds = [torch.rand(()), torch.rand(2, 3, requires_grad=True).T, torch.rand(2) > 0.5, torch.rand(3).bfloat16(),
-             torch.zeros(0, 2, dtype=torch.int16), torch.nn.Parameter(torch.rand(2))]
+             torch.zeros(0, 2, dtype=torch.int16), torch.nn.Parameter(torch.rand(2)), torch.rand(4, 2)[:, 0]]
     kept = distributed.gather((rank, {"kinds": kinds}))[rank][1]["kinds"]
     kept = [torch.equal(a, b) and a.dtype == b.dtype and not b.requires_grad for a, b in zip(kinds, kept, strict=True)]
-    kept.append(distributed.gather(kinds)[0][0].add_(1).item() >= 1)  # may be written to
     with contextlib.redirect_stderr(io.StringIO()) as heard:
         distributed.tell("late")
     found.update({
@@ -424,6 +423,20 @@ def test_processes_that_cannot_meet_are_one_line(monkeypatch):
         with pytest.raises(ValueError, match=r"^got no meeting of the processes at 127.0.0.1:\d+ \(.*\), want"):
             with distributed.started():
                 raise AssertionError("started")
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(ValueError, match="^got no meeting of the processes at None:.*or no WORLD_SIZE$"):
+        with distributed.started():
+            raise AssertionError("started")
+
+
+def test_the_command_that_started_this():
+    assert distributed.launcher() == "python"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world", lambda: 8)
+        patch.setattr(distributed, "local_world", lambda: 8)
+        assert distributed.launcher() == "torchrun --nproc-per-node 8"
+        patch.setattr(distributed, "local_world", lambda: 4)
+        assert distributed.launcher() == "torchrun --nnodes 2 --nproc-per-node 4"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

@@ -506,7 +506,7 @@ def test_a_config_json_alone_is_enough_for_a_plan(without_weights, tmp_path):
     flags = [*"--reward exact --max-new-tokens 6 --lora-r 4 --dtype fp32 --eval-size 0 --prompts-per-rollout 1".split()]
     flags += ["--data", tmp_path / "rows.jsonl", "--plan-only", "--device", "cpu"]
     done = script("train.py", "--model", tmp_path / "alone", *flags)
-    assert (done.code, done.err) == (0, "") and "alone has no tokenizer.json: the plan counts a token for" in done.out
+    assert (done.code, done.err) == (0, "") and "has no tokenizer.json: the plan counts bytes of" in done.out
     turn = "user\nné 你?\nassistant\n"  # and three marks
     c = model_config(json.loads((without_weights / "config.json").read_text()))
     slots = len(turn.encode()) + 3 + 8 * 5
@@ -656,13 +656,14 @@ def test_advice():
         assert planner.advice(config, model, 4, enough + 1, 1) == line
         replica = dataclasses.replace(config, shard="off")  # as asked, or as decided for one process
         assert planner.advice(replica, model, 4, enough + 1, ranks) == line
+        assert planner.advice(on, model, 4, enough + 1, 1) == line.replace("--shard on ", "")
+        assert planner.advice(dataclasses.replace(config, beta=0.1), model, 4, enough + 1, 1) == ""  # none can shard it
     assert planner.advice(config, model, 4, 1e12, 1) == planner.advice(config, model, 4, 1.0, 1) == ""
     adapted, long = tiny(dtype=torch.bfloat16, lora_r=4), dataclasses.replace(config, lora_r=4, max_new_tokens=2000)
     enough = most(memory_parts(long, adapted, 4, 2)) / planner.FILL  # of replicas: shards would take more
     assert "it fits 2 such processes" in planner.advice(long, adapted, 4, enough + 1, 1)
-    assert planner.advice(config, model, 4, 1e12, 8) == (
-        "an update has 2 groups for 8 processes, and some wait for the others: --prompts-per-rollout 32 gives each one"
-    )
+    said = "4 updates share 8 groups, so in each some of 8 processes wait: --prompts-per-rollout 32"
+    assert planner.advice(config, model, 4, 1e12, 8) == f"{said} gives every one a group"
     assert planner.advice(dataclasses.replace(config, algo="sft"), model, 4, 1e12, 8) == ""
     one = dataclasses.replace(config, prompts_per_rollout=1, group_size=64)
     assert planner.advice(one, model, 4, 1e12, 1) == ""  # nobody waits

@@ -55,7 +55,7 @@ def draw_curves(folder: str | Path, *, clip_range: tuple[float, float] | None = 
         draw(axes, data)
     path = Path(folder, "curves.png")
     with whole_file(path) as file:
-        figure.savefig(file, dpi=130)
+        figure.savefig(file, dpi=130, format="png")
     return path
 
 

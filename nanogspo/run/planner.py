@@ -413,7 +413,8 @@ def time_floor(
         return {"update": training * active * tokens / rate}
     rows, weights = rollout_rows(config, ranks), weight_parts(model)
     own = -(-config.prompts_per_rollout // ranks)
-    busiest = max(own, min(config.prompts_per_rollout, config.updates_per_rollout))  # an update has a group, or waits
+    groups, cut = divmod(config.prompts_per_rollout, config.updates_per_rollout)
+    busiest = own if cut else config.updates_per_rollout * -(-groups // ranks)  # groups of the process that has most
     tokens = own * (longest_prompt + config.group_size * config.max_new_tokens)
     packed = sum(layer.nbytes for layer in packed_layers(model).values())
     unpacked = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
@@ -432,16 +433,16 @@ def advice(config: TrainConfig, model: Transformer, longest_prompt: int, availab
     """A line about what would be faster, or fit; "" for nothing."""
     if too_large(memory_parts(config, model, longest_prompt, ranks), FILL * available):
         for more in (ranks, *(n for n in (2, 4, 8, 16, 32) if n > ranks)):
-            for shard in ("off",) if packed_layers(model) else ("off", "on"):
+            whole = packed_layers(model) or (is_copied(config) and not lora_layers(model))  # as decide_sharding has it
+            for shard in ("off",) if whole else ("off", "on"):
                 parts = memory_parts(dataclasses.replace(config, shard=shard), model, longest_prompt, more)
                 if most(parts) <= FILL * available:
                     flag = f"--shard {shard} " * (config.shard != shard)
                     return f"it fits {more} such processes: torchrun --nproc-per-node {more} train.py {flag}..."
-    groups = config.prompts_per_rollout // config.updates_per_rollout
-    if config.algo != "sft" and groups < ranks > 1:
-        prompts = ranks * config.updates_per_rollout
-        got = f"an update has {groups} groups for {ranks} processes, and some wait for the others"
-        return f"{got}: --prompts-per-rollout {prompts} gives each one"
+    prompts, updates = config.prompts_per_rollout, config.updates_per_rollout
+    if config.algo != "sft" and prompts < updates * ranks and ranks > 1:
+        got = f"{updates} updates share {prompts} groups, so in each some of {ranks} processes wait"
+        return f"{got}: --prompts-per-rollout {ranks * updates} gives every one a group"
     rows = rollout_rows(config, ranks)
     on_gpu = packed_layers(model) and config.device == "cuda" and config.algo != "sft"
     if on_gpu and rows > MAX_ROWS >= config.group_size:

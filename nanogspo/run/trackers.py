@@ -38,7 +38,8 @@ def open_tracker(
     try:
         package.init(project=project, name=name, config=settings, resume="allow", **more)
     except Exception as error:  # each package has its own: no login, no network
-        raise ValueError(f"--tracker {tracker}: {explained(error, '')}; want a login, or --tracker none") from error
+        got = f"--tracker {tracker}: {explained(error, '')}"
+        raise ValueError(f"{got}; want that mended (a login?), or --tracker none") from error
     held.callback(package.finish)
     return lambda row: package.log(numbers(row), step=row["step"])
 

@@ -25,6 +25,7 @@ TOKENIZER_FILES = tuple(
     added_tokens.json vocab.json merges.txt tokenizer.model""".split()
 )
 SMALL_FILES = ("config.json", "generation_config.json", ADAPTER, INDEX, *PROCESSOR_FILES, *TOKENIZER_FILES)
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))  # the disk, a limit of the system, a quota
 HUB_STATUS = {
     401: "it wants a token, or another one: run `hf auth login`",
     403: "this token may not read it: ask for access on its page, or run `hf auth login` with another token",
@@ -138,13 +139,14 @@ def read_config(folder: pathlib.Path) -> dict:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError from within says which file, and what to do. One of an open or a rename knows its file itself."""
+    """An OSError from within says which file, and a full disk what to do. One of an open or a rename knows its file."""
     try:
         yield
     except OSError as e:
         if e.filename is not None:
             raise
-        raise OSError(f"{path}: cannot be written ({e}); want free space on its disk") from e
+        want = "; want free space on its disk" * (e.errno in FULL)
+        raise OSError(f"{path}: cannot be written ({e}){want}") from e
 
 
 @contextlib.contextmanager

@@ -14,10 +14,16 @@ MUTANTS = {
             "every process does all the work, and all of it counts",
         ),
         (
-            "    except dist.DistError as error:",
+            "    except (dist.DistError, ValueError) as error:",
             "    except ZeroDivisionError as error:",
             "a port in use is a traceback",
         ),
+        (
+            'if world() > 1 else "python"',
+            'if False else "python"',
+            "one process cannot go on in the middle of a rollout of two",
+        ),
+        ("* (world() > local_world())", "* 0", "the half of the hosts cannot go on"),
         ("return total(int(bool(asked))) > 0", "return bool(asked)", "one process stops, the other waits for it"),
         ("    dist.all_reduce(added)", "    pass", "each process divides by its own answers"),
         ('to("cpu", copy=True)', 'to("cpu")', "the sum over all is written into the caller's own counts"),

@@ -4,8 +4,17 @@
 FILE = "nanogspo/run/planner.py"
 MUTANTS = {
     "tests/test_planner.py": [
-        (" * busiest / own", "", "8 processes make an update of two groups in an eighth of the time"),
-        ("groups < ranks > 1:", "groups < ranks:", "one process waits for others"),
+        (
+            " * -(-groups // ranks)",
+            " * groups // ranks",
+            "8 processes make an update of two groups in an eighth of the time",
+        ),
+        ("ranks and ranks > 1:", "ranks:", "one process waits for others"),
+        (
+            "whole = packed_layers(model) or (is_copied(config) and not lora_layers(model))",
+            "whole = packed_layers(model)",
+            "an advice that is then refused",
+        ),
         ("* (config.shard != shard)", "", "a way that is not the one that fits"),
         ("for more in (ranks, *(", "for more in (2 * ranks, *(", "nobody is told that shards of the same GPUs fit"),
         (

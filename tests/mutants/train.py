@@ -3,13 +3,6 @@
 # ruff: noqa: E501      an edit is quoted as it stands in the code
 FILE = "train.py"
 MUTANTS = {
-    "tests/test_distributed.py": [
-        (
-            "if distributed.world() > 1 else",
-            "if False else",
-            "one process cannot go on in the middle of a rollout of two",
-        ),
-    ],
     "tests/test_router_replay.py": [
         (
             "self.routers.watch(separate, experts, config.router_replay)",
